@@ -1,0 +1,128 @@
+# Fine-tune an open LLM on AWS Trainium with make. `make help` lists targets and settings, `make demo` runs all of it
+# here. This file is the graph: which stage reads which, and nothing else knows the order. Whether a stage is stale is
+# asked of stages/run/plan.py, which compares what it was made from with what it would be made from now.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.SUFFIXES:
+.DEFAULT_GOAL := help
+
+# A value on the command line is text, never a make expression: PROMPT='$5' arrives as typed.
+given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v))
+$(foreach v,$(given) RECIPE RUN,$(if $(filter-out undefined,$(origin $v)),$(eval override $v := $$(value $v))))
+
+PYTHON ?= python3
+VENV ?= .venv
+RECIPE ?= demo
+ifneq (,$(filter demo,$(MAKECMDGOALS)))
+  override RECIPE := demo
+endif
+ifeq (,$(and $(filter 1,$(words $(RECIPE))),$(findstring recipes/$(RECIPE).mk,$(wildcard recipes/*.mk))))
+  $(error RECIPE='$(RECIPE)' is not there. There are: $(notdir $(basename $(wildcard recipes/*.mk))))
+endif
+
+# A recipe is a list of `NAME ?= value`: the command line and the environment come before it, the defaults after it.
+before := $(subst %,\%,$(.VARIABLES))
+include recipes/$(RECIPE).mk
+RUN ?= $(RECIPE)
+ifneq (,$(or $(filter-out 1,$(words $(RUN))),$(findstring /,$(RUN)),$(filter .%,$(RUN))))
+  $(error RUN='$(RUN)' is to be a folder's name in outputs/: no spaces, no slash, no leading dot)
+endif
+given += $(filter-out before RUN,$(filter-out $(before),$(.VARIABLES)))
+export $(filter-out MAKE%,$(given))
+MAKEOVERRIDES :=
+
+# The graph. What a stage is made from: a change of that content makes it stale.
+STAGES := data precompile train consolidate compile-inference eval
+data.from :=
+precompile.from :=
+train.from := data
+consolidate.from := train
+compile-inference.from := consolidate
+eval.from := data consolidate compile-inference
+# What has to be there before it, whatever its content: precompile only fills a cache.
+precompile.after := data
+train.after := precompile
+
+# Ask what is stale, for goals that run stages. make 4.3 hands no variables to $(shell), so they are quoted by hand.
+define newline
+
+
+endef
+quoted = '$(subst $(newline),'$$'\n'',$(subst ','\'',$1))'
+comma := ,
+empty :=
+graph := $(foreach s,$(STAGES),$s:$(subst $(empty) ,$(comma),$($s.from)):$($s.after))
+out := outputs/$(RUN)
+plan = env $(foreach v,$(given),$(call quoted,$v=$(value $v))) $(PYTHON) -I -S stages/run/plan.py $(out) $(graph) \
+  --given $(call quoted,$(given)) --goals $(call quoted,$(MAKECMDGOALS))
+answering := $(and $(filter eval,$(MAKECMDGOALS)),$(value PROMPT),$(wildcard $(out)/compile-inference/manifest.json))
+ifneq (,$(filter all demo outputs/% $(STAGES),$(MAKECMDGOALS)))
+  stale := $(shell $(plan) $(if $(answering),--answer,$(if $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS)))),--dry-run)))
+  ifneq (,$(filter error,$(stale)))
+    $(error nothing was run)
+  endif
+  # One prompt is answered by the model that is there, never by training another.
+  stale := $(if $(answering),,$(stale))
+endif
+
+python := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+installed := $(if $(VENV),$(VENV)/requirements.txt)
+
+.PHONY: help all demo status test lint clean FORCE $(STAGES)
+
+help: ## Targets, and settings with their values
+	@$(PYTHON) -I -S stages/run/help.py $(MAKEFILE_LIST)
+
+demo: eval ## The whole run on this machine: a tiny model learns data/demo by heart and answers
+all: eval ## Every stage that is stale
+
+status: ## Which stages would run, and why
+	@$(plan) --show
+
+data: $(out)/data/manifest.json ## Rows -> packed token ids, and what became of every token
+precompile: $(out)/precompile/manifest.json ## The training command for a few steps, to fill the compile cache
+train: $(out)/train/manifest.json ## Packed rows -> sharded weights
+consolidate: $(out)/consolidate/manifest.json ## Shards -> a Hugging Face model folder
+compile-inference: $(out)/compile-inference/manifest.json ## Model folder -> compiled prefill and decode
+
+# A stage's recipe runs when its manifest is missing or it is stale; time stamps decide nothing (order-only).
+define stage_rule
+$(out)/$1/manifest.json: $(if $(filter stale-$1,$(stale)),FORCE) | $(installed) $(foreach s,$($1.from) $($1.after),$(out)/$s/manifest.json)
+	@$(python) -m stages.$(subst -,_,$1) $(foreach s,$($1.from) $(filter-out precompile,$($1.after)),--$s $(out)/$s) --output $(out)/$1
+endef
+$(foreach s,$(STAGES),$(eval $(call stage_rule,$s)))
+
+ifeq (,$(value PROMPT))
+eval: $(out)/eval/manifest.json ## Answers and validation losses; PROMPT="..." answers that alone
+else
+eval: | $(out)/compile-inference/manifest.json
+	@$(python) -m stages.eval $(foreach s,$(eval.from),--$s $(out)/$s) --output $(out)/eval
+endif
+
+ifneq (,$(installed))
+# What is installed is kept beside it, and compared by content.
+ifneq ($(if $(wildcard $(installed)),$(file <$(installed))),$(file <requirements.txt))
+$(installed): FORCE
+endif
+$(installed):
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 12) or sys.exit( \
+	  f"error: Python 3.10 to 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}. Set PYTHON=python3.11")'
+	@echo 'installing requirements.txt into $(VENV): a minute or more, once'
+	@$(PYTHON) -m venv $(VENV)
+	@$(python) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@cp requirements.txt $(installed)
+endif
+
+test: lint ## Lint, types, every test, and the demo from data to answers
+	$(python) -m pytest
+
+lint: $(installed) ## ruff and mypy
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+
+clean: ## Remove outputs/RUN; asks before it removes a trained model (YES=1 does not)
+	@if [[ -e $(out)/train && -z "$(filter 1,$(YES))" ]]; then \
+	  read -r -p "$(out) holds a trained model. Remove it? [y/N] " answer || answer=no; \
+	  [[ $$answer == [yY]* ]] || { echo "kept $(out)"; exit 1; }; \
+	fi; rm -rf $(out)

@@ -1,0 +1,29 @@
+# Llama 2 7B on Dolly, as in the tutorial of optimum-neuron: one trn1.32xlarge, 32 cores, about 45 minutes, 15.5 USD.
+# This is the ungated copy; MODEL_ID=meta-llama/Llama-2-7b-hf needs its licence accepted on the Hub and HF_TOKEN.
+MODEL_ID ?= philschmid/Llama-2-7b-hf
+DATASET ?= databricks/databricks-dolly-15k
+# The last of the dataset's revisions: main moves, a commit does not.
+DATASET_REVISION ?= bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a
+PROMPTS ?= recipes/llama2-7b.prompts.jsonl
+LOSS_ON ?= all
+MAX_LENGTH ?= 2048
+
+NPROC_PER_NODE ?= 32
+TENSOR_PARALLEL_SIZE ?= 8
+NUM_TRAIN_EPOCHS ?= 3
+PER_DEVICE_TRAIN_BATCH_SIZE ?= 1
+GRADIENT_ACCUMULATION_STEPS ?= 16
+GRADIENT_CHECKPOINTING ?= 1
+LEARNING_RATE ?= 5e-5
+BF16 ?= 1
+ZERO_1 ?= 1
+LOGGING_STEPS ?= 10
+
+INFERENCE_BATCH_SIZE ?= 1
+INFERENCE_SEQUENCE_LENGTH ?= 2048
+INFERENCE_TENSOR_PARALLEL_SIZE ?= 2
+MAX_NEW_TOKENS ?= 512
+DO_SAMPLE ?= 1
+TEMPERATURE ?= 0.9
+TOP_K ?= 50
+TOP_P ?= 0.9

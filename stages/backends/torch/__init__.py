@@ -1,0 +1,1 @@
+"""PyTorch itself, on a CPU or on CUDA GPUs."""

@@ -1,0 +1,118 @@
+"""The two graphs that generation runs, as torch.export sees them: prefill of whole prompts, decode of one token each.
+
+Both are Llama's layers from transformers with the attention spelled out, because here the keys and values live in
+tensors that the caller owns and that are written in place: a layer's two are [batch, kv heads, sequence length, head
+dim]. Prompts are padded on the right and every row keeps its own positions, so a batch holds prompts of any lengths:
+causality hides the padding from the prompt, and decode overwrites it before its mask lets anyone see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch.nn import functional
+
+from stages.backends.torch.generate import empty_cache
+
+StepName = Literal["prefill", "decode"]
+# attend(layer's index, queries, keys, values) -> context; all [batch, heads, new tokens, head dim]
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class LlamaStep(torch.nn.Module):
+    """Holds the parts of a LlamaForCausalLM under their own names: its parameters and buffers are a package's constants.
+
+    Tied embeddings are held once, so that they are one constant and one tensor in the weights' file.
+    """
+
+    def __init__(self, llama: Any):
+        super().__init__()
+        self.model = llama.model
+        self.tied = llama.lm_head.weight is llama.model.embed_tokens.weight
+        if not self.tied:
+            self.lm_head = llama.lm_head
+
+    def hidden_states(self, ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """ids [batch, tokens], positions broadcastable to them -> normalised hidden states [batch, tokens, hidden]."""
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        hidden = self.model.embed_tokens(ids)
+        cos, sin = self.model.rotary_emb(hidden, positions)
+        for index, layer in enumerate(self.model.layers):
+            attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+            projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+            queries, keys, values = (p(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for p in projections)
+            queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
+            context = attend(index, queries, keys, values)
+            hidden = hidden + attention.o_proj(context.transpose(1, 2).flatten(2))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return self.model.norm(hidden)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [batch, hidden] -> [batch, vocab]."""
+        return functional.linear(hidden, self.model.embed_tokens.weight) if self.tied else self.lm_head(hidden)
+
+
+class Prefill(LlamaStep):
+    """Reads whole prompts into an empty cache; only each prompt's last token asks for logits."""
+
+    def forward(self, ids: torch.Tensor, lengths: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
+        """ids [batch, longest prompt] padded on the right, lengths [batch] >= 1 (int64) -> logits [batch, vocab]."""
+        batch, longest = ids.shape
+
+        def attend(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            cache[2 * layer][:, :, :longest] = keys
+            cache[2 * layer + 1][:, :, :longest] = values
+            # The cache was empty: these are all the keys there are, so no mask need be made.
+            return functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+
+        positions = torch.arange(longest, device=ids.device).unsqueeze(0)
+        hidden = self.hidden_states(ids, positions, attend)
+        rows = torch.arange(batch, device=ids.device)
+        return self.logits(hidden[rows, lengths - 1])
+
+
+class Decode(LlamaStep):
+    """Reads one token per row at that row's own position."""
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
+        """ids [batch], positions [batch] < sequence length (int64) -> logits of the next token [batch, vocab]."""
+        batch, kv_heads, sequence_length, head_dim = cache[0].shape
+        rows = torch.arange(batch, device=ids.device)
+        seen = torch.arange(sequence_length, device=ids.device) <= positions.unsqueeze(1)
+
+        def attend(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            past_keys, past_values = cache[2 * layer], cache[2 * layer + 1]
+            past_keys[rows, :, positions] = keys[:, :, 0]
+            past_values[rows, :, positions] = values[:, :, 0]
+            # The query heads that share a KV head stand in its queries' place: grouped attention without repeating the cache.
+            grouped = queries.reshape(batch, kv_heads, -1, head_dim)
+            context = functional.scaled_dot_product_attention(grouped, past_keys, past_values, attn_mask=seen[:, None, None])
+            return context.reshape(queries.shape)
+
+        hidden = self.hidden_states(ids.unsqueeze(1), positions.unsqueeze(1), attend)
+        return self.logits(hidden[:, 0])
+
+
+def export_step(step: StepName, llama: Any, batch_size: int, sequence_length: int) -> torch.export.ExportedProgram:
+    """The graph of one step at a fixed batch and cache; prefill's prompt length is dynamic, 2 to sequence_length - 1.
+
+    torch.export gives lengths 0 and 1 graphs of their own, so prefill starts at 2 and a lone token is padded. It ends one
+    short of the cache because a prompt that fills it leaves no room for an answer.
+    """
+    config, device = llama.config, llama.device
+    cache = empty_cache(
+        layers=config.num_hidden_layers,
+        shape=(batch_size, config.num_key_value_heads, sequence_length, llama.model.layers[0].self_attn.head_dim),
+        dtype=llama.dtype,
+        device=device,
+    )
+    counts = torch.ones(batch_size, dtype=torch.int64, device=device)
+    if step == "decode":
+        return torch.export.export(Decode(llama), (torch.zeros_like(counts), counts, cache))
+    ids = torch.zeros(batch_size, sequence_length // 2, dtype=torch.int64, device=device)
+    length = torch.export.Dim("prompt_length", min=2, max=sequence_length - 1)
+    dynamic = ({1: length}, None, [None] * len(cache))
+    return torch.export.export(Prefill(llama), (ids, counts, cache), dynamic_shapes=dynamic)

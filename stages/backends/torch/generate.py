@@ -1,0 +1,233 @@
+"""Generation from a compiled model: two AOTInductor packages and one set of weights that both share.
+
+Needs torch and safetensors alone. A fresh process answers in about a second, because neither transformers nor torch's
+compiler is imported. `load` refuses what this machine cannot run; `CompiledModel.generate` streams ids.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.backends.torch.machine import instruction_set
+from stages.run.errors import InputError
+
+DESCRIPTION, WEIGHTS = "compiled.json", "weights.safetensors"
+
+# run(ids, lengths or positions, cache) -> logits [batch, vocab]
+Step = Callable[[torch.Tensor, torch.Tensor, list[torch.Tensor]], torch.Tensor]
+
+
+class CompiledModel:
+    """A compiled model in memory. Its sizes are fixed: `batch_size` prompts, `sequence_length` tokens of prompt and answer.
+
+    `vocab_size`, `bos_token_id`, `eos_token_id` (an id, or a list of them) and `pad_token_id` are the model's;
+    `device` is "cpu" or "cuda", `dtype` that of the weights and the cache.
+    """
+
+    def __init__(self, description: dict[str, Any], weights: dict[str, torch.Tensor], prefill: Step, decode: Step):
+        self.batch_size: int = description["batch_size"]
+        self.sequence_length: int = description["sequence_length"]
+        self.vocab_size: int = description["vocab_size"]
+        self.bos_token_id: int | None = description["bos_token_id"]
+        self.eos_token_id: int | list[int] | None = description["eos_token_id"]
+        self.pad_token_id: int | None = description["pad_token_id"]
+        self.device: str = description["device"]
+        self.dtype: torch.dtype = getattr(torch, description["dtype"])
+        self._layers: int = description["layers"]
+        self._cache_shape: tuple[int, ...] = tuple(description["cache_shape"])
+        self._weights = weights  # the packages hold pointers into these tensors and do not keep them alive
+        self._prefill, self._decode = prefill, decode
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens: int,
+        do_sample: bool,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int,
+        eos_token_id: int,
+    ) -> Iterator[list[int | None]]:
+        """Yield, step by step, one new id per prompt; None for a prompt that has ended.
+
+        A prompt ends at `eos_token_id`, which is not yielded, or when prompt and answer fill the compiled length. All end
+        after `max_new_tokens`. Sampling depends on `seed`, the logits and the row alone. Raises InputError at once when
+        the prompts do not fit: too many, too long, empty, or ids outside the vocabulary.
+        """
+        self._refuse_unfit(prompts)
+        generator = torch.Generator(self.device).manual_seed(seed)
+
+        def choose(logits: torch.Tensor) -> torch.Tensor:
+            if not do_sample:
+                return logits.argmax(-1)
+            return sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+
+        return self._answers(prompts, max_new_tokens, choose, eos_token_id)
+
+    def _answers(
+        self, prompts: list[list[int]], max_new_tokens: int, choose: Callable[[torch.Tensor], torch.Tensor], eos_token_id: int
+    ) -> Iterator[list[int | None]]:
+        cache, going = self.new_cache(), set(range(len(prompts)))
+        logits, positions = self.prefill(prompts, cache)
+        for answered in range(1, max_new_tokens + 1):
+            ids = choose(logits)
+            chosen = ids.tolist()
+            going -= {row for row in going if chosen[row] == eos_token_id}
+            if not going:
+                return
+            yield [chosen[row] if row in going else None for row in range(len(prompts))]
+            going -= {row for row in going if len(prompts[row]) + answered >= self.sequence_length}
+            if not going or answered == max_new_tokens:
+                return
+            logits = self.decode_one_token(ids, positions, cache)
+            # Rows that have ended, and rows without a prompt, go on beside the others: they must not leave the cache.
+            positions = (positions + 1).clamp(max=self.sequence_length - 1)
+
+    def prefill(self, prompts: list[list[int]], cache: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read the prompts into an empty cache; the logits of what follows each [batch, vocab], and its position [batch]."""
+        lengths = torch.ones(self.batch_size, dtype=torch.int64)
+        # Rows without a prompt hold one token that nobody looks at; 2 is the shortest length the graph takes.
+        ids = torch.zeros(self.batch_size, max(2, *map(len, prompts)), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            lengths[row] = len(prompt)
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+        lengths = lengths.to(self.device)
+        return self._prefill(ids.to(self.device), lengths, cache), lengths
+
+    def decode_one_token(self, ids: torch.Tensor, positions: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
+        """Read one token per row, ids [batch] at positions [batch]; the logits of what follows it [batch, vocab]."""
+        return self._decode(ids, positions, cache)
+
+    def new_cache(self) -> list[torch.Tensor]:
+        """An empty KV cache for `prefill`."""
+        return empty_cache(layers=self._layers, shape=self._cache_shape, dtype=self.dtype, device=self.device)
+
+    def _refuse_unfit(self, prompts: list[list[int]]) -> None:
+        problems = []
+        if not 1 <= len(prompts) <= self.batch_size:
+            problems.append(f"{len(prompts)} prompts for a model compiled for 1 to {self.batch_size} at a time: raise INFERENCE_BATCH_SIZE")
+        for number, prompt in enumerate(prompts, start=1):
+            which = f"prompt {number} of {len(prompts)}"
+            if not prompt:
+                problems.append(f"{which} has no tokens: give at least one")
+            elif len(prompt) >= self.sequence_length:
+                problems.append(
+                    f"{which} has {len(prompt)} tokens, the model was compiled for prompts of at most {self.sequence_length - 1} "
+                    f"(INFERENCE_SEQUENCE_LENGTH {self.sequence_length}, prompt and answer together): shorten it or compile for more"
+                )
+            elif min(prompt) < 0 or max(prompt) >= self.vocab_size:
+                problems.append(
+                    f"{which} has ids from {min(prompt)} to {max(prompt)}, the model knows 0 to {self.vocab_size - 1}: "
+                    "tokenise it with the model's own tokenizer"
+                )
+        if problems:
+            raise InputError(problems)
+
+
+def sample(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> torch.Tensor:
+    """Draw an id per row of logits [batch, vocab]: the `top_k` likeliest, then the fewest of them that hold `top_p`.
+
+    top_k=0 and top_p=1.0 leave everything in. top_p is nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751); as in
+    transformers it comes after temperature and top_k. temperature and top_p are above 0, so the likeliest id always stays.
+    """
+    size = logits.shape[-1]
+    likeliest, ids = torch.topk(logits.float() / temperature, min(top_k, size) if top_k else size, sorted=True)
+    probabilities = likeliest.softmax(-1)
+    if top_p < 1.0:
+        before = probabilities.cumsum(-1) - probabilities  # 0 for the likeliest
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    return ids.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)
+
+
+def empty_cache(*, layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> list[torch.Tensor]:
+    """Keys and values of each layer in turn, `shape` = [batch, kv heads, sequence length, head dim].
+
+    Zeros, not uninitialised memory: a masked position has weight 0, and 0 times a stray NaN is NaN.
+    """
+    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
+
+
+def load(compiled: Path) -> CompiledModel:
+    """Load what compile_inference wrote.
+
+    Raises InputError when `compiled` is no compiled model, was compiled for another device, instruction set or torch, or
+    when a weight differs from what the packages were compiled for in name, dtype or shape: the packages trust the bytes
+    that they are given, and would answer with nonsense.
+    """
+    if not (compiled / DESCRIPTION).is_file():
+        raise InputError(f"{compiled} holds no compiled model ({DESCRIPTION} is missing): run `make compile-inference` first")
+    description = json.loads((compiled / DESCRIPTION).read_text(encoding="utf-8"))
+    _refuse_another_machines(compiled, description)
+    weights = _read_weights(compiled, description)
+    return CompiledModel(description, weights, _load_step(compiled / "prefill.pt2", weights), _load_step(compiled / "decode.pt2", weights))
+
+
+def _refuse_another_machines(compiled: Path, description: dict[str, Any]) -> None:
+    device = description["device"]
+    if device == "cuda" and not torch.cuda.is_available():
+        problems = ["it was compiled for device cuda, this machine has only cpu"]
+    else:
+        problems = instruction_set(device).problems_with(description["instruction_set"])
+    if description["torch"] != torch.__version__:
+        problems.append(f"it was compiled with torch {description['torch']}, this is torch {torch.__version__}")
+    if problems:
+        remedy = f"Remove {compiled} and run `make compile-inference` on this machine: it compiles again from the consolidated model."
+        raise InputError([f"The compiled model in {compiled} cannot run here: {problem}." for problem in problems] + [remedy])
+
+
+def _read_weights(compiled: Path, description: dict[str, Any]) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    weights = load_file(compiled / WEIGHTS, device=description["device"])
+    expected, found = description["constants"], {name: constant_facts(tensor) for name, tensor in weights.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        problems = [f"{compiled / WEIGHTS} is not what was compiled: {len(wrong)} of {len(expected.keys() | found.keys())} tensors differ."]
+        problems += [f"  {name}: compiled {expected.get(name, 'nothing')}, the file has {found.get(name, 'nothing')}" for name in wrong[:5]]
+        problems += [f"  and {len(wrong) - 5} more"] if len(wrong) > 5 else []
+        raise InputError([*problems, f"Remove {compiled} and run `make compile-inference` again."])
+    return weights
+
+
+def constant_facts(tensor: torch.Tensor) -> str:
+    """Dtype and shape in one comparable piece of text: `float32 [2048, 256]`."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _load_step(package: Path, weights: dict[str, torch.Tensor]) -> Step:
+    """Open one package and point its constants at `weights`, without a copy."""
+    try:
+        # What aoti_load_package wraps. The public way imports the compiler first, which takes 2 s; this takes 2 ms.
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
+    except (AttributeError, TypeError):  # private, so a later torch may move or change it
+        return _load_step_publicly(package, weights)
+    constants = _constants_of(package, loader.get_constant_fqns(), weights)
+    loader.load_constants(constants, False, True, True)  # use_inactive, check_full_update, user_managed
+
+    def run(ids: torch.Tensor, counts: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
+        return loader.run([ids, counts, *cache])[0]
+
+    return run
+
+
+def _load_step_publicly(package: Path, weights: dict[str, torch.Tensor]) -> Step:
+    from torch._inductor import aoti_load_package
+
+    model = aoti_load_package(str(package))
+    constants = _constants_of(package, model.get_constant_fqns(), weights)
+    model.load_constants(constants, check_full_update=True, user_managed=True)
+    return model
+
+
+def _constants_of(package: Path, names: list[str], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights that a package asks for: all, but for vectors of up to 8 numbers, which inductor writes into the code."""
+    if missing := sorted(set(names) - set(weights)):
+        raise InputError(f"{package} and {WEIGHTS} beside it were not made together: the weights lack {', '.join(missing[:5])}")
+    return {name: weights[name] for name in names}

@@ -1,0 +1,124 @@
+"""Training on CPUs or CUDA GPUs: checks what cannot run, then starts the workers with torchrun.
+
+precompile starts the same workers with the same command; `training_command` builds both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from stages.backends.torch.steps import derivation, rows_per_step, total_steps
+from stages.model.base import base_model_folder, load_config
+from stages.run.errors import InputError
+from stages.run.launch import launch
+from stages.run.publish import Facts
+from stages.run.settings import Settings
+
+
+def train(settings: Settings, data: Path, work: Path) -> Facts:
+    """Train on the rows in `data`; leaves shards, metrics.jsonl, config, tokenizer and prompt in `work`."""
+    rows = prepare(settings, data)
+    base = base_model_folder(settings)
+    if not (work / "shards").is_dir():  # else a former call trained to the end and was killed before it published
+        launch(training_command(settings, base, data, work, max_steps=-1), environment(settings), work / "error")
+    shutil.rmtree(work / "checkpoints", ignore_errors=True)
+    for name in ("config.json", "generation_config.json"):
+        if (base / name).is_file():
+            shutil.copyfile(base / name, work / name)
+    shutil.copytree(data / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
+    shutil.copyfile(data / "prompt.json", work / "prompt.json")
+    steps = total_steps(settings, rows)
+    last = json.loads((work / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    tokens = steps * settings.max_length * rows_per_step(settings)
+    return Facts(device=device_name(), tokens=tokens, metrics=last, unkeyed=("metrics.jsonl", "shards/.metadata"))
+
+
+def prepare(settings: Settings, data: Path) -> int:
+    """Check that the training can run, print what follows from the settings; returns the number of training rows."""
+    figures = json.loads((data / "manifest.json").read_bytes())["metrics"]
+    check(settings, figures["vocabulary"])
+    rows = figures["train"]["rows"]
+    print("\n".join([f"device           {device_name()}", *derivation(settings, rows)]), flush=True)
+    return rows
+
+
+def training_command(settings: Settings, base: Path, data: Path, work: Path, max_steps: int) -> list[str]:
+    """torchrun and the worker, as train and precompile run them; only `work` and `max_steps` differ."""
+    launcher = ["-m", "stages.backends.torch.torchrun", "--standalone", "--nproc-per-node", str(settings.nproc_per_node)]
+    worker = ["-m", "stages.backends.torch.worker", "--base", str(base), "--data", str(data)]
+    return [sys.executable, *launcher, *worker, "--work", str(work), "--max-steps", str(max_steps)]
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """What the workers get besides the caller's environment."""
+    from stages.backends.torch.inductor import COMPILE_CACHE
+
+    threads = max(1, (os.cpu_count() or 1) // settings.nproc_per_node)
+    return {
+        **settings.environment(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        "TORCHINDUCTOR_CACHE_DIR": str(COMPILE_CACHE.absolute()),
+        "LOGLEVEL": os.environ.get("LOGLEVEL", "CRITICAL"),  # torchrun repeats a worker's failure at ERROR
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def check(settings: Settings, vocabulary: int) -> None:
+    """Raise InputError with everything that keeps this model from being trained with these settings here.
+
+    `vocabulary` is the number of ids that the rows' tokenizer can give.
+    """
+    import torch
+
+    from stages.backends.torch.inductor import unusable_path
+    from stages.backends.torch.parallel import SUPPORTED
+
+    config = load_config(settings)
+    problems = []
+    if config.model_type not in SUPPORTED:
+        problems.append(f"MODEL_ID={settings.model_id} is a {config.model_type}; the torch backend trains {', '.join(SUPPORTED)}.")
+    if vocabulary > config.vocab_size:
+        problems.append(
+            f"MODEL_ID={settings.model_id}: the tokenizer gives ids up to {vocabulary - 1}, the model has {config.vocab_size} embeddings. "
+            f"They do not belong together."
+        )
+    problems += _indivisible(settings, config)
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and settings.max_length > longest:
+        problems.append(f"MAX_LENGTH={settings.max_length} is above the model's {longest} positions. Lower MAX_LENGTH.")
+    if not settings.zero_1:
+        problems.append("ZERO_1=0: the torch backend always shards the optimizer (FSDP2). Leave ZERO_1=1.")
+    if settings.torch_compile and unusable_path():
+        problems.append(f"TORCH_COMPILE=1: inductor cannot use a path with a space ({unusable_path()}). Move the project, or leave it 0.")
+    gpus = torch.cuda.device_count()
+    if gpus and settings.nproc_per_node > gpus:
+        problems.append(f"NPROC_PER_NODE={settings.nproc_per_node} is above the {gpus} visible GPU(s). Lower it (CUDA_VISIBLE_DEVICES).")
+    if problems:
+        raise InputError(problems)
+
+
+def _indivisible(settings: Settings, config: Any) -> list[str]:
+    size = settings.tensor_parallel_size
+    counts = {
+        "attention heads": config.num_attention_heads,
+        "KV heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
+        "vocabulary entries": config.vocab_size,
+        "intermediate columns": config.intermediate_size,
+    }
+    return [
+        f"TENSOR_PARALLEL_SIZE={size} does not divide the model's {count} {name}. Set a divisor of it."
+        for name, count in counts.items()
+        if count % size
+    ]
+
+
+def device_name() -> str:
+    """What did the work, for the manifest: the GPU's name, or the CPU."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {os.cpu_count()} cores"

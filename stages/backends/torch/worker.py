@@ -1,0 +1,203 @@
+"""One process of a training: `torchrun ... -m stages.backends.torch.worker`, started by train and precompile.
+
+Takes the settings from the environment, the base model and the packed rows from folders, and leaves in the work folder
+checkpoints, metrics.jsonl and, when it ends, the sharded weights.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import click
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
+
+from stages.backends.torch import checkpoint, optimizer
+from stages.backends.torch.loss import loss_sum, supervised
+from stages.backends.torch.parallel import build_model, mesh_of
+from stages.backends.torch.rows import PackedRows, rows_of_step
+from stages.backends.torch.steps import rows_per_step, total_steps
+from stages.run.errors import InputError, StageFailure
+from stages.run.launch import die_with_parent, report_error
+from stages.run.progress import Progress
+from stages.run.settings import Settings
+
+
+@dataclass
+class Training:
+    """What one rank holds while it trains."""
+
+    settings: Settings
+    device: torch.device
+    mesh: DeviceMesh
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    train: PackedRows
+    validation: PackedRows | None
+
+    @property
+    def data_rank(self) -> int:
+        return self.mesh["data"].get_local_rank()
+
+
+@click.command()
+@click.option("--base", type=click.Path(path_type=Path), required=True, help="Base model: config.json and safetensors.")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder that the data stage published.")
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for checkpoints, metrics and shards.")
+@click.option("--max-steps", type=int, required=True, help="Optimizer steps; -1 = as the settings say.")
+def main(base: Path, data: Path, work: Path, max_steps: int) -> None:
+    die_with_parent()
+    # The gradients' norm is summed over both dimensions of the mesh one after the other, and DTensor warns that this is slow.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    settings = Settings.read()
+    device = _device()
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        train(settings, base, data, work, max_steps, device)
+    except (InputError, StageFailure) as error:
+        report_error(error, work / "error")
+        sys.exit(error.exit_status)
+    finally:
+        dist.destroy_process_group()
+
+
+def train(settings: Settings, base: Path, data: Path, work: Path, max_steps: int, device: torch.device) -> None:
+    """Train from the last whole checkpoint in `work`, or from the base model, to the last step."""
+    state = _prepare(settings, base, data, device)
+    total = max_steps if max_steps > 0 else total_steps(settings, len(state.train))
+    first = checkpoint.resume(work / "checkpoints", state.model, state.optimizer)
+    metrics = Metrics(work / "metrics.jsonl", first)
+    with Progress("train", total, "steps", done=first, shown=dist.get_rank() == 0) as progress:
+        for step in range(first, total):
+            figures = train_step(state, step, total)
+            if not math.isfinite(figures["loss"]) or not math.isfinite(figures["grad_norm"]):
+                raise StageFailure(_not_finite(step + 1, figures, checkpoint.last_step(work / "checkpoints")))
+            done, last = step + 1, step + 1 == total
+            if state.validation and settings.eval_steps and (done % settings.eval_steps == 0 or last):
+                figures["validation_loss"] = validation_loss(state, state.validation)
+            logged = done % settings.logging_steps == 0 or last
+            if logged and dist.get_rank() == 0:
+                metrics.write({"step": done, "epoch": round(done * rows_per_step(settings) / len(state.train), 4), **figures})
+            progress.update(1, {name: f"{value:.4g}" for name, value in figures.items()}, line=logged)
+            if settings.save_steps and done % settings.save_steps == 0 and not last and max_steps < 0:
+                checkpoint.save_checkpoint(work / "checkpoints", done, state.model, state.optimizer, settings.save_total_limit)
+    checkpoint.save_shards(work / "shards", state.model)
+
+
+def train_step(state: Training, step: int, total: int) -> dict[str, float]:
+    """One optimizer step over global batch `step` (from 0): its loss (nats per supervised token) and other figures."""
+    started = time.monotonic()
+    settings = state.settings
+    rate = optimizer.learning_rate(step, total, settings)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    rows = rows_of_step(step, rows_per_step(settings), len(state.train), settings.seed)
+    mine = rows.reshape(settings.data_parallel_size, settings.gradient_accumulation_steps, -1)[state.data_rank]
+    batches = [state.train.batch(indices, state.device) for indices in mine]
+    tokens = _sum_over_data(state, sum(int(supervised(b["labels"], b["position_ids"]).sum()) for b in batches))
+    local = torch.zeros((), device=state.device)
+    for index, batch in enumerate(batches):
+        cast(FSDPModule, state.model).set_requires_gradient_sync(index == len(batches) - 1)  # one exchange of gradients per step
+        with loss_parallel():
+            loss = loss_sum(state.model, batch)
+            # FSDP averages gradients over the data-parallel ranks; the loss is a mean over the whole global batch's tokens.
+            (loss * (settings.data_parallel_size / max(1, tokens))).backward()
+        local += _whole(loss.detach())
+    norm = _whole(torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.max_grad_norm or math.inf))
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    loss_mean = _sum_over_data(state, float(local)) / max(1, tokens)
+    seen = rows.size * settings.max_length
+    return {
+        "loss": loss_mean,
+        "learning_rate": rate,
+        "grad_norm": float(norm),
+        "tokens_per_second": seen / (time.monotonic() - started),
+    }
+
+
+@torch.no_grad()
+def validation_loss(state: Training, held_out: PackedRows) -> float:
+    """Mean loss over the held-out rows, in nats per supervised token; the data-parallel ranks share them."""
+    state.model.eval()
+    size, ranks = state.settings.per_device_train_batch_size, state.settings.data_parallel_size
+    total, tokens = 0.0, 0
+    for turn in range(math.ceil(len(held_out) / (size * ranks))):
+        # FSDP and TP exchange tensors in every forward: a rank without rows left runs its last one for nothing.
+        start = (turn * ranks + state.data_rank) * size
+        indices = [index for index in range(start, start + size) if index < len(held_out)]
+        batch = held_out.batch(torch.tensor(indices or [0]).numpy(), state.device)
+        with loss_parallel():
+            loss = float(_whole(loss_sum(state.model, batch)))
+        if indices:
+            total, tokens = total + loss, tokens + int(supervised(batch["labels"], batch["position_ids"]).sum())
+    state.model.train()
+    return _sum_over_data(state, total) / max(1.0, _sum_over_data(state, tokens))
+
+
+class Metrics:
+    """metrics.jsonl: one line per logged step. Opened for a run that resumes at `first`, it drops the lines after that."""
+
+    def __init__(self, path: Path, first: int):
+        self._path = path
+        if dist.get_rank() == 0:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
+            path.write_text("".join(kept), encoding="utf-8")
+
+    def write(self, figures: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(figures) + "\n")
+
+
+def _prepare(settings: Settings, base: Path, data: Path, device: torch.device) -> Training:
+    torch.manual_seed(settings.seed)
+    mesh = mesh_of(settings, device)
+    model = build_model(base, settings, mesh, device)
+    held_out = data / "validation"
+    validation = PackedRows(held_out) if held_out.is_dir() else None
+    return Training(settings, device, mesh, model, optimizer.adamw(model, settings), PackedRows(data / "train"), validation)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _sum_over_data(state: Training, value: float) -> float:
+    """The sum over data-parallel ranks, the same number on every rank."""
+    tensor = torch.tensor(float(value), dtype=torch.float64, device=state.device)
+    dist.all_reduce(tensor, group=state.mesh["data"].get_group())
+    return float(tensor)
+
+
+def _not_finite(step: int, figures: dict[str, float], kept: int) -> str:
+    numbers = ", ".join(f"{name} {value:g}" for name, value in figures.items())
+    rest = f"The checkpoint of step {kept} is kept." if kept else "There is no checkpoint yet."
+    return (
+        f"Step {step}: the loss or its gradient is not finite ({numbers}). {rest} "
+        f"Lower LEARNING_RATE, raise WARMUP_STEPS, or look for broken rows in the dataset."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Join train's shards into a model folder that plain transformers loads: safetensors, config, tokenizer, prompt."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from stages.run.backend import backend_module
+from stages.run.command import stage_command
+from stages.run.publish import Facts, publish, remove_published
+from stages.run.settings import Settings
+from stages.run.sizes import parse_size, show_size
+
+
+@stage_command("consolidate", train="Folder that train published.")
+def main(settings: Settings, train: Path, output: Path) -> None:
+    publish("consolidate", settings, {"train": train}, output, lambda work: join(settings, train, work))
+    if not settings.keep_shards:
+        remove_published(train, "shards", because="KEEP_SHARDS=0 removed its shards")
+
+
+def join(settings: Settings, train: Path, work: Path) -> Facts:
+    """Write the whole model to `work` and hold it against its config.json; nothing is published that differs."""
+    from transformers import AutoConfig
+
+    from stages.model.check import check_model_folder, tied_weights
+
+    backend = backend_module("consolidate", settings)
+    shutil.copytree(train / "tokenizer", work, dirs_exist_ok=True)
+    for name in ("prompt.json", "generation_config.json"):
+        if (train / name).is_file():
+            shutil.copyfile(train / name, work / name)
+    config = AutoConfig.from_pretrained(train)
+    config.dtype = "bfloat16" if settings.bf16 else "float32"
+    config.save_pretrained(work)
+    found = backend.consolidate(
+        train / "shards", work, dtype=config.dtype, max_shard_size=parse_size(settings.max_shard_size), tied=tied_weights(work)
+    )
+    checked = check_model_folder(work)
+    print(f"{checked['parameters']:,} parameters in {checked['dtype']}, {show_size(checked['bytes'])}: as config.json says", flush=True)
+    return Facts(metrics={**checked, "bytes_read": found["bytes_read"]}, digests=found["files"])
+
+
+if __name__ == "__main__":
+    main()

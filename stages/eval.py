@@ -1,0 +1,99 @@
+"""Ask the compiled model, and compare the losses of the base and the fine-tuned model on the held-out rows.
+
+With PROMPT it answers that alone, at once, and publishes nothing. Without, it answers the prompts in PROMPTS and
+publishes answers.jsonl and the losses.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from stages.run.backend import backend_module
+from stages.run.command import stage_command
+from stages.run.progress import Progress
+from stages.run.publish import Facts, publish
+from stages.run.settings import Settings
+from stages.text.answer import Answer, Answerer, Question, read_questions, write_answers
+
+SHOWN = 10  # answers printed; all are in answers.jsonl
+
+
+@stage_command(
+    "eval",
+    "PROMPT",
+    "CONTEXT",
+    data="Folder that data published.",
+    consolidate="Folder that consolidate published.",
+    compile_inference="Folder that compile-inference published.",
+)
+def main(settings: Settings, data: Path, consolidate: Path, compile_inference: Path, output: Path) -> None:
+    if settings.prompt:
+        answer_one(settings, compile_inference)
+        return
+    inputs = {"data": data, "consolidate": consolidate, "compile-inference": compile_inference}
+
+    def build(work: Path) -> Facts:
+        answers = answer_all(settings, compile_inference)
+        write_answers(work / "answers.jsonl", answers)
+        metrics = {"answers": len(answers), **exact_matches(answers), **compare_losses(settings, data, consolidate)}
+        return Facts(metrics=metrics, tokens=sum(answer.tokens for answer in answers))
+
+    publish("eval", settings, inputs, output, build)
+
+
+def answer_one(settings: Settings, compiled: Path) -> None:
+    """Stream the answer to PROMPT to the terminal."""
+    model = backend_module("generate", settings).load(compiled)
+    for piece in Answerer(compiled, model, settings).stream(Question(settings.prompt, settings.context)):
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def answer_all(settings: Settings, compiled: Path) -> list[Answer]:
+    """Answer every question of PROMPTS; the first few are shown."""
+    questions = read_questions(Path(settings.prompts), settings)
+    model = backend_module("generate", settings).load(compiled)
+    answers = []
+    with Progress("eval", len(questions), "answers") as progress:
+        for answer in Answerer(compiled, model, settings).answers(questions):
+            answers.append(answer)
+            progress.update(1)
+    for answer in answers[:SHOWN]:
+        context = f"\n   ({answer.context})" if answer.context else ""
+        cut = "" if answer.ended else " [cut]"
+        print(f"\nQ: {answer.instruction}{context}\nA: {answer.answer}{cut}", flush=True)
+    if len(answers) > SHOWN:
+        print(f"\n... {len(answers) - SHOWN} more in answers.jsonl", flush=True)
+    return answers
+
+
+def exact_matches(answers: list[Answer]) -> dict[str, int]:
+    """How many answers are the expected text to the letter, of those that have one."""
+    judged = [answer for answer in answers if answer.expected is not None]
+    if not judged:
+        return {}
+    matches = sum(answer.answer == answer.expected for answer in judged)
+    print(f"\nexact matches: {matches} of {len(judged)}", flush=True)
+    return {"exact_matches": matches, "judged": len(judged)}
+
+
+def compare_losses(settings: Settings, data: Path, tuned: Path) -> dict[str, dict[str, float]]:
+    """Loss (nats per supervised token) and perplexity of the base and the fine-tuned model, side by side."""
+    if not (data / "validation").is_dir():
+        print("\nNothing is held out (VALIDATION_FRACTION=0): no validation loss.", flush=True)
+        return {}
+    losses = backend_module("evaluate", settings).validation_losses(settings, data, tuned)
+    print(f"\nheld-out rows      {'base':>10} {'fine-tuned':>12}")
+    print(f"  loss (nats)      {losses['base']:>10.4f} {losses['fine_tuned']:>12.4f}")
+    print(f"  perplexity       {perplexity(losses['base']):>10.2f} {perplexity(losses['fine_tuned']):>12.2f}", flush=True)
+    return {name: {"loss": loss, "perplexity": perplexity(loss)} for name, loss in losses.items()}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where that is too large for a number."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""The two ways in which a stage ends badly, told apart by who can mend it.
+
+Every message names the problem, the numbers and the remedy; several problems are reported together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class InputError(Exception):
+    """What the user can mend: a setting, a row of data, a missing file. Exit status 2."""
+
+    exit_status = 2
+
+    def __init__(self, problems: str | Iterable[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class StageFailure(Exception):
+    """What failed although the input was right: a worker that died, a loss that is no number. Exit status 1."""
+
+    exit_status = 1

@@ -1,0 +1,77 @@
+"""Starting the processes of a distributed run, and making sure that none outlives its stage.
+
+The launcher runs in a session of its own, so that Ctrl-C reaches the stage alone, which then ends the whole group.
+Should the stage itself be killed, the kernel kills the launcher and its workers in turn: each calls `die_with_parent`
+(PR_SET_PDEATHSIG) when it starts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from stages.run.code import ROOT
+from stages.run.errors import InputError, StageFailure
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h; prctl(2)
+GRACE_SECONDS = 5.0
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent is gone (Linux; elsewhere the launcher's own care remains)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def launch(command: list[str], environment: Mapping[str, str], error_file: Path) -> None:
+    """Run `command` from the project's folder and wait for it.
+
+    A worker that knows what went wrong writes `InputError` or `StageFailure` and its message to `error_file`
+    (`report_error`); it is raised here. Any other failure is a StageFailure with the exit status.
+    """
+    error_file.unlink(missing_ok=True)
+    print(f"$ {shlex.join(_shown(command))}", flush=True)
+    process = subprocess.Popen(command, env={**os.environ, **environment}, cwd=ROOT, start_new_session=True)
+    try:
+        status = process.wait()
+    finally:
+        _end(process)
+    if error_file.exists():
+        kind, _, message = error_file.read_text(encoding="utf-8").partition("\n")
+        raise InputError(message.splitlines()) if kind == "InputError" else StageFailure(message)
+    if status:
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        raise StageFailure(f"The workers' launcher {how}; what they printed is above. Nothing was published.")
+
+
+def report_error(error: InputError | StageFailure, error_file: Path) -> None:
+    """For a worker: hand `error` to the stage that launched it. The first of several ranks is heard."""
+    try:
+        with error_file.open("x", encoding="utf-8") as file:
+            file.write(f"{type(error).__name__}\n{error}")
+    except FileExistsError:
+        pass
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End what is left of the launcher's group: politely, then not."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            return
+        while sign == signal.SIGTERM and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+    process.wait()
+
+
+def _shown(command: list[str]) -> list[str]:
+    return ["python" if part == sys.executable else part for part in command]

@@ -1,0 +1,199 @@
+"""A stage's output appears whole or not at all.
+
+A stage works in a folder of its own beside its output, keyed by what it is made from. When everything is written, its
+manifest is added and the folder takes the output's place by one rename. Killed at any moment before that, it leaves
+the former output as it was; a training's work folder survives, and the same command resumes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stages.run import record
+from stages.run.backend import choose
+from stages.run.content import combine, file_digest
+from stages.run.lock import locked
+from stages.run.progress import duration
+from stages.run.settings import Settings
+
+_RENAME_EXCHANGE = 2  # linux/fs.h; renameat2(2)
+_AT_FDCWD = -100
+
+
+@dataclass
+class Facts:
+    """What a stage reports of its work for the manifest, beyond the files it wrote.
+
+    `digests`: sha256 of files that were hashed while they were written. `unkeyed`: files that differ from run to run
+    although the result is the same (timings); they do not make later stages stale.
+    """
+
+    device: str = "cpu"
+    tokens: int | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    unkeyed: tuple[str, ...] = ()
+
+
+def publish(
+    stage: str, settings: Settings, inputs: dict[str, Path], output: Path, build: Callable[[Path], Facts], resumable: bool = False
+) -> bool:
+    """Run `build(work_folder)` and publish the folder as `output`, unless what lies there is what it would be.
+
+    `inputs` are the upstream outputs whose content counts. Returns whether anything was built. The record is taken
+    before the work starts: an edit made during a long training is not recorded as trained.
+    """
+    run_folder = output.parent
+    with locked(run_folder, stage):
+        published = record.manifest_of(output)
+        made_from, seen = record.record_now(stage, settings, inputs, published)
+        why = record.reasons_of(published, made_from, output)
+        if not why:
+            print(f"{stage}: up to date ({output})", flush=True)
+            return False
+        print(f"{stage}: {'; '.join(why)}", flush=True)
+        if "BACKEND" in settings.concerning(stage):
+            print("backend: {0.name} ({0.reason})".format(choose(settings)), flush=True)
+        work = _work_folder(run_folder, stage, made_from, resumable)
+        started = time.time()
+        try:
+            facts = build(work)
+            _write_manifest(stage, work, made_from, seen, facts, time.time() - started)
+            _replace(output, work)
+        except BaseException:
+            if not resumable:
+                _remove_work(work)
+            raise
+        print(f"{stage}: published {output} in {duration(time.time() - started)}", flush=True)
+        return True
+
+
+def _work_folder(run_folder: Path, stage: str, made_from: dict, resumable: bool) -> Path:
+    works = run_folder / ".work"
+    work = works / f"{stage}-{_key(made_from)}"
+    for left in works.glob(f"{stage}-*"):  # of a run that was killed
+        if not resumable or left.suffix == ".former" or _was_replaced(left):
+            shutil.rmtree(left)
+    work.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def _was_replaced(work: Path) -> bool:
+    """Whether a work folder holds a former output, which a kill behind the exchange left under the new output's name.
+
+    A folder with a manifest was finished. It waits to be published only if it is whole and made from what its name says.
+    """
+    manifest = record.manifest_of(work)
+    return manifest is not None and (_key(manifest["record"]) not in work.name or bool(record.damage(manifest, work)))
+
+
+def _key(made_from: dict) -> str:
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _write_manifest(stage: str, work: Path, made_from: dict, seen: dict, facts: Facts, seconds: float) -> None:
+    (work / "manifest.json").unlink(missing_ok=True)  # of a former call that finished this work and was killed
+    files = sorted(path for path in work.rglob("*") if path.is_file())
+    outputs: dict[str, dict[str, Any]] = {}
+    for path in files:
+        name = path.relative_to(work).as_posix()
+        outputs[name] = {"bytes": path.stat().st_size, "sha256": facts.digests.get(name) or file_digest(path)}
+        _flush(path)
+    keyed = {name: entry["sha256"] for name, entry in outputs.items() if name not in facts.unkeyed}
+    manifest = {
+        "stage": stage,
+        "content": combine(keyed),
+        "metrics": facts.metrics,
+        "tokens": facts.tokens,
+        "seconds": round(seconds, 3),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": facts.device,
+        "versions": _installed(stage),
+        "record": made_from,
+        "outputs": outputs,
+        "seen": seen,
+    }
+    write_json(work / "manifest.json", manifest)
+    _flush(work / "manifest.json")
+    _flush(work)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON that a person can read and diff."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def remove_published(output: Path, part: str, because: str) -> None:
+    """Remove a folder `part` of a published output that nothing needs any more; its manifest says so first."""
+    manifest = record.manifest_of(output)
+    if manifest is None or not (output / part).is_dir():
+        return
+    manifest["removed"] = because
+    manifest["outputs"] = {name: facts for name, facts in manifest["outputs"].items() if not name.startswith(f"{part}/")}
+    beside = output / ".manifest.json"
+    write_json(beside, manifest)
+    _flush(beside)
+    beside.replace(output / "manifest.json")
+    shutil.rmtree(output / part)
+
+
+def _installed(stage: str) -> dict[str, str]:
+    import importlib.metadata  # 24 ms that an answer need not wait for
+
+    versions = {"python": platform.python_version()}
+    for name in record.LIBRARIES[stage]:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _flush(path: Path) -> None:
+    """Ask for the bytes to be on the disk, not only in memory: a rename must not outlive a power cut that they do not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(output: Path, work: Path) -> None:
+    """Put `work` in the place of `output` by one rename, then remove what was there."""
+    former = work.with_name(f"{work.name}.former")
+    shutil.rmtree(former, ignore_errors=True)
+    if not output.exists():
+        work.rename(output)
+    elif _exchange(work, output):
+        work.rename(former)
+    else:  # a file system without exchange (NFS, macOS): two renames, a moment without an output
+        output.rename(former)
+        work.rename(output)
+    _flush(output.parent)
+    _remove_work(former)
+
+
+def _remove_work(work: Path) -> None:
+    """Remove a work folder, and the folder of work folders when it was the last."""
+    shutil.rmtree(work, ignore_errors=True)
+    if not any(work.parent.iterdir()):
+        work.parent.rmdir()
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths atomically; False where this system cannot."""
+    if sys.platform != "linux":
+        return False
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return renameat2 is not None and renameat2(_AT_FDCWD, bytes(one), _AT_FDCWD, bytes(other), _RENAME_EXCHANGE) == 0

@@ -1,0 +1,150 @@
+"""What a stage's output was made from, and why that is no longer what it would be made from now.
+
+A record holds four kinds of facts: the settings that concern the stage (a local file by its content), a digest of
+each file of code that it runs, the pinned versions of the libraries that shape its output, and the content of its
+upstream stages' outputs. A stage is stale when the record in its manifest differs from today's; the reason is the
+difference, in words. Nothing here writes. Standard library only: make runs it at every start.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from stages.run import content
+from stages.run.backend import find_backend
+from stages.run.code import ROOT, code_of, raw_digest
+from stages.run.settings import Settings
+
+# The pinned libraries that shape what a stage publishes.
+LIBRARIES = {
+    "data": ("datasets", "tokenizers", "transformers"),
+    "precompile": ("torch", "transformers"),
+    "train": ("torch", "transformers"),
+    "consolidate": ("safetensors", "torch", "transformers"),
+    "compile-inference": ("torch", "transformers"),
+    "eval": ("tokenizers", "torch", "transformers"),
+}
+# What a tokenizer is made of, as far as a model has it: all that AutoTokenizer reads.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+# The part of a model folder that a stage reads, where it is not the weights and all that describes them.
+MODEL_FILES = {
+    "data": TOKENIZER_FILES,
+    "precompile": ("config.json",),
+}
+
+
+def manifest_of(output: Path) -> dict[str, Any] | None:
+    """The manifest that a stage published into `output`; None where there is none that can be read."""
+    try:
+        manifest = json.loads((output / "manifest.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and "record" in manifest and "outputs" in manifest else None
+
+
+def record_now(stage: str, settings: Settings, inputs: dict[str, Path], published: dict[str, Any] | None) -> tuple[dict, dict]:
+    """What `stage` would be made from now, and what was looked at to know it.
+
+    `inputs` are the output folders of the upstream stages whose content counts. `published` is the stage's own
+    manifest, if any: a file whose bytes (code) or signature (data) are those of then is not analysed or read again.
+    """
+    seen_then = (published or {}).get("seen", {})
+    record_then = (published or {}).get("record", {})
+    backend = settings.backend if settings.backend != "auto" else seen_then.get("backend") or find_backend().name
+    code, raw = _code(stage, backend, record_then.get("code", {}), seen_then.get("code", {}))
+    values, signatures = _values(stage, settings, record_then.get("settings", {}), seen_then.get("files", {}))
+    upstream = {name: (manifest_of(folder) or {}).get("content", "nothing yet") for name, folder in inputs.items()}
+    pins = {name: version for name, version in pinned_versions().items() if name in LIBRARIES[stage]}
+    record = {"settings": values, "code": code, "versions": pins, "inputs": upstream}
+    return record, {"backend": backend, "code": raw, "files": signatures}
+
+
+def reasons(stage: str, settings: Settings, inputs: dict[str, Path], output: Path) -> list[str]:
+    """Why `stage` has to run, in words; empty when what it published is what it would publish now."""
+    published = manifest_of(output)
+    if published is None:  # nothing to compare with: spare the reading
+        return reasons_of(None, {}, output)
+    return reasons_of(published, record_now(stage, settings, inputs, published)[0], output)
+
+
+def reasons_of(published: dict[str, Any] | None, now: dict[str, Any], output: Path) -> list[str]:
+    """`reasons`, for one who has the published manifest and today's record already."""
+    if published is None:
+        return ["nothing published yet"]
+    return differences(published["record"], now) + damage(published, output)
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Each difference of two records as a phrase: `LEARNING_RATE 5e-05 -> 0.0001`."""
+    found = []
+    for part in ("settings", "versions", "code", "inputs"):
+        before, after = then.get(part, {}), now[part]
+        for name in sorted(before.keys() | after.keys()):
+            if before.get(name) != after.get(name):
+                found.append(_difference(part, name, before.get(name), after.get(name)))
+    return found
+
+
+def damage(published: dict[str, Any], output: Path) -> list[str]:
+    """Published files that are gone or have another size: cheap enough for every make."""
+    found = []
+    for name, facts in published["outputs"].items():
+        try:
+            size = (output / name).stat().st_size
+        except OSError:
+            found.append(f"{name} is missing")
+            continue
+        if size != facts["bytes"]:
+            found.append(f"{name} has {size} bytes, not {facts['bytes']}")
+    return found
+
+
+def pinned_versions() -> dict[str, str]:
+    """Library -> version as requirements.txt pins it."""
+    return dict(re.findall(r"^([\w.-]+)==([\w.+-]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def _difference(part: str, name: str, before: Any, after: Any) -> str:
+    if part == "code":
+        return f"{name} {'is new' if before is None else 'is gone' if after is None else 'was edited'}"
+    if part == "inputs":
+        return f"{name} has other content"
+    if isinstance(before, str) and before.startswith("sha256:") and str(after).startswith("sha256:"):
+        return f"{name} has other content"
+    return f"{name} {before} -> {after}"
+
+
+def _code(stage: str, backend: str, meaning_then: dict, raw_then: dict) -> tuple[dict, dict]:
+    raw = {path: raw_digest(path) for path in raw_then}
+    if raw and raw == raw_then:
+        return meaning_then, raw
+    meaning = code_of(stage, backend)
+    return meaning, {path: raw_digest(path) for path in meaning}
+
+
+def _values(stage: str, settings: Settings, values_then: dict, signatures_then: dict) -> tuple[dict, dict]:
+    values, signatures = settings.concerning(stage), {}
+    for name in settings.naming_paths():
+        # DATASET=folder/rows.jsonl is made from those rows, wherever they lie and whatever the file is called.
+        path = Path(str(values.get(name)))
+        if name not in values or not path.exists():
+            continue
+        patterns = MODEL_FILES.get(stage, ("*.json", "*.safetensors")) if name == "MODEL_ID" else ("*",)
+        signatures[name] = content.signature(path, patterns)
+        if signatures[name] == signatures_then.get(name) and name in values_then:
+            values[name] = values_then[name]
+        else:
+            values[name] = f"sha256:{content.content_digest(path, patterns)}"
+    return values, signatures

@@ -1,0 +1,262 @@
+"""Every setting, declared once: type, default, unit, bounds, help and the stages that it concerns.
+
+The make variable, the environment variable and the click option of a setting are its field's name in capitals
+(`learning_rate` -> `LEARNING_RATE`). `make help`, the README's table, the options of the stage scripts, the checks
+and the record that decides what is stale are all read from this class. Standard library only: make runs it at
+every start.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any
+
+from stages.run.errors import InputError
+from stages.run.sizes import parse_size
+
+STAGES = ("data", "precompile", "train", "consolidate", "compile-inference", "eval")
+_MODEL = "precompile train"
+
+
+def setting(
+    default: Any,
+    help: str,
+    stages: str = "",
+    *,
+    unit: str = "",
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+    path: bool = False,
+    check: Callable[[str], object] | None = None,
+) -> Any:
+    """A field of `Settings`. `stages` names those whose output it changes; "" means that nothing published depends on it.
+
+    `least`/`most` are inclusive bounds, `above`/`below` exclusive ones. `path` marks a value that may name a local file
+    or folder: then its content, not its name, is what a stage was made from. `check` raises InputError for a bad value.
+    """
+    unknown = set(stages.split()) - set(STAGES)
+    assert not unknown, f"not stages: {unknown}"
+    facts = {"help": help, "stages": tuple(stages.split()), "unit": unit, "choices": choices, "path": path, "check": check}
+    return field(default=default, metadata={**facts, "least": least, "most": most, "above": above, "below": below})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one run. `Settings.read` is the only way in from outside; it reports all problems together."""
+
+    # What runs where.
+    backend: str = setting(
+        "auto", "Where stages run: found (Neuron devices, else PyTorch on CUDA, else on the CPU) or named.",
+        "precompile train consolidate compile-inference eval", choices=("auto", "torch", "neuron"),
+    )  # fmt: skip
+    nproc_per_node: int = setting(1, "Training processes (torchrun); NPROC_PER_NODE = tensor parallel x data parallel.", _MODEL, least=1)
+    tensor_parallel_size: int = setting(1, "Processes that share each layer's weights.", _MODEL, least=1)
+    seed: int = setting(42, "Held-out documents, random weights, batch order and sampling are functions of it.", "data train eval", least=0)
+
+    # The base model.
+    model_id: str = setting("data/demo/model", "Base model: Hub id or local folder.", "data precompile train eval", path=True)
+    model_revision: str = setting("main", "Revision of MODEL_ID on the Hub.", "data precompile train eval")
+    init_weights: str = setting(
+        "pretrained", "Start from the model's weights, or from random ones made from its config.json and SEED.",
+        "train eval", choices=("pretrained", "random"),
+    )  # fmt: skip
+
+    # The dataset.
+    dataset: str = setting(
+        "data/demo/demo.jsonl", "Hub id, .json/.jsonl/.csv/.parquet file, saved `datasets` folder, or s3:// path.", "data", path=True
+    )
+    dataset_revision: str = setting("main", "Revision of DATASET on the Hub.", "data")
+    dataset_config: str = setting("", "Configuration of DATASET on the Hub; empty for its only one.", "data")
+    dataset_split: str = setting("train", "Split of DATASET.", "data")
+    instruction_column: str = setting("instruction", "Column of the instruction.", "data")
+    context_column: str = setting("context", "Column of the context; empty for none.", "data")
+    response_column: str = setting("response", "Column of the response.", "data")
+    max_length: int = setting(2048, "Length of a packed row, in training and validation.", "data precompile train", unit="tokens", least=2)
+    packing: str = setting(
+        "best_fit", "best_fit cuts no document that fits a row; concat joins all and cuts at MAX_LENGTH, as the tutorial does.",
+        "data", choices=("best_fit", "concat"),
+    )  # fmt: skip
+    overlong: str = setting(
+        "truncate", "What becomes of a document longer than MAX_LENGTH (best_fit).", "data", choices=("truncate", "drop", "error")
+    )
+    validation_fraction: float = setting(0.02, "Documents held out for validation.", "data", unit="fraction", least=0, below=1)
+    loss_on: str = setting("all", "Tokens that the loss counts: all, or the response's.", "data", choices=("all", "response"))
+
+    # Training.
+    num_train_epochs: int = setting(3, "Passes over the training rows.", "train", unit="epochs", least=1)
+    max_steps: int = setting(-1, "Optimizer steps; -1 = NUM_TRAIN_EPOCHS decides.", "train", unit="steps", least=-1)
+    per_device_train_batch_size: int = setting(1, "Rows in a micro-batch of one data-parallel rank.", _MODEL, unit="rows", least=1)
+    gradient_accumulation_steps: int = setting(1, "Micro-batches per optimizer step.", _MODEL, least=1)
+    learning_rate: float = setting(5e-5, "Peak learning rate of AdamW.", "train", above=0, most=10)
+    lr_scheduler_type: str = setting(
+        "cosine", "Learning rate after warm-up: to zero by a cosine or a line, or constant.", "train",
+        choices=("cosine", "linear", "constant"),
+    )  # fmt: skip
+    warmup_steps: int = setting(0, "Steps over which the learning rate rises from zero.", "train", unit="steps", least=0)
+    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay; norms and biases are left out.", "train", least=0, below=1)
+    adam_beta1: float = setting(0.9, "AdamW's decay of the first moment.", "train", least=0, below=1)
+    adam_beta2: float = setting(0.999, "AdamW's decay of the second moment.", "train", least=0, below=1)
+    adam_epsilon: float = setting(1e-8, "AdamW's epsilon.", "train", above=0)
+    max_grad_norm: float = setting(1.0, "Gradient norm above which gradients are scaled down; 0 = never.", "train", least=0)
+    bf16: bool = setting(True, "Compute in bfloat16 over float32 master weights, and publish bfloat16.", f"{_MODEL} consolidate")
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, a third more time.", _MODEL)
+    zero_1: bool = setting(True, "Shard the optimizer over data-parallel ranks (torch: FSDP2, always on).", _MODEL)
+    torch_compile: bool = setting(False, "Compile the layers with inductor (torch).", _MODEL)
+    logging_steps: int = setting(10, "Steps between lines of metrics.jsonl.", unit="steps", least=1)
+    eval_steps: int = setting(100, "Steps between validation losses during training; 0 = never.", unit="steps", least=0)
+    save_steps: int = setting(100, "Steps between checkpoints to resume from; 0 = none.", unit="steps", least=0)
+    save_total_limit: int = setting(1, "Checkpoints kept.", unit="checkpoints", least=1)
+
+    # Consolidation.
+    max_shard_size: str = setting("5GB", "Largest safetensors file.", "consolidate", unit="bytes", check=parse_size)
+    keep_shards: bool = setting(True, "Keep train's shards once the consolidated model is published.")
+
+    # Compiled inference.
+    inference_batch_size: int = setting(1, "Prompts answered at once.", "compile-inference", least=1)
+    inference_sequence_length: int = setting(2048, "Prompt and answer together.", "compile-inference", unit="tokens", least=2)
+    inference_tensor_parallel_size: int = setting(1, "Cores that share the compiled model (Neuron).", "compile-inference", least=1)
+
+    # Answers.
+    prompt: str = setting("", 'One instruction to answer: `make eval PROMPT="..."`.')
+    context: str = setting("", "Context of PROMPT.")
+    prompts: str = setting("data/demo/prompts.jsonl", "Prompts that eval answers: JSON lines with DATASET's columns.", "eval", path=True)
+    max_new_tokens: int = setting(256, "Longest answer.", "eval", unit="tokens", least=1)
+    do_sample: bool = setting(False, "Sample; 0 = the likeliest token each time.", "eval")
+    temperature: float = setting(1.0, "Divides the logits before sampling.", "eval", above=0)
+    top_k: int = setting(50, "Sample among the k likeliest tokens; 0 = all.", "eval", least=0)
+    top_p: float = setting(1.0, "Sample among the likeliest tokens that hold this probability.", "eval", above=0, most=1)
+    eval_max_documents: int = setting(200, "Held-out rows that eval's losses are measured on.", "eval", unit="rows", least=1)
+
+    @classmethod
+    def read(cls, given: Mapping[str, str] | None = None) -> Settings:
+        """Settings from make variables (default: the environment), checked; raises InputError with every problem."""
+        given = os.environ if given is None else given
+        values, problems = {}, []
+        for f in fields(cls):
+            text = given.get(variable(f))
+            if text is not None:
+                try:
+                    values[f.name] = _parse(f, text)
+                except InputError as error:
+                    problems += error.problems
+        settings = cls(**values)
+        problems += settings._contradictions()
+        if problems:
+            raise InputError(problems)
+        return settings
+
+    def _contradictions(self) -> list[str]:
+        """What no single setting shows: combinations that cannot run."""
+        problems = []
+        if self.nproc_per_node % self.tensor_parallel_size:
+            problems.append(
+                f"NPROC_PER_NODE={self.nproc_per_node} is not a multiple of TENSOR_PARALLEL_SIZE={self.tensor_parallel_size}: "
+                f"world size = tensor parallel x data parallel. Set NPROC_PER_NODE to a multiple."
+            )
+        if self.max_length % self.tensor_parallel_size:
+            problems.append(
+                f"MAX_LENGTH={self.max_length} is not a multiple of TENSOR_PARALLEL_SIZE={self.tensor_parallel_size}: "
+                f"sequence parallelism gives each process an equal slice of a row."
+            )
+        if self.max_steps == 0:
+            problems.append("MAX_STEPS=0 trains nothing. Set a number of steps, or -1 to let NUM_TRAIN_EPOCHS decide.")
+        if self.context and not self.prompt:
+            problems.append("CONTEXT without PROMPT: there is no instruction that it belongs to. Set PROMPT too.")
+        return problems
+
+    def environment(self) -> dict[str, str]:
+        """The settings as environment variables for a process that is started: `read` gives the same settings back."""
+        return {name.upper(): _text(value) for name, value in asdict(self).items()}
+
+    def concerning(self, stage: str) -> dict[str, Any]:
+        """The settings that change what `stage` publishes, by variable name."""
+        return {variable(f): getattr(self, f.name) for f in fields(self) if stage in f.metadata["stages"]}
+
+    @staticmethod
+    def naming_paths() -> list[str]:
+        """Variable names of the settings whose value may be a local file or folder."""
+        return [variable(f) for f in fields(Settings) if f.metadata["path"]]
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.nproc_per_node // self.tensor_parallel_size
+
+
+def variable(f: Field) -> str:
+    """The make and environment variable of a setting's field."""
+    return f.name.upper()
+
+
+def kind(f: Field) -> str:
+    """The name of a setting's type: int, float, bool or str."""
+    return f.type if isinstance(f.type, str) else f.type.__name__
+
+
+def unknown_names(names: list[str], also: tuple[str, ...] = ()) -> list[str]:
+    """A problem for each name that is no setting (nor in `also`), with the nearest that is."""
+    known = [variable(f) for f in fields(Settings)] + list(also)
+    problems = []
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name.upper(), known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else "`make help` lists them."
+            problems.append(f"{name} is not a setting. {hint}")
+    return problems
+
+
+def _text(value: Any) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def _parse(f: Field, text: str) -> Any:
+    """The value of a setting from its text; raises InputError when it is of the wrong type or out of bounds."""
+    name, facts = variable(f), f.metadata
+    shown = text if len(text) <= 60 else f"{text[:60]}... ({len(text)} characters)"
+    if "\0" in text:
+        raise InputError(f"{name} contains a NUL character. Remove it.")
+    if kind(f) == "str":
+        if facts["choices"] and text not in facts["choices"]:
+            near = get_close_matches(text, facts["choices"], n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise InputError(f"{name}={shown!r} is none of {', '.join(facts['choices'])}.{hint}")
+        if f.default != "" and not text and name != "CONTEXT_COLUMN":
+            raise InputError(f"{name} is empty. Leave it out for the default, {f.default}.")
+        if facts["check"]:
+            try:
+                facts["check"](text)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+        return text
+    if kind(f) == "bool":
+        known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+        if text.strip().lower() not in known:
+            raise InputError(f"{name}={shown!r} is neither 1 nor 0.")
+        return known[text.strip().lower()]
+    return _number(f, text, shown)
+
+
+def _number(f: Field, text: str, shown: str) -> int | float:
+    name, facts = variable(f), f.metadata
+    what = "a whole number" if kind(f) == "int" else "a number"
+    try:
+        value = int(text) if kind(f) == "int" else float(text)
+    except ValueError:
+        raise InputError(f"{name}={shown!r} is not {what}.") from None
+    bounds = {
+        "at least": (facts["least"], lambda bound: value >= bound),
+        "at most": (facts["most"], lambda bound: value <= bound),
+        "above": (facts["above"], lambda bound: value > bound),
+        "below": (facts["below"], lambda bound: value < bound),
+    }
+    broken = [f"{word} {bound:g}" for word, (bound, holds) in bounds.items() if bound is not None and not holds(bound)]
+    if broken or not math.isfinite(value):
+        unit = f" {facts['unit']}" if facts["unit"] else ""
+        raise InputError(f"{name}={shown}{unit} must be {' and '.join(broken) or 'finite'}.")
+    return value

@@ -1,0 +1,96 @@
+"""What became of every row and every token, for the manifest and for the screen."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from stages.run.errors import StageFailure
+
+
+@dataclass
+class SplitAccount:
+    """One split. Tokens: `documents_tokens` = `packed` + `left_over`; cells: `rows` x `max_length` = `packed` + `padded`."""
+
+    documents: int = 0
+    documents_tokens: int = 0
+    left_over: int = 0  # tokens of concat's last, incomplete row
+    rows: int = 0
+    packed: int = 0
+    padded: int = 0
+    supervised: int = 0  # labels that are not -100
+
+
+@dataclass
+class Accounting:
+    """Counts of rows and tokens of one dataset, from the rows read to the rows written."""
+
+    max_length: int
+    rows_in: int = 0
+    empty: int = 0  # rows without an instruction or a response; left out
+    duplicate: int = 0  # documents whose text came before; kept
+    split_again: int = 0  # documents whose tokens would have reached from the prompt into the response
+    tokens_in: int = 0
+    over_long: int = 0  # documents longer than max_length
+    dropped: int = 0  # of those, the ones left out
+    cut_tokens: int = 0  # tokens cut off over-long documents
+    dropped_tokens: int = 0  # tokens of dropped documents
+    train: SplitAccount = field(default_factory=SplitAccount)
+    validation: SplitAccount = field(default_factory=SplitAccount)
+    sample: str = ""  # one document's text, chosen by the seed; not a figure
+
+    @property
+    def splits(self) -> dict[str, SplitAccount]:
+        return {"train": self.train, "validation": self.validation}
+
+    @property
+    def fill(self) -> float:
+        """Part of the written rows that is text rather than padding, 0 to 1."""
+        cells = self.max_length * sum(split.rows for split in self.splits.values())
+        return sum(split.packed for split in self.splits.values()) / cells if cells else 0.0
+
+    def figures(self) -> dict[str, Any]:
+        """The counts for a manifest."""
+        figures = asdict(self)
+        del figures["sample"]
+        return {**figures, "fill": round(self.fill, 6)}
+
+    def check(self) -> None:
+        """Raise StageFailure unless every row and every token is accounted for."""
+        splits = self.splits.values()
+        sums = {
+            "rows in": (self.rows_in, self.empty + self.dropped + sum(split.documents for split in splits)),
+            "tokens in": (self.tokens_in, self.cut_tokens + self.dropped_tokens + sum(split.documents_tokens for split in splits)),
+        }
+        for name, split in self.splits.items():
+            sums[f"{name}'s tokens"] = (split.documents_tokens, split.packed + split.left_over)
+            sums[f"{name}'s row cells"] = (split.rows * self.max_length, split.packed + split.padded)
+            if split.supervised > split.packed:
+                sums[f"{name}'s supervised tokens"] = (split.supervised, split.packed)
+        wrong = [f"{name}: {whole:,} but their parts are {parts:,}" for name, (whole, parts) in sums.items() if whole != parts]
+        if wrong:
+            raise StageFailure("The accounts do not balance, so tokens were lost or doubled. " + "; ".join(wrong) + ".")
+
+    def table(self) -> str:
+        """The accounts as text of about twenty lines."""
+        train, validation = self.train, self.validation
+        lines = [
+            ("rows in", self.rows_in, ""),
+            ("  empty", self.empty, "left out"),
+            ("  dropped", self.dropped, f"left out: longer than {self.max_length:,} tokens"),
+            ("  documents for training", train.documents, ""),
+            ("  documents for validation", validation.documents, ""),
+            ("  among them over-long", self.over_long - self.dropped, "cut"),
+            ("  among them duplicate", self.duplicate, "kept, on the side of their first"),
+            ("  among them split again", self.split_again, "where tokens reached from the prompt into the response"),
+            ("tokens in", self.tokens_in, ""),
+            ("  cut off over-long documents", self.cut_tokens, ""),
+            ("  of dropped documents", self.dropped_tokens, ""),
+            ("  left over after the last row", train.left_over + validation.left_over, ""),
+            ("  packed for training", train.packed, f"{train.supervised:,} supervised"),
+            ("  packed for validation", validation.packed, f"{validation.supervised:,} supervised"),
+            ("rows out", train.rows + validation.rows, f"of {self.max_length:,} tokens, {self.fill:.2%} full"),
+            ("  training", train.rows, f"{train.padded:,} tokens of padding"),
+            ("  validation", validation.rows, f"{validation.padded:,} tokens of padding"),
+        ]
+        return "\n".join(f"{name:<32}{count:>16,}  {note}".rstrip() for name, count, note in lines)

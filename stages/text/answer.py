@@ -1,0 +1,144 @@
+"""Asking a compiled model: the prompt as it was trained, ids cut off where the prompt ends, text as it comes.
+
+Knows no backend: it is given a model that has been loaded (`generate` and its fixed sizes). Importing this
+module brings in neither transformers nor datasets, so that a first answer comes at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from stages.run.errors import InputError
+from stages.run.settings import Settings
+from stages.text.prompt import PromptTemplate
+from stages.text.tokens import TextTokenizer
+
+
+class LoadedModel(Protocol):
+    """What a backend's `generate.load` returns."""
+
+    batch_size: int
+    sequence_length: int
+
+    def generate(self, prompts: list[list[int]], **options: Any) -> Iterator[list[int | None]]:
+        """Step by step one new id for each prompt, None for one that has ended."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line of a file of prompts. `expected` is the line's response, where it has one."""
+
+    instruction: str
+    context: str = ""
+    expected: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One line of answers.jsonl. `ended`: by the model (EOS), or cut at MAX_NEW_TOKENS or the compiled length."""
+
+    instruction: str
+    context: str
+    answer: str
+    tokens: int
+    ended: bool
+    expected: str | None = None
+
+
+class Answerer:
+    """A compiled model with the tokenizer and the prompt's text that it carries."""
+
+    def __init__(self, compiled: Path, model: LoadedModel, settings: Settings):
+        self.model = model
+        self.settings = settings
+        self.template = PromptTemplate.load(compiled)
+        self.tokenizer = TextTokenizer.load(compiled)
+
+    def stream(self, question: Question) -> Iterator[str]:
+        """The answer to one question, piece by piece; a piece ends where its characters are whole."""
+        ids: list[int] = []
+        shown = ""
+        for (new,) in self._generate([self._prompt_ids(question)]):
+            if new is None:
+                break
+            ids.append(new)
+            text = self.tokenizer.decode(ids)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character of several bytes is half there
+                yield text[len(shown) :]
+                shown = text
+        yield self.tokenizer.decode(ids)[len(shown) :]
+
+    def answers(self, questions: list[Question]) -> Iterator[Answer]:
+        """The answers in order, INFERENCE_BATCH_SIZE questions at a time."""
+        for start in range(0, len(questions), self.model.batch_size):
+            group = questions[start : start + self.model.batch_size]
+            prompts = [self._prompt_ids(question) for question in group]
+            ids: list[list[int]] = [[] for _ in group]
+            for step in self._generate(prompts):
+                for own, new in zip(ids, step, strict=True):
+                    if new is not None:
+                        own.append(new)
+            for question, prompt, own in zip(group, prompts, ids, strict=True):
+                room = min(self.settings.max_new_tokens, self.model.sequence_length - len(prompt))
+                text = self.tokenizer.decode(own)
+                yield Answer(question.instruction, question.context, text, len(own), len(own) < room, question.expected)
+
+    def _prompt_ids(self, question: Question) -> list[int]:
+        return self.tokenizer.encode_prompt(self.template.prompt(question.instruction, question.context))
+
+    def _generate(self, prompts: list[list[int]]) -> Iterator[list[int | None]]:
+        s = self.settings
+        return self.model.generate(
+            prompts,
+            max_new_tokens=s.max_new_tokens,
+            do_sample=s.do_sample,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            seed=s.seed,
+            eos_token_id=self.tokenizer.eos,
+        )
+
+
+def read_questions(path: Path, settings: Settings) -> list[Question]:
+    """The questions of a JSON lines file, in DATASET's columns; only the instruction is required.
+
+    Raises InputError with every line that is none.
+    """
+    if not path.is_file():
+        raise InputError(f"PROMPTS={path} is not a file. Name a file of JSON lines with {settings.instruction_column!r} in each.")
+    from stages.text.formats import Problem, json_lines
+
+    questions, problems = [], []
+    with path.open("rb") as file:
+        for number, record in json_lines(file):
+            try:
+                if isinstance(record, Problem):
+                    raise ValueError(record)
+                questions.append(_question(record, settings))
+            except ValueError as error:
+                problems.append(f"{path}, line {number}: {error}")
+    if not questions and not problems:
+        problems.append(f"{path} holds no prompt.")
+    if problems:
+        raise InputError(problems)
+    return questions
+
+
+def _question(value: dict[str, Any], settings: Settings) -> Question:
+    found = [value.get(name) for name in (settings.instruction_column, settings.context_column, settings.response_column)]
+    instruction, context, expected = found
+    if not isinstance(instruction, str) or not instruction.strip():
+        raise ValueError(f"column {settings.instruction_column!r} is missing, empty or no text")
+    if not isinstance(context, (str, type(None))) or not isinstance(expected, (str, type(None))):
+        raise ValueError("context and response must be text")
+    return Question(instruction, context or "", expected)
+
+
+def write_answers(path: Path, answers: list[Answer]) -> None:
+    """answers.jsonl: one JSON object per answer."""
+    path.write_text("".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")

@@ -1,0 +1,32 @@
+"""One rank of a backward pass: prints the parameters that got no gradient. Started by torchrun from a test."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor.parallel import loss_parallel
+
+from stages.backends.torch.loss import loss_sum
+from stages.backends.torch.parallel import build_model, mesh_of
+from stages.backends.torch.rows import PackedRows
+from stages.run.settings import Settings
+
+
+def main(base: str, data: str) -> None:
+    settings, device = Settings.read(), torch.device("cpu")
+    dist.init_process_group("gloo")
+    model = build_model(Path(base), settings, mesh_of(settings, device), device)
+    with loss_parallel():
+        loss_sum(model, PackedRows(Path(data) / "train").batch(np.array([0]), device)).backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.full_tensor().any()]
+    if dist.get_rank() == 0:
+        print("without gradient:", missing)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

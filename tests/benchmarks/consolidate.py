@@ -1,0 +1,118 @@
+"""How long consolidation takes, beside a copy of the same shards, and how much memory.
+
+    python tests/benchmarks/consolidate.py FOLDER [--gigabytes 4] [--rounds 3]
+
+Two processes write a model of Llama's shapes (hidden 2048, as many layers as the size asks for, float32, random values) as tensor-parallel
+DCP shards below FOLDER. Then `cp -r` of the shards, consolidation to float32 and consolidation to bfloat16 take turns. Each round starts
+with the shards out of the page cache and ends when what was written is on the disk. Seconds are of whole processes, the start of Python and
+torch included; the table shows medians. Everything is removed at the end; FOLDER needs about twice the size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parents[2]
+COLUMN_SHARDED = ("o_proj.weight", "down_proj.weight")
+CONSOLIDATE = """
+import sys
+from pathlib import Path
+from stages.backends.torch.consolidate import consolidate
+shards, output, dtype = sys.argv[1:]
+consolidate(Path(shards), Path(output), dtype=dtype, max_shard_size=5 * 10**9)
+"""
+
+
+def write_shards(folder: Path, gigabytes: float) -> None:
+    """In each of the processes that torchrun started: save its half of a random model."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch import distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def shapes(layers: int) -> dict[str, torch.Size]:
+        config = LlamaConfig(
+            hidden_size=2048, intermediate_size=5632, num_attention_heads=32, num_key_value_heads=4, num_hidden_layers=layers
+        )
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+
+    def size(layers: int) -> int:
+        return sum(shape.numel() for shape in shapes(layers).values()) * 4
+
+    layers = max(1, round((gigabytes * 1e9 - size(0)) / (size(1) - size(0))))
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    state = {}
+    for name, shape in shapes(layers).items():
+        dimension = 1 if name.endswith(COLUMN_SHARDED) else 0
+        local = list(shape)
+        if len(shape) > 1:
+            local[dimension] //= 2
+        state[name] = DTensor.from_local(torch.randn(local), mesh, [Shard(dimension) if len(shape) > 1 else Replicate()], run_check=False)
+    dcp.save({"model": state}, checkpoint_id=folder)
+    dist.destroy_process_group()
+
+
+def measured(command: list[str], shards: Path, output: Path) -> tuple[float, float]:
+    """Run `command` from a cold cache; return seconds until its output is on the disk, and its peak resident memory in GB."""
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir()
+    os.sync()
+    for path in shards.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    started = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{command[0]} ended with status {process.returncode}")
+    subprocess.run(["sync", "-f", str(output)], check=True)
+    return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the model in float32 (10^9 bytes)")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    if "RANK" in os.environ:
+        write_shards(arguments.folder, arguments.gigabytes)
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="consolidate-") as name:
+        shards, output = Path(name, "shards"), Path(name, "output")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+        subprocess.run(
+            [*launch, str(shards), "--gigabytes", str(arguments.gigabytes)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        commands = {"cp -r": ["cp", "-r", str(shards), str(output)]}
+        for dtype in ("float32", "bfloat16"):
+            commands[f"consolidate to {dtype}"] = [sys.executable, "-c", CONSOLIDATE, str(shards), str(output), dtype]
+        runs: dict[str, list[tuple[float, float]]] = {label: [] for label in commands}
+        for _ in range(arguments.rounds):
+            for label, command in commands.items():
+                runs[label].append(measured(command, shards, output))
+        size = sum(path.stat().st_size for path in shards.iterdir()) / 1e9
+    print(f"{size:.2f} GB of shards, medians of {arguments.rounds}")
+    print(f"{'':24}{'seconds':>9}{'of cp':>7}{'peak GB':>9}   each")
+    copy = median(seconds for seconds, _ in runs["cp -r"])
+    for label, results in runs.items():
+        seconds = median(seconds for seconds, _ in results)
+        each = " ".join(f"{value:.1f}" for value, _ in results)
+        print(f"{label:24}{seconds:9.1f}{seconds / copy:7.2f}{max(peak for _, peak in results):9.2f}   {each}")
+
+
+if __name__ == "__main__":
+    main()

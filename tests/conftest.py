@@ -1,0 +1,104 @@
+"""What the tests share: a copy of the project to run its real Makefile in, and a dataset small enough to train on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The six stages in half a minute: one layer, two steps, on the demo's tokenizer.
+TINY_RECIPE = """\
+MODEL_ID ?= data/tiny
+INIT_WEIGHTS ?= random
+DATASET ?= data/tiny/rows.jsonl
+PROMPTS ?= data/tiny/prompts.jsonl
+MAX_LENGTH ?= 64
+MAX_STEPS ?= 2
+LEARNING_RATE ?= 1e-3
+VALIDATION_FRACTION ?= 0.2
+BF16 ?= 0
+LOGGING_STEPS ?= 1
+INFERENCE_SEQUENCE_LENGTH ?= 64
+MAX_NEW_TOKENS ?= 4
+"""
+
+
+@dataclass(frozen=True)
+class Project:
+    """A copy of the project in a folder of its own; `make` runs its Makefile without the settings of this process."""
+
+    folder: Path
+
+    def make(self, *arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", *arguments]
+        done = subprocess.run(command, cwd=self.folder, env={**clean_environment(), **environment}, capture_output=True, text=True)
+        if check and done.returncode:
+            raise AssertionError(f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def stages_to_run(self, *arguments: str, **environment: str) -> list[str]:
+        """The stages that `make -n` says it would run."""
+        lines = self.make("-n", *(arguments or ("all",)), **environment).stdout.splitlines()
+        return [line.split("stages.")[1].split()[0].replace("_", "-") for line in lines if " -m stages." in line]
+
+    def manifest(self, stage: str, run: str = "tiny") -> dict:
+        return json.loads((self.folder / "outputs" / run / stage / "manifest.json").read_text())
+
+    def snapshot(self) -> dict[str, tuple[int, int]]:
+        """Every file of the project and its outputs with size and time: what must not change when one only asks."""
+        files = (path for path in self.folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+        return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files if ".venv" not in path.parts}
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without make's variables and the project's settings; Hugging Face stays off-line."""
+    from stages.run.settings import Settings
+
+    names = {name.upper() for name in Settings.__dataclass_fields__} | {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "RECIPE", "RUN"}
+    return {name: value for name, value in os.environ.items() if name not in names} | {"HF_HUB_OFFLINE": "1"}
+
+
+def copy_project(folder: Path) -> Project:
+    """The project's files (not its outputs) in `folder`, sharing the installed environment."""
+    ignored = shutil.ignore_patterns("outputs", ".venv", ".git", "__pycache__", ".*_cache", ".hypothesis")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    if (ROOT / ".venv").exists():
+        (folder / ".venv").symlink_to(ROOT / ".venv")
+    tiny = folder / "data" / "tiny"
+    shutil.copytree(folder / "data" / "demo" / "model", tiny)
+    config = json.loads((tiny / "config.json").read_text())
+    config.update(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    (tiny / "config.json").write_text(json.dumps(config))
+    rows = (folder / "data" / "demo" / "demo.jsonl").read_text().splitlines(keepends=True)[:20]
+    (tiny / "rows.jsonl").write_text("".join(rows))
+    (tiny / "prompts.jsonl").write_text("".join(rows[:2]))
+    (folder / "recipes" / "tiny.mk").write_text(TINY_RECIPE)
+    return Project(folder)
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project on which no stage has run; tests must leave it so."""
+    return copy_project(tmp_path_factory.mktemp("fresh") / "project")
+
+
+@pytest.fixture(scope="session")
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project whose six stages ran on the tiny recipe, in a folder with a space in its name."""
+    built = copy_project(tmp_path_factory.mktemp("built") / "my project")
+    built.make("-j4", "all", "RECIPE=tiny")
+    return built
+
+
+@pytest.fixture
+def built(built_once: Project, tmp_path: Path) -> Project:
+    """A copy of the built project, to change at will: other times, other inodes, another path."""
+    shutil.copytree(built_once.folder, tmp_path / "copy of it", symlinks=True, copy_function=shutil.copy)
+    return Project(tmp_path / "copy of it")

@@ -1,0 +1,297 @@
+"""The real Makefile: what runs again and why, what never does, and what a dry run may not do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.run.settings import STAGES
+from tests.conftest import ROOT, Project, clean_environment
+
+TINY = ("RECIPE=tiny",)
+AFTER_DATA = ["train", "consolidate", "compile-inference", "eval"]
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+# What makes a stage stale.
+
+
+def test_a_built_run_is_fresh_in_another_folder_with_other_times(built: Project) -> None:
+    assert built.stages_to_run("all", *TINY) == []
+    assert built.make("-q", "all", *TINY).returncode == 0
+
+
+def test_touching_everything_reruns_nothing(built: Project) -> None:
+    for path in built.folder.rglob("*"):
+        if path.is_file() and ".venv" not in path.parts:
+            path.touch()
+    assert built.stages_to_run("all", *TINY) == []
+
+
+def test_a_comment_or_a_blank_line_reruns_nothing(built: Project) -> None:
+    for script in built.folder.glob("stages/**/*.py"):
+        script.write_text(f"# a comment\n\n{script.read_text()}")
+    assert built.stages_to_run("all", *TINY) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        ("LEARNING_RATE=2e-3", AFTER_DATA),
+        ("TEMPERATURE=0.5", ["eval"]),
+        ("MAX_SHARD_SIZE=1GB", ["consolidate", "compile-inference", "eval"]),
+        ("INFERENCE_SEQUENCE_LENGTH=32", ["compile-inference", "eval"]),
+        ("PER_DEVICE_TRAIN_BATCH_SIZE=2", ["precompile", *AFTER_DATA]),
+        ("LOSS_ON=response", ["data", *AFTER_DATA]),
+        ("LOGGING_STEPS=2", []),
+        ("SAVE_STEPS=7", []),
+        ("KEEP_SHARDS=0", []),
+        ("LEARNING_RATE=0.001", []),  # as it was, written in another way
+    ],
+)
+def test_a_setting_reruns_the_stages_that_it_concerns(built_once: Project, change: str, stages: list[str]) -> None:
+    assert built_once.stages_to_run("all", *TINY, change) == stages
+
+
+@pytest.mark.parametrize(
+    ("file", "stages"),
+    [
+        ("stages/text/packing.py", ["data", *AFTER_DATA]),
+        ("stages/backends/torch/optimizer.py", AFTER_DATA),
+        ("stages/backends/torch/generate.py", ["compile-inference", "eval"]),
+        ("stages/backends/torch/evaluate.py", ["eval"]),
+        ("stages/run/progress.py", []),
+    ],
+)
+def test_an_edit_reruns_the_stages_that_run_the_code(built: Project, file: str, stages: list[str]) -> None:
+    path = built.folder / file
+    path.write_text(path.read_text() + "\n\nADDED = 1\n")
+    assert [stage for stage in built.stages_to_run("all", *TINY) if stage != "precompile"] == stages
+
+
+def test_another_pinned_version_reruns_what_it_shapes(built: Project) -> None:
+    edit(built.folder / "requirements.txt", "tokenizers==0.22.2", "tokenizers==0.22.1")
+    shown = built.make("status", *TINY).stdout
+    assert "data  to run: tokenizers 0.22.2 -> 0.22.1" in shown
+    assert "precompile  up to date" in shown
+
+
+def test_other_rows_rerun_data_and_say_so(built: Project) -> None:
+    edit(built.folder / "data/tiny/rows.jsonl", "Trainium", "Inferentia")
+    assert "data  to run: DATASET has other content" in built.make("status", *TINY).stdout
+
+
+def test_a_renamed_dataset_reruns_nothing(built: Project) -> None:
+    (built.folder / "data/tiny/rows.jsonl").rename(built.folder / "data/other.jsonl")
+    assert built.stages_to_run("all", *TINY, "DATASET=data/other.jsonl") == []
+
+
+def test_a_missing_output_file_reruns_its_stage(built: Project) -> None:
+    (built.folder / "outputs/tiny/consolidate/model.safetensors").unlink()
+    assert built.stages_to_run("all", *TINY)[0] == "consolidate"
+
+
+def test_a_stage_remade_with_the_same_content_stops_there(built: Project) -> None:
+    """Blank lines in the dataset: other bytes, the same rows."""
+    rows = built.folder / "data/tiny/rows.jsonl"
+    rows.write_text("\n" + rows.read_text())
+    assert built.stages_to_run("all", *TINY) == ["data", *AFTER_DATA]
+    done = built.make("all", *TINY)
+    assert "data: published" in done.stdout
+    assert all(f"{stage}: up to date" in done.stdout for stage in AFTER_DATA)
+    assert built.stages_to_run("all", *TINY) == []
+
+
+def test_eval_alone_runs_again_for_another_temperature(built: Project) -> None:
+    before = {stage: (built.folder / f"outputs/tiny/{stage}/manifest.json").stat().st_mtime_ns for stage in STAGES}
+    done = built.make("eval", *TINY, "TEMPERATURE=0.5", "DO_SAMPLE=1")
+    assert "eval: DO_SAMPLE False -> True; TEMPERATURE 1.0 -> 0.5" in done.stdout
+    after = {stage: (built.folder / f"outputs/tiny/{stage}/manifest.json").stat().st_mtime_ns for stage in STAGES}
+    assert [stage for stage in STAGES if before[stage] != after[stage]] == ["eval"]
+
+
+def test_shards_that_were_removed_are_trained_again_only_when_they_are_needed(built: Project) -> None:
+    built.make("consolidate", *TINY, "KEEP_SHARDS=0", "MAX_SHARD_SIZE=20kB")
+    assert not (built.folder / "outputs/tiny/train/shards").exists()
+    assert len(list((built.folder / "outputs/tiny/consolidate").glob("*.safetensors"))) > 1
+    assert built.stages_to_run("consolidate", *TINY, "MAX_SHARD_SIZE=20kB") == []
+    assert built.stages_to_run("consolidate", *TINY, "MAX_SHARD_SIZE=30kB") == ["train", "consolidate"]
+
+
+# Asking changes nothing.
+
+
+def test_dry_runs_and_questions_change_nothing(built: Project) -> None:
+    before = built.snapshot()
+    assert built.make("-q", "all", *TINY, "LEARNING_RATE=5e-3", check=False).returncode == 1
+    for arguments in (("-n", "all"), ("-n", "all", "LEARNING_RATE=5e-3"), ("-q", "all"), ("status",), ("help",)):
+        built.make(*arguments, *TINY)
+    assert built.snapshot() == before
+
+
+def test_a_dry_run_on_a_fresh_clone_lists_the_stages_in_order(project: Project) -> None:
+    assert project.stages_to_run("all", *TINY) == list(STAGES)
+    assert project.stages_to_run("consolidate", *TINY) == ["data", "precompile", "train", "consolidate"]
+    assert not (project.folder / "outputs").exists()
+
+
+def test_a_dry_run_says_why(built_once: Project) -> None:
+    assert "# train: LEARNING_RATE 0.001 -> 0.002" in built_once.make("-n", "all", *TINY, "LEARNING_RATE=2e-3").stderr
+
+
+# Failures.
+
+
+def test_a_failing_stage_leaves_the_former_output(built: Project) -> None:
+    before = built.manifest("data")
+    (built.folder / "data/tiny/rows.jsonl").write_text('{"instruction": 3}\n')
+    done = built.make("data", *TINY, check=False)
+    assert done.returncode == 2 and "rows.jsonl" in done.stderr and "instruction" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert built.manifest("data") == before
+    assert (built.folder / "outputs/tiny/data/train").is_dir()
+
+
+def test_all_bad_settings_are_refused_together_before_anything_runs(project: Project) -> None:
+    done = project.make("train", *TINY, "LEARNING_RATE=-1", "TOP_P=2", "LEARNIG_RATE=1", check=False)
+    assert done.returncode == 2
+    assert all(part in done.stderr for part in ("LEARNING_RATE=-1 must be above 0", "TOP_P=2", "Did you mean LEARNING_RATE?"))
+    assert not (project.folder / "outputs").exists()
+
+
+@pytest.mark.parametrize("argument", ["RECIPE=nowhere", "RECIPE=../x", "RUN=a b", "RUN=../x", "RUN=.hidden", "RECIPE=$(shell touch pwned)"])
+def test_a_bad_recipe_or_run_is_refused(project: Project, argument: str) -> None:
+    done = project.make("status", argument, check=False)
+    assert done.returncode == 2 and argument.split("=")[0] in done.stderr
+    assert not (project.folder / "pwned").exists()
+
+
+def test_a_killed_training_leaves_no_process_and_the_next_make_finishes(built: Project) -> None:
+    change = ("LEARNING_RATE=4e-3", "MAX_STEPS=2000", "SAVE_STEPS=5", *TINY)
+    make = subprocess.Popen(["make", "train", *change], cwd=built.folder, env=clean_environment(), start_new_session=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(built.folder.glob("outputs/tiny/.work/train-*/checkpoints/step-*")):
+        assert time.monotonic() < deadline and make.poll() is None
+        time.sleep(0.05)
+    make.kill()
+    make.wait()
+    deadline = time.monotonic() + 10
+    while _processes_below(built.folder):
+        assert time.monotonic() < deadline, _processes_below(built.folder)
+        time.sleep(0.1)
+    assert built.manifest("train")["record"]["settings"]["MAX_STEPS"] == 2
+    assert built.stages_to_run("all", *TINY) == []
+
+
+def test_two_makes_at_once_give_what_one_gives(built: Project) -> None:
+    command = ["make", "train", *TINY, "LEARNING_RATE=3e-3"]
+    two = [subprocess.Popen(command, cwd=built.folder, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+           for _ in range(2)]  # fmt: skip
+    outputs = [process.communicate()[0] for process in two]
+    assert [process.returncode for process in two] == [0, 0], outputs
+    assert sorted("train: published" in output for output in outputs) == [False, True]
+    assert any("waiting for" in output for output in outputs)
+
+
+# Values arrive as typed.
+
+AWKWARD = "It costs $5, $(shell touch pwned) `touch pwned`; \"double\" 'single' # not a comment\nand a second line \\ % $$"
+
+
+@pytest.mark.parametrize("by", ["command line", "environment"])
+def test_a_prompt_arrives_as_typed(built_once: Project, by: str) -> None:
+    spy = built_once.folder / "spy"
+    spy.write_text('#!/bin/bash\nprintf %s "$PROMPT" > "$0.out"\n')
+    spy.chmod(0o755)
+    arguments, environment = ([f"PROMPT={AWKWARD}"], {}) if by == "command line" else ([], {"PROMPT": AWKWARD})
+    # VENV= runs the stages with PYTHON itself; plan.py needs the real one, so the spy passes on what is not a stage.
+    spy.write_text(f'#!/bin/bash\n[[ $* == *stages.* ]] && printf %s "$PROMPT" > "$0.out" || exec {shutil.which("python3")} "$@"\n')
+    built_once.make("eval", *TINY, "VENV=", "PYTHON=./spy", *arguments, **environment)
+    assert (built_once.folder / "spy.out").read_text() == AWKWARD
+    assert not (built_once.folder / "pwned").exists()
+
+
+def test_one_prompt_is_answered_without_touching_the_stages(built: Project) -> None:
+    before = built.snapshot()
+    done = built.make("eval", *TINY, "PROMPT=What is $5?", "SEED=7", "DO_SAMPLE=1")
+    assert done.stdout.strip()
+    assert "train would run again: SEED 42 -> 7" in done.stderr
+    assert built.snapshot() == before
+    assert built.make("eval", *TINY, "PROMPT=What is $5?", "SEED=7", "DO_SAMPLE=1").stdout == done.stdout
+
+
+def test_a_prompt_longer_than_the_compiled_length_is_refused_with_both_numbers(built_once: Project) -> None:
+    done = built_once.make("eval", *TINY, f"PROMPT={'word ' * 100}", check=False)
+    assert done.returncode == 2 and "64" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_command_line_beats_environment_beats_recipe_beats_default(project: Project) -> None:
+    def rate(*arguments: str, **environment: str) -> str:
+        lines = project.make("help", *arguments, **environment).stdout.splitlines()
+        return next(line.strip() for line in lines if line.strip().startswith("LEARNING_RATE="))
+
+    assert rate(*TINY, "LEARNING_RATE=3", LEARNING_RATE="2") == "LEARNING_RATE=3"
+    assert rate(*TINY, LEARNING_RATE="2") == "LEARNING_RATE=2"
+    assert rate(*TINY) == "LEARNING_RATE=1e-3"
+    assert rate("RECIPE=llama2-7b") == "LEARNING_RATE=5e-5"
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("*.mk")))
+def test_every_setting_of_a_shipped_recipe_takes_effect(project: Project, recipe: str) -> None:
+    said = re.findall(r"^(\w+) \?= (.*)$", (ROOT / f"recipes/{recipe}.mk").read_text(), re.MULTILINE)
+    shown = {line.strip() for line in project.make("help", f"RECIPE={recipe}").stdout.splitlines()}
+    assert said and {f"{name}={value}" for name, value in said} <= shown
+    assert project.stages_to_run("all", f"RECIPE={recipe}") == list(STAGES)
+
+
+# Targets.
+
+
+def test_clean_asks_before_it_removes_a_trained_model(built: Project) -> None:
+    outputs = built.folder / "outputs/tiny"
+    assert built.make("clean", *TINY, check=False).returncode != 0 and outputs.exists()
+    built.make("clean", *TINY, "YES=1")
+    assert not outputs.exists()
+
+
+def test_runs_lie_side_by_side(built_once: Project) -> None:
+    assert built_once.stages_to_run("data", *TINY, "RUN=another") == ["data"]
+
+
+def test_what_a_run_was_is_written_down(built_once: Project) -> None:
+    for stage in STAGES:
+        manifest = built_once.manifest(stage)
+        assert {"record", "outputs", "content", "seconds", "device", "versions", "metrics"} <= manifest.keys()
+        assert not any(str(built_once.folder) in json.dumps(part) for part in (manifest["record"], manifest["outputs"]))
+    losses = built_once.manifest("eval")["metrics"]
+    assert losses["base"]["loss"] > 0 and losses["fine_tuned"]["perplexity"] > 1
+
+
+def test_nothing_is_left_beside_the_outputs(built_once: Project) -> None:
+    left = {path.name for path in (built_once.folder / "outputs/tiny").iterdir()}
+    assert left == {*STAGES, ".lock"}
+
+
+def _processes_below(folder: Path) -> list[str]:
+    """Command lines of processes that work in `folder`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(process / "cwd") == str(folder):
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from stages.run.errors import InputError
+from stages.run.record import TOKENIZER_FILES
+from stages.text.documents import encode
+from stages.text.prompt import PromptTemplate
+from stages.text.rows import Row
+from stages.text.tokens import TextTokenizer, find_tokenizer
+from tests.text.conftest import KINDS
+
+TEMPLATE = PromptTemplate()
+# Text with the pieces that go wrong: control tokens' spellings, white space at the border, the space mark, marks and emoji.
+texts = st.lists(
+    st.sampled_from(["the cat", " ", "  ", "\n", "\r\n", "</s>", "<s>", "<|end|>", "<unk>", "[INST]", "▁", "<0x0A>", "é", "🦆", "\0"])
+    | st.text(max_size=8),
+    min_size=1,
+    max_size=6,
+).map("".join)
+
+
+def document(tokenizer: TextTokenizer, instruction: str, context: str, response: str) -> list[int]:
+    return encode([Row("row 1", instruction, context, response)], tokenizer, TEMPLATE).ids.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150, deadline=None)
+@given(instruction=texts, context=texts, response=texts)
+def test_what_eval_gives_the_model_is_a_prefix_of_what_it_was_trained_on(tokenizers, kind, instruction, context, response):
+    prompt = tokenizers[kind].encode_prompt(TEMPLATE.prompt(instruction, context))
+    assert document(tokenizers[kind], instruction, context, response)[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150, deadline=None)
+@given(instruction=texts, response=texts)
+def test_a_document_has_one_bos_and_one_eos_and_no_other_control_token(tokenizers, kind, instruction, response):
+    tokenizer = tokenizers[kind]
+    ids = document(tokenizer, instruction, "", response)
+    assert ids[: len(tokenizer.bos)] == list(tokenizer.bos)
+    assert ids[-1] == tokenizer.eos
+    assert tokenizer.controls.isdisjoint(ids[len(tokenizer.bos) : -1])
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "llama"])
+@settings(max_examples=150, deadline=None)
+@given(instruction=texts, response=texts)
+def test_a_document_decodes_to_its_text(tokenizers, kind, instruction, response):
+    text = TEMPLATE.text(instruction, "", response)
+    if kind == "llama":
+        text = text.replace("▁", " ")  # SentencePiece has no other sign for a space
+    assert tokenizers[kind].decode(document(tokenizers[kind], instruction, "", response)) == text
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "llama", "metaspace"])
+@pytest.mark.parametrize("response", ["It is an accelerator.", "they all went home", "1. A chip\n2. two cores", "é"])
+def test_a_response_is_encoded_as_when_prompt_and_response_are_one_text(folders, tokenizers, kind, response):
+    whole = Tokenizer.from_file(str(folders[kind] / "tokenizer.json")).encode(TEMPLATE.text("Why?", "", response)).ids
+    assert document(tokenizers[kind], "Why?", "", response) == [*whole, tokenizers[kind].eos]
+
+
+def test_a_response_whose_first_token_would_reach_into_the_prompt_is_split_there_and_counted(folders, tmp_path):
+    parts = json.loads((folders["byte_level"] / "tokenizer.json").read_text())
+    parts["model"]["vocab"]["ĊĊ"] = len(parts["model"]["vocab"])  # two line ends as one token
+    parts["model"]["merges"].append(["Ċ", "Ċ"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    tokenizer = TextTokenizer.load(tmp_path)
+    rows = [Row("row 1", "Why?", "", "\n\nBecause."), Row("row 2", "Why?", "", "Because.")]
+    encoded = encode(rows, tokenizer, TEMPLATE)
+    prompt = tokenizer.encode_prompt(TEMPLATE.prompt("Why?"))
+    assert encoded.split_again == 1
+    assert encoded.ids[: len(prompt)].tolist() == prompt
+    assert tokenizer.decode(encoded.ids[: encoded.lengths[0]]) == TEMPLATE.text("Why?", "", "\n\nBecause.")
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=texts)
+def test_marking_spaces_here_gives_the_ids_of_the_tokenizers_own_normaliser(folders, tokenizers, text):
+    own = Tokenizer.from_file(str(folders["llama"] / "tokenizer.json"))
+    own.encode_special_tokens = True
+    assert tokenizers["llama"].encode_prompt(text) == own.encode(text).ids
+
+
+def test_truncation_and_padding_kept_in_a_tokenizers_file_are_not_applied(folders, tmp_path):
+    tokenizer = Tokenizer.from_file(str(folders["llama"] / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=4)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    (tmp_path / "tokenizer_config.json").write_text((folders["llama"] / "tokenizer_config.json").read_text())
+    assert len(TextTokenizer.load(tmp_path).encode_prompt("the cat sat on the mat and the dog sat on the log")) > 4
+
+
+@pytest.mark.parametrize("kind, bos", [("byte_level", ()), ("llama", (1,)), ("metaspace", (1,)), ("unigram", (1,))])
+def test_bos_is_put_first_where_the_tokenizer_does_so(tokenizers, kind, bos):
+    assert tokenizers[kind].bos == bos
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_eos(tokenizers):
+    assert tokenizers["llama"].pad == tokenizers["llama"].eos
+    assert tokenizers["byte_level"].pad != tokenizers["byte_level"].eos
+
+
+def test_the_least_vocabulary_covers_every_id(tokenizers):
+    assert tokenizers["llama"].vocab_size > max(tokenizers["llama"].encode_prompt("\n\xff"))
+
+
+def test_saved_files_are_those_that_were_loaded(folders, tokenizers, tmp_path):
+    tokenizers["llama"].save(tmp_path / "saved")
+    names = sorted(file.name for file in (tmp_path / "saved").iterdir())
+    assert names == sorted(name for name in TOKENIZER_FILES if (folders["llama"] / name).exists())
+    assert all((tmp_path / "saved" / name).read_bytes() == (folders["llama"] / name).read_bytes() for name in names)
+
+
+def test_encoding_a_prompt_needs_no_heavy_library(folders):
+    code = f"""
+import sys, pathlib
+from stages.text.prompt import PromptTemplate
+from stages.text.tokens import TextTokenizer
+tokenizer = TextTokenizer.load(pathlib.Path({str(folders["llama"])!r}))
+tokenizer.decode(tokenizer.encode_prompt(PromptTemplate().prompt("Why?")))
+print(sorted({{"numpy", "torch", "transformers", "datasets", "pyarrow", "huggingface_hub"}} & set(sys.modules)))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_a_model_without_tokenizer_json_is_converted(folders, tmp_path):
+    """vocab.json and merges.txt alone, as old GPT-2 folders have them."""
+    model = json.loads((folders["byte_level"] / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps({**model["vocab"], "<|endoftext|>": len(model["vocab"])}))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]) + "\n")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    tokenizer = find_tokenizer(str(tmp_path))
+    assert tokenizer.decode(tokenizer.encode_prompt("the cat sat")) == "the cat sat"
+
+
+@pytest.mark.parametrize(
+    "settings_of, message",
+    [
+        ({}, "no end-of-sequence token"),
+        ({"eos_token": None}, "no end-of-sequence token"),
+        ({"eos_token": "<|nowhere|>"}, "not in its vocabulary"),
+    ],
+)
+def test_a_tokenizer_without_eos_is_refused_with_a_remedy(folders, tmp_path, settings_of, message):
+    (tmp_path / "tokenizer.json").write_bytes((folders["byte_level"] / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings_of))
+    with pytest.raises(InputError, match=message):
+        find_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"not json", b"\xff\xfe"])
+def test_a_damaged_tokenizer_file_is_refused_by_name(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        find_tokenizer(str(tmp_path))
+
+
+def test_a_model_folder_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        find_tokenizer(str(tmp_path / "nowhere"))
