@@ -12,20 +12,23 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from stages.backends.torch.loss import loss_sum
 from stages.backends.torch.parallel import build_model, mesh_of
+from stages.backends.torch.ranks import run_rank
 from stages.backends.torch.rows import PackedRows
 from stages.run.settings import Settings
 
 
-def main(base: str, data: str) -> None:
-    settings, device = Settings.read(), torch.device("cpu")
-    dist.init_process_group("gloo")
-    model = build_model(Path(base), settings, mesh_of(settings, device), device)
-    with loss_parallel():
-        loss_sum(model, PackedRows(Path(data) / "train").batch(np.array([0]), device)).backward()
-    missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.full_tensor().any()]
-    if dist.get_rank() == 0:
-        print("without gradient:", missing)
-    dist.destroy_process_group()
+def main(base: str, data: str, error_file: str) -> None:
+    settings = Settings.read()
+
+    def backward(device: torch.device) -> None:
+        model = build_model(Path(base), settings, mesh_of(settings, device), device)
+        with loss_parallel():
+            loss_sum(model, PackedRows(Path(data) / "train").batch(np.array([0]), device)).backward()
+        missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.full_tensor().any()]
+        if dist.get_rank() == 0:
+            print("without gradient:", missing)
+
+    run_rank(backward, Path(error_file))
 
 
 if __name__ == "__main__":

@@ -148,11 +148,11 @@ def test_a_loss_that_is_no_number_stops_the_training_and_names_the_step(base: Se
 
 
 @pytest.mark.parametrize("flags", [{}, {"torch_compile": True}, {"gradient_checkpointing": True}], ids=lambda flags: str(list(flags)))
-def test_every_parameter_has_a_gradient_on_every_rank(flags: dict, base: Settings, data: Path) -> None:
+def test_every_parameter_has_a_gradient_on_every_rank(flags: dict, base: Settings, data: Path, tmp_path: Path) -> None:
     settings = replace(base, nproc_per_node=2, tensor_parallel_size=2, **flags)
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.backends.gradients"]
     done = subprocess.run(
-        [*program, str(base_model_folder(settings)), str(data)],
+        [*program, str(base_model_folder(settings)), str(data), str(tmp_path / "error")],
         env={**clean_environment(), **environment(settings)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

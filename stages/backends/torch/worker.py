@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +25,10 @@ from torch.distributed.tensor.parallel import loss_parallel
 from stages.backends.torch import checkpoint, optimizer
 from stages.backends.torch.loss import loss_sum, supervised
 from stages.backends.torch.parallel import build_model, mesh_of
+from stages.backends.torch.ranks import run_rank
 from stages.backends.torch.rows import PackedRows, rows_of_step
 from stages.backends.torch.steps import rows_per_step, total_steps
-from stages.run.errors import InputError, StageFailure
-from stages.run.launch import die_with_parent, report_error
+from stages.run.errors import StageFailure
 from stages.run.progress import Progress
 from stages.run.settings import Settings
 
@@ -58,19 +56,9 @@ class Training:
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for checkpoints, metrics and shards.")
 @click.option("--max-steps", type=int, required=True, help="Optimizer steps; -1 = as the settings say.")
 def main(base: Path, data: Path, work: Path, max_steps: int) -> None:
-    die_with_parent()
     # The gradients' norm is summed over both dimensions of the mesh one after the other, and DTensor warns that this is slow.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    settings = Settings.read()
-    device = _device()
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        train(settings, base, data, work, max_steps, device)
-    except (InputError, StageFailure) as error:
-        report_error(error, work / "error")
-        sys.exit(error.exit_status)
-    finally:
-        dist.destroy_process_group()
+    run_rank(lambda device: train(Settings.read(), base, data, work, max_steps, device), work / "error")
 
 
 def train(settings: Settings, base: Path, data: Path, work: Path, max_steps: int, device: torch.device) -> None:
@@ -169,14 +157,6 @@ def _prepare(settings: Settings, base: Path, data: Path, device: torch.device) -
     held_out = data / "validation"
     validation = PackedRows(held_out) if held_out.is_dir() else None
     return Training(settings, device, mesh, model, optimizer.adamw(model, settings), PackedRows(data / "train"), validation)
-
-
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    return device
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
