@@ -12,16 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LlamaForCausalLM
 
 from stages.backends.torch import compile_inference, generate
-from stages.backends.torch.export import Decode, LlamaStep, Prefill
-from stages.backends.torch.generate import CompiledModel, empty_cache, load, sample
+from stages.backends.torch.generate import CompiledModel, load
 from stages.run.errors import InputError, StageFailure
+from tests.tiny_llama import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, LENGTH, VOCAB, EOS = 3, 48, 128, 2
@@ -30,26 +27,15 @@ GREEDY: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 0, "t
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.95}
 
 
-def tiny_llama(**changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.2,  # wide enough that greedy answers are not one id repeated
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).eval()
+def llama() -> LlamaForCausalLM:
+    """Its weights are wide enough that greedy answers are not one id repeated."""
+    return tiny_llama(vocab_size=VOCAB, hidden_size=64, tie_word_embeddings=True, initializer_range=0.2)
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny_llama().save_pretrained(folder)
+    llama().save_pretrained(folder)
     (folder / "prompt.json").write_text('{"template": "{instruction}"}', encoding="utf-8")
     return folder
 
@@ -87,9 +73,9 @@ def answers(steps: Iterator[list[int | None]], prompts: int) -> list[list[int]]:
 
 
 def answer_of_transformers(model_dir: Path, prompt: list[int], max_new_tokens: int, eos: int) -> list[int]:
-    llama = LlamaForCausalLM.from_pretrained(model_dir)
+    model = LlamaForCausalLM.from_pretrained(model_dir)
     ids = torch.tensor([prompt])
-    generated = llama.generate(
+    generated = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0
     )[0, len(prompt) :].tolist()
     return generated[: generated.index(eos)] if eos in generated else generated
@@ -276,7 +262,7 @@ def test_a_compiled_model_whose_logits_differ_is_not_handed_on(copy, value):
     work = compile_inference.Compilation(copy, copy, "cpu", BATCH, LENGTH)
     (copy / "config.json").write_text(json.dumps({"vocab_size": VOCAB}), encoding="utf-8")
     probe = compile_inference._random_probe(work)
-    expected = compile_inference._eager_logits(tiny_llama(), probe)
+    expected = compile_inference._eager_logits(llama(), probe)
     compile_inference._check(copy, probe, expected)
     weights = load_file(copy / generate.WEIGHTS)
     weights["model.norm.weight"][5] = value
@@ -320,60 +306,3 @@ def test_weights_that_the_folder_lacks_are_named(model_dir, tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"lacks 1 of its weights \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
         compile_inference.compile_model(folder, tmp_path / "compiled", batch_size=1, sequence_length=LENGTH)
-
-
-def test_tied_embeddings_are_one_constant_and_untied_ones_two():
-    tied, untied = (dict(LlamaStep(tiny_llama(tie_word_embeddings=tie)).named_parameters()) for tie in (True, False))
-    assert untied.keys() - tied.keys() == {"lm_head.weight"}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"tie_word_embeddings": False},
-        {"attention_bias": True, "mlp_bias": True},
-        {"num_key_value_heads": 4},
-        {"head_dim": 32},
-        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-    ],
-    ids=",".join,
-)
-@settings(max_examples=15, deadline=None)
-@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4), seed=st.integers(0, 2**31))
-@torch.inference_mode()
-def test_prefill_then_decode_of_a_ragged_batch_equals_each_row_read_whole_and_alone(changes, lengths, seed):
-    llama = tiny_llama(**changes)
-    ids = torch.randint(VOCAB, (len(lengths), max(lengths) + 1), generator=torch.Generator().manual_seed(seed))
-    counts = torch.tensor(lengths)
-    shape = (len(lengths), llama.config.num_key_value_heads, 24, llama.config.head_dim)
-    cache = empty_cache(layers=2, shape=shape, dtype=torch.float32, device="cpu")
-    prefilled = Prefill(llama)(ids[:, :-1], counts, cache)
-    decoded = Decode(llama)(ids[torch.arange(len(lengths)), counts], counts, cache)
-    for row, length in enumerate(lengths):
-        expected = llama(ids[row : row + 1, : length + 1], use_cache=False).logits[0, -2:]
-        torch.testing.assert_close(torch.stack((prefilled[row], decoded[row])), expected, rtol=1e-4, atol=1e-4)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    temperature=st.floats(0.2, 2.0),
-    top_k=st.integers(0, 60),
-    top_p=st.one_of(st.just(1.0), st.floats(0.05, 0.99)),
-    seed=st.integers(0, 2**31),
-)
-def test_a_sample_lies_within_what_transformers_leaves_to_draw_from(temperature, top_k, top_p, seed):
-    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(seed)) * 3
-    left = TemperatureLogitsWarper(temperature)(None, logits.clone())
-    left = TopKLogitsWarper(top_k)(None, left) if top_k else left
-    left = TopPLogitsWarper(top_p)(None, left) if top_p < 1.0 else left
-    drawn = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=torch.Generator().manual_seed(seed))
-    assert left.gather(1, drawn.unsqueeze(1)).isfinite().all()
-
-
-def test_samples_are_as_frequent_as_the_probabilities_of_what_is_left():
-    probabilities = torch.tensor([0.1, 0.4, 0.2, 0.3])
-    logits = probabilities.log().expand(20_000, 4)
-    drawn = sample(logits, temperature=1.0, top_k=3, top_p=0.75, generator=torch.Generator().manual_seed(0))
-    frequencies = torch.bincount(drawn, minlength=4) / len(drawn)
-    # top_k leaves 0.4, 0.3, 0.2; of 0.9 in all, the first two hold 0.78 and the first alone does not hold 0.75.
-    torch.testing.assert_close(frequencies, torch.tensor([0.0, 4 / 7, 0.0, 3 / 7]), atol=0.02, rtol=0)

@@ -15,41 +15,28 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from stages.backends.torch import consolidate as subject
 from stages.backends.torch.consolidate import METADATA_FILE, consolidate
 from stages.model import weights
 from stages.model.check import check_model_folder, tied_weights
 from stages.model.weights import INDEX_FILE
+from stages.run.code import ROOT
 from stages.run.errors import StageFailure
+from tests.tiny_llama import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # dcp.save in one process is meant
 
 GIGABYTE = 10**9
 
 
-def tiny_llama(tied: bool = False) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=67,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config)
-
-
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory) -> Path:
     """A folder with one checkpoint for each layout and, in plain.pt, the state dict that they hold."""
     folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(Path(__file__).with_name("write_shards.py")), str(folder)], check=True, env=environment, timeout=180)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "tests.backends.write_shards"]
+    subprocess.run([*command, str(folder)], check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=180)
     return folder
 
 
@@ -115,7 +102,7 @@ def test_one_process_checkpoint_becomes_a_sharded_folder_that_transformers_loads
 
 
 def test_tied_embeddings_are_written_once(tmp_path, output):
-    model = tiny_llama(tied=True)
+    model = tiny_llama(tie_word_embeddings=True)
     model.config.save_pretrained(output)
     tied = tied_weights(output)
     shards = save(tmp_path / "shards", model.state_dict())

@@ -1,6 +1,6 @@
 """Writes a tiny Llama as DCP shards, laid out as training lays them out, and beside them the plain state dict (plain.pt).
 
-Run in 4 processes: `python -m torch.distributed.run --nproc-per-node 4 write_shards.py FOLDER`.
+Run in 4 processes: `python -m torch.distributed.run --nproc-per-node 4 -m tests.backends.write_shards FOLDER`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from stages.backends.torch.ranks import run_rank
+from tests.tiny_llama import tiny_llama
 
 # Layout -> (data parallel, tensor parallel) size.
 LAYOUTS = {"tp": (1, 4), "fsdp": (4, 1), "tp_fsdp": (2, 2)}
@@ -26,13 +28,6 @@ TENSOR_PARALLEL_PLAN = {
     "mlp.up_proj": ColwiseParallel(),
     "mlp.down_proj": RowwiseParallel(),
 }
-
-
-def tiny_llama() -> LlamaForCausalLM:
-    """The same random weights in every process. A vocabulary of 67 does not divide by 4, so FSDP's shards are uneven."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
 def sharded_state(data_parallel: int, tensor_parallel: int) -> dict[str, torch.Tensor]:
@@ -48,14 +43,13 @@ def sharded_state(data_parallel: int, tensor_parallel: int) -> dict[str, torch.T
     return get_model_state_dict(model)
 
 
-def main(folder: Path) -> None:
-    dist.init_process_group("gloo")
+def write(folder: Path) -> None:
     for layout, sizes in LAYOUTS.items():
         dcp.save({"model": sharded_state(*sizes), "step": torch.tensor(7)}, checkpoint_id=folder / layout)
     if dist.get_rank() == 0:
         torch.save(tiny_llama().state_dict(), folder / "plain.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    folder = Path(sys.argv[1])
+    run_rank(lambda device: write(folder), folder / "error")

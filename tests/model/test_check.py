@@ -8,25 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config
 from transformers.models.gpt2 import GPT2LMHeadModel
 
 from stages.model.check import check_model_folder, tied_weights
 from stages.model.weights import INDEX_FILE, SINGLE_FILE
 from stages.run.errors import StageFailure
-
-
-def tiny_llama(tied: bool = False, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config).to(dtype)
+from tests.tiny_llama import tiny_llama
 
 
 @pytest.fixture
@@ -45,16 +33,16 @@ def edit(folder: Path, change) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("max_shard_size", ["5GB", "4KB"])
 def test_what_save_pretrained_writes_is_accepted(tmp_path, tied, dtype, max_shard_size):
-    model = tiny_llama(tied, getattr(torch, dtype))
+    model = tiny_llama(tie_word_embeddings=tied).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     count = model.num_parameters()
     assert check_model_folder(tmp_path) == {"parameters": count, "bytes": count * model.dtype.itemsize, "dtype": dtype}
 
 
 def test_tied_weights_are_those_that_save_pretrained_leaves_out(tmp_path):
-    tiny_llama(tied=True).save_pretrained(tmp_path)
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path)
     assert tied_weights(tmp_path) == {"lm_head.weight": "model.embed_tokens.weight"}
-    tiny_llama(tied=False).save_pretrained(tmp_path)
+    tiny_llama(tie_word_embeddings=False).save_pretrained(tmp_path)
     assert tied_weights(tmp_path) == {}
 
 
@@ -82,19 +70,19 @@ def test_many_problems_are_counted_and_the_first_are_named(folder):
 
 
 def test_a_wrong_shape_is_shown_beside_the_right_one(folder):
-    edit(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(15)}))
-    with pytest.raises(StageFailure, match=r"wrong shape \(1\): model.norm.weight \[15\], not \[16\]"):
+    edit(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
+    with pytest.raises(StageFailure, match=r"wrong shape \(1\): model.norm.weight \[31\], not \[32\]"):
         check_model_folder(folder)
 
 
 def test_a_wrong_dtype_is_shown_beside_the_right_one(folder):
-    edit(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(16).half()}))
+    edit(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32).half()}))
     with pytest.raises(StageFailure, match=r"wrong dtype \(1\): model.norm.weight float16, not float32"):
         check_model_folder(folder)
 
 
 def test_a_tied_weight_that_was_written_twice_is_unexpected(tmp_path):
-    tiny_llama(tied=True).save_pretrained(tmp_path)
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path)
     edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
     with pytest.raises(StageFailure, match=r"unexpected \(1\): lm_head.weight"):
         check_model_folder(tmp_path)
@@ -133,7 +121,7 @@ def test_several_files_without_an_index_are_refused(tmp_path):
 
 
 def test_a_stray_file_with_the_same_tensor_is_refused(folder):
-    save_file({"model.norm.weight": torch.ones(16)}, folder / "model-00001-of-00002.safetensors")
+    save_file({"model.norm.weight": torch.ones(32)}, folder / "model-00001-of-00002.safetensors")
     with pytest.raises(StageFailure, match=r"model\.norm\.weight is in model-00001-of-00002\.safetensors and in model\.safetensors"):
         check_model_folder(folder)
 
