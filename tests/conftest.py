@@ -30,6 +30,12 @@ MAX_NEW_TOKENS ?= 4
 """
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first: what trains, compiles or runs make comes last."""
+    slow = ("backends", "test_makefile.py", "test_demo.py")
+    items.sort(key=lambda item: next((place for place, name in enumerate(slow) if name in item.path.parts), -1))
+
+
 @dataclass(frozen=True)
 class Project:
     """A copy of the project in a folder of its own; `make` runs its Makefile without the settings of this process."""
