@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,11 @@ def clean_environment() -> dict[str, str]:
 
     names = {name.upper() for name in Settings.__dataclass_fields__} | {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "RECIPE", "RUN"}
     return {name: value for name, value in os.environ.items() if name not in names} | {"HF_HUB_OFFLINE": "1"}
+
+
+def torchrun(processes: int, module: str) -> list[str]:
+    """The command that runs a module of the tests in several processes, as the torch backend starts its own; from ROOT."""
+    return [sys.executable, "-m", "stages.backends.torch.torchrun", "--standalone", "--nproc-per-node", str(processes), "-m", module]
 
 
 def copy_project(folder: Path) -> Project:

@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from stages.model.check import check_model_folder, tied_weights
 from stages.model.weights import INDEX_FILE
 from stages.run.code import ROOT
 from stages.run.errors import StageFailure
+from tests.conftest import torchrun
 from tests.tiny_llama import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # dcp.save in one process is meant
@@ -35,8 +35,13 @@ GIGABYTE = 10**9
 def sharded(tmp_path_factory) -> Path:
     """A folder with one checkpoint for each layout and, in plain.pt, the state dict that they hold."""
     folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "tests.backends.write_shards"]
-    subprocess.run([*command, str(folder)], check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=180)
+    subprocess.run(
+        [*torchrun(4, "tests.backends.write_shards"), str(folder)],
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=180,
+    )
     return folder
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -28,7 +27,7 @@ from stages.model.base import base_model_folder
 from stages.run.code import ROOT
 from stages.run.errors import InputError, StageFailure
 from stages.run.settings import Settings
-from tests.conftest import clean_environment, copy_project
+from tests.conftest import clean_environment, copy_project, torchrun
 
 STEPS = 6
 
@@ -150,13 +149,13 @@ def test_a_loss_that_is_no_number_stops_the_training_and_names_the_step(base: Se
 @pytest.mark.parametrize("flags", [{}, {"torch_compile": True}, {"gradient_checkpointing": True}], ids=lambda flags: str(list(flags)))
 def test_every_parameter_has_a_gradient_on_every_rank(flags: dict, base: Settings, data: Path, tmp_path: Path) -> None:
     settings = replace(base, nproc_per_node=2, tensor_parallel_size=2, **flags)
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.backends.gradients"]
     done = subprocess.run(
-        [*program, str(base_model_folder(settings)), str(data), str(tmp_path / "error")],
-        env={**clean_environment(), **environment(settings)}, capture_output=True, text=True,
+        [*torchrun(2, "tests.backends.gradients"), str(base_model_folder(settings)), str(data), str(tmp_path / "error")],
+        env={**clean_environment(), **environment(settings), "TMPDIR": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "without gradient: []" in done.stdout
+    assert not list(tmp_path.glob("torchelastic_*")), "the launcher left a folder behind"
 
 
 def test_a_document_in_a_pack_has_the_logits_that_it_has_alone(base: Settings, data: Path) -> None:
