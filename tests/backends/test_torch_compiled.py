@@ -17,10 +17,10 @@ from transformers import LlamaForCausalLM
 
 from stages.backends.torch import compile_inference, generate
 from stages.backends.torch.generate import CompiledModel, load
+from stages.run.code import ROOT
 from stages.run.errors import InputError, StageFailure
 from tests.tiny_llama import tiny_llama
 
-ROOT = Path(__file__).resolve().parents[2]
 BATCH, LENGTH, VOCAB, EOS = 3, 48, 128, 2
 PROMPTS = [[5, 17, 90, 3, 44], [7], [101, 9, 9, 64, 23, 11, 76, 30, 55, 81, 12, 6]]
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}

@@ -32,7 +32,7 @@ def test_tied_embeddings_are_one_constant_and_untied_ones_two():
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4), seed=st.integers(0, 2**31))
 @torch.inference_mode()
 def test_prefill_then_decode_of_a_ragged_batch_equals_each_row_read_whole_and_alone(changes, lengths, seed):
-    llama = tiny_llama(initializer_range=0.2, **changes)
+    llama = tiny_llama(**{"tie_word_embeddings": True, "initializer_range": 0.2, **changes})
     ids = torch.randint(llama.config.vocab_size, (len(lengths), max(lengths) + 1), generator=torch.Generator().manual_seed(seed))
     counts = torch.tensor(lengths)
     shape = (len(lengths), llama.config.num_key_value_heads, 24, llama.config.head_dim)
