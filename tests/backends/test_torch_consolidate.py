@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from stages.backends.torch import consolidate as subject
 from stages.backends.torch.consolidate import METADATA_FILE, consolidate
+from stages.backends.torch.metadata import read_metadata
 from stages.model import weights
 from stages.model.check import check_model_folder, tied_weights
 from stages.model.weights import INDEX_FILE
@@ -259,3 +261,25 @@ def test_digests_are_those_of_the_files(one_process, output):
     report = consolidate(one_process, output, dtype=None, max_shard_size=20_000)
     assert report["files"] == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in output.iterdir()}
     assert json.loads((output / INDEX_FILE).read_text())["weight_map"].keys() == {"first", "last"}
+
+
+class LookedUp:
+    """Pickled as a call of getattr, which Python 3.11.0 to 3.11.3 do with the members of an Enum."""
+
+    def __init__(self, holder: Any, name: str):
+        self.holder, self.name = holder, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.holder, self.name)
+
+
+def test_an_enum_that_an_older_python_pickled_is_read(tmp_path: Path) -> None:
+    kind = type(next(iter(torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING)))
+    (tmp_path / METADATA_FILE).write_bytes(pickle.dumps(LookedUp(kind, next(iter(kind)).name)))
+    assert read_metadata(tmp_path / METADATA_FILE) is next(iter(kind))
+
+
+def test_nothing_but_an_enum_is_looked_up(tmp_path: Path) -> None:
+    (tmp_path / METADATA_FILE).write_bytes(pickle.dumps(LookedUp(torch.Size, "mro")))
+    with pytest.raises(pickle.UnpicklingError, match="no Enum"):
+        read_metadata(tmp_path / METADATA_FILE)

@@ -15,7 +15,6 @@ import itertools
 import math
 import operator
 import os
-import pickle
 import struct
 import zipfile
 import zlib
@@ -29,22 +28,11 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.serialization import skip_data
 
+from stages.backends.torch.metadata import read_metadata
 from stages.model.weights import PIECE_BYTES, TensorSpec, write_safetensors
 from stages.run.errors import StageFailure
 
 METADATA_FILE = ".metadata"
-# What torch 2.8 to 2.13 puts into the metadata's pickle, besides plain containers and torch's dtypes.
-METADATA_CLASSES = {
-    "torch.distributed.checkpoint.metadata": (
-        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata"),
-        *("TensorProperties", "_MEM_FORMAT_ENCODING"),
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.serialization": ("_get_layout",),
-    "torch": ("Size",),
-    "pathlib": ("PosixPath",),
-    "collections": ("OrderedDict",),
-}
 PROBLEMS_SHOWN = 5
 
 
@@ -72,12 +60,20 @@ class ShardedTensor:
 
 
 def consolidate(
-    shards: Path, output: Path, *, dtype: str | None, max_shard_size: int, prefix: str = "model.", tied: Mapping[str, str] | None = None
+    shards: Path,
+    output: Path,
+    *,
+    dtype: str | None,
+    max_shard_size: int,
+    prefix: str = "model.",
+    tied: Mapping[str, str] | None = None,
+    base: Path | None = None,
 ) -> dict[str, Any]:
     """Write the model in the DCP folder `shards` to the existing folder `output` as safetensors, cast to `dtype` (None: as it was trained).
 
     The model's tensors are the checkpoint's entries whose names begin with `prefix`, which is cut off. `tied` gives, for each name that is
     the same parameter as another, that other (`lm_head.weight` -> `model.embed_tokens.weight`): it is left out, as save_pretrained does.
+    `base` is for adapters, of which this backend makes none.
 
     Returns tensors and parameters (how many were written), bytes_read, and files (name -> SHA-256). Raises StageFailure, with nothing left
     in `output`, for a shard that is missing, short, damaged or does not cover its tensor, for a value that is not finite, and for tied
@@ -105,22 +101,13 @@ def consolidate(
     }
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Builds DCP's metadata and nothing else: a pickle can name any function for the reader to call."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in METADATA_CLASSES.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-
-
 def sharded_tensors(folder: Path, prefix: str) -> dict[str, ShardedTensor]:
     """Name -> tensor for the entries of the DCP folder that begin with `prefix`, in the checkpoint's order."""
     path = folder / METADATA_FILE
     if not path.is_file():
         raise StageFailure(f"{path} is missing. DCP writes it last, so this checkpoint was never finished; use an earlier one.")
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        metadata = read_metadata(path)
         tensors = {
             key.removeprefix(prefix): _sharded_tensor(folder, key, key.removeprefix(prefix), metadata)
             for key in metadata.state_dict_metadata
