@@ -21,8 +21,7 @@ def main(settings: Settings, consolidate: Path, output: Path) -> None:
 def compiled(settings: Settings, model: Path, work: Path) -> Facts:
     """Compile the model folder into `work`, with the tokenizer and the prompt's text that it carries."""
     backend = backend_module("compile_inference", settings)
-    batch, length = settings.inference_batch_size, settings.inference_sequence_length
-    found = backend.compile_model(model, work, batch_size=batch, sequence_length=length)
+    found = backend.compile_model(model, work, settings=settings)
     for file in files_below(model, (*TOKENIZER_FILES, "prompt.json")):
         shutil.copyfile(file, work / file.name)
     return Facts(device=found["device"], metrics=found)

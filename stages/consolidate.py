@@ -12,7 +12,7 @@ from stages.run.settings import Settings
 from stages.run.sizes import parse_size, show_size
 
 
-@stage_command("consolidate", train="Folder that train published.")
+@stage_command("consolidate", "MODEL_ID", "MODEL_REVISION", "INIT_WEIGHTS", "SEED", "LORA_R", train="Folder that train published.")
 def main(settings: Settings, train: Path, output: Path) -> None:
     publish("consolidate", settings, {"train": train}, output, lambda work: join(settings, train, work))
     if not settings.keep_shards:
@@ -23,6 +23,7 @@ def join(settings: Settings, train: Path, work: Path) -> Facts:
     """Write the whole model to `work` and hold it against its config.json; nothing is published that differs."""
     from transformers import AutoConfig
 
+    from stages.model.base import base_model_folder
     from stages.model.check import check_model_folder, tied_weights
 
     backend = backend_module("consolidate", settings)
@@ -34,7 +35,12 @@ def join(settings: Settings, train: Path, work: Path) -> Facts:
     config.dtype = "bfloat16" if settings.bf16 else "float32"
     config.save_pretrained(work)
     found = backend.consolidate(
-        train / "shards", work, dtype=config.dtype, max_shard_size=parse_size(settings.max_shard_size), tied=tied_weights(work)
+        train / "shards",
+        work,
+        dtype=config.dtype,
+        max_shard_size=parse_size(settings.max_shard_size),
+        tied=tied_weights(work),
+        base=base_model_folder(settings) if settings.lora_r else None,  # adapters are merged into it
     )
     checked = check_model_folder(work)
     print(f"{checked['parameters']:,} parameters in {checked['dtype']}, {show_size(checked['bytes'])}: as config.json says", flush=True)

@@ -13,10 +13,11 @@ from stages.run.publish import publish
 from stages.run.settings import Settings
 
 
-@stage_command("train", data="Folder that data published.")
-def main(settings: Settings, data: Path, output: Path) -> None:
+@stage_command("train", data="Folder that data published.", precompile="Folder that precompile published.")
+def main(settings: Settings, data: Path, precompile: Path, output: Path) -> None:
     backend = backend_module("train", settings)
-    publish("train", settings, {"data": data}, output, lambda work: backend.train(settings, data, work), resumable=True)
+    # What precompile cached makes training start sooner, and nothing else of it: it is no input.
+    publish("train", settings, {"data": data}, output, lambda work: backend.train(settings, data, precompile, work), resumable=True)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ def derivation(settings: Settings, rows: int) -> list[str]:
     s, batch = settings, rows_per_step(settings)
     steps = total_steps(settings, rows)
     of_epochs = f"ceil({rows:,} rows x {s.num_train_epochs} epochs / {batch})" if s.max_steps < 0 else f"MAX_STEPS={s.max_steps}"
+    pipeline = f"x pipeline parallel {s.pipeline_parallel_size} " if s.pipeline_parallel_size > 1 else ""
     return [
-        f"world size       {s.nproc_per_node} = tensor parallel {s.tensor_parallel_size} x data parallel {s.data_parallel_size}",
+        f"world size       {s.nproc_per_node} = tensor parallel {s.tensor_parallel_size} {pipeline}x data parallel {s.data_parallel_size}",
         f"global batch     {batch:,} rows = {s.per_device_train_batch_size} per device x {s.gradient_accumulation_steps} accumulation "
         f"x {s.data_parallel_size} data parallel = {batch * s.max_length:,} tokens of {s.max_length:,} a row",
         f"steps per epoch  {rows / batch:,.2f} = {rows:,} rows / {batch}",

@@ -52,6 +52,15 @@ def base_model_folder(settings: Settings) -> Path:
     return folder
 
 
+def copy_description(base: Path, data: Path, output: Path) -> None:
+    """Put beside trained weights in `output` what describes them: the base model's config, the data's tokenizer and prompt."""
+    for name in ("config.json", "generation_config.json"):
+        if (base / name).is_file():
+            shutil.copyfile(base / name, output / name)
+    shutil.copytree(data / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
+    shutil.copyfile(data / "prompt.json", output / "prompt.json")
+
+
 def _random_model(settings: Settings) -> Path:
     """Random float32 weights: a function of the config and SEED alone, so that every stage finds the same."""
     import torch

@@ -49,7 +49,8 @@ def _refusal(kind: str, name: str, revision: str, error: BaseException) -> tuple
     classes = {cls.__name__ for link in chain for cls in type(link).__mro__}
     statuses = [code for link in chain if isinstance(code := getattr(getattr(link, "response", None), "status_code", None), int)]
     status = statuses[0] if statuses else 0
-    again = kind == "model"  # `datasets` has made six requests within 23 seconds before it gives up
+    # `datasets` has made six requests within 23 seconds before it gives up; off-line nothing changes by waiting.
+    again = kind == "model" and os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0")
     setting = "DATASET" if kind == "dataset" else "MODEL_ID"
     page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{'datasets/' if kind == 'dataset' else ''}{name}"
     sign_in = "`hf auth login`, or set HF_TOKEN"

@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from stages.run.code import ROOT
 from stages.run.errors import InputError, StageFailure
@@ -30,16 +32,28 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def launch(command: list[str], environment: Mapping[str, str], error_file: Path) -> None:
-    """Run `command` from the project's folder and wait for it.
+def launch(command: list[str], environment: Mapping[str, str], error_file: Path, heard: Callable[[str], None] | None = None) -> None:
+    """Run `command`, its program found on `environment`'s PATH, from the project's folder and wait for it.
 
     A worker that knows what went wrong writes `InputError` or `StageFailure` and its message to `error_file`
-    (`report_error`); it is raised here. Any other failure is a StageFailure with the exit status.
+    (`report_error`); it is raised here. Any other failure is a StageFailure with the exit status. `heard` is given each
+    line that the processes print, on either stream, after it is passed on.
     """
     error_file.unlink(missing_ok=True)
+    whole_environment = {**os.environ, **environment}
+    program = shutil.which(command[0], path=whole_environment.get("PATH"))
+    if program is None:
+        raise InputError(f"{command[0]} is not on the PATH. Install what brings it, or run in the container (docker/run).")
     print(f"$ {shlex.join(_shown(command))}", flush=True)
-    process = subprocess.Popen(command, env={**os.environ, **environment}, cwd=ROOT, start_new_session=True)
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if heard else {}
+    process = subprocess.Popen(
+        [program, *command[1:]], env=whole_environment, cwd=ROOT, start_new_session=True, text=True, errors="replace", **streams
+    )
     try:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            if heard:
+                heard(line)
         status = process.wait()
     finally:
         _end(process)

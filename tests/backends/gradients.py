@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.parallel import loss_parallel
 
+from stages.backends.rows import PackedRows
 from stages.backends.torch.loss import loss_sum
 from stages.backends.torch.parallel import build_model, mesh_of
 from stages.backends.torch.ranks import run_rank
-from stages.backends.torch.rows import PackedRows
 from stages.run.settings import Settings
 
 

@@ -19,12 +19,17 @@ from stages.backends.torch import compile_inference, generate
 from stages.backends.torch.generate import CompiledModel, load
 from stages.run.code import ROOT
 from stages.run.errors import InputError, StageFailure
+from stages.run.settings import Settings
 from tests.tiny_llama import tiny_llama
 
 BATCH, LENGTH, VOCAB, EOS = 3, 48, 128, 2
 PROMPTS = [[5, 17, 90, 3, 44], [7], [101, 9, 9, 64, 23, 11, 76, 30, 55, 81, 12, 6]]
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.95}
+
+
+def sizes(batch_size: int, sequence_length: int) -> Settings:
+    return Settings(inference_batch_size=batch_size, inference_sequence_length=sequence_length)
 
 
 def llama() -> LlamaForCausalLM:
@@ -43,7 +48,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def facts_and_folder(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     folder = tmp_path_factory.mktemp("compiled")
-    return compile_inference.compile_model(model_dir, folder, batch_size=BATCH, sequence_length=LENGTH), folder
+    return compile_inference.compile_model(model_dir, folder, settings=sizes(BATCH, LENGTH)), folder
 
 
 @pytest.fixture(scope="module")
@@ -283,20 +288,20 @@ def test_a_compiled_model_whose_logits_differ_is_not_handed_on(copy, value):
 def test_what_cannot_be_compiled_is_refused_before_the_weights_are_read(tmp_path, config, sequence_length, told):
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(InputError) as refusal:
-        compile_inference.compile_model(tmp_path, tmp_path / "compiled", batch_size=1, sequence_length=sequence_length)
+        compile_inference.compile_model(tmp_path, tmp_path / "compiled", settings=sizes(1, sequence_length))
     assert all(part in str(refusal.value) for part in told)
 
 
 def test_a_missing_cpp_compiler_is_named(model_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match="no-such-compiler is not on the PATH"):
-        compile_inference.compile_model(model_dir, tmp_path, batch_size=1, sequence_length=LENGTH)
+        compile_inference.compile_model(model_dir, tmp_path, settings=sizes(1, LENGTH))
 
 
 def test_a_compiler_that_fails_ends_the_stage_with_its_message(model_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(StageFailure, match="Compiling prefill failed"):
-        compile_inference.compile_model(model_dir, tmp_path, batch_size=1, sequence_length=LENGTH)
+        compile_inference.compile_model(model_dir, tmp_path, settings=sizes(1, LENGTH))
 
 
 def test_weights_that_the_folder_lacks_are_named(model_dir, tmp_path):
@@ -305,4 +310,4 @@ def test_weights_that_the_folder_lacks_are_named(model_dir, tmp_path):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"lacks 1 of its weights \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
-        compile_inference.compile_model(folder, tmp_path / "compiled", batch_size=1, sequence_length=LENGTH)
+        compile_inference.compile_model(folder, tmp_path / "compiled", settings=sizes(1, LENGTH))

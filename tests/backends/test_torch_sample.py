@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from stages.backends.torch.generate import sample
+from stages.backends.decoding import sample
 
 
 @settings(max_examples=60, deadline=None)

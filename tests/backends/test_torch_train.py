@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stages.backends.rows import PackedRows, rows_of_step
+from stages.backends.steps import rows_per_step, total_steps
 from stages.backends.torch import optimizer
 from stages.backends.torch.consolidate import consolidate
 from stages.backends.torch.loss import document_mask, loss_sum, next_token_labels, supervised
-from stages.backends.torch.rows import PackedRows, rows_of_step
-from stages.backends.torch.steps import rows_per_step, total_steps
 from stages.backends.torch.train import check, environment, train, training_command
 from stages.data import pack
 from stages.model.base import base_model_folder

@@ -69,7 +69,7 @@ def measured(command: list[str], shards: Path, output: Path) -> tuple[float, flo
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
     os.sync()
-    for path in shards.iterdir():
+    for path in (path for path in shards.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     started = time.perf_counter()

@@ -29,6 +29,7 @@ from stages.backends.torch.inductor import scratch_space
 from stages.backends.torch.machine import instruction_set
 from stages.run.errors import InputError, StageFailure
 from stages.run.launch import die_with_parent
+from stages.run.settings import Settings
 
 STEPS: tuple[StepName, ...] = ("prefill", "decode")
 SHORTEST_SEQUENCE = 16
@@ -62,15 +63,15 @@ class Probe:
     lengths: list[int]
 
 
-def compile_model(model_dir: Path, output: Path, *, batch_size: int, sequence_length: int) -> dict[str, Any]:
-    """Compile the Llama in `model_dir` into `output`, for `batch_size` prompts and `sequence_length` tokens each.
+def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[str, Any]:
+    """Compile the Llama in `model_dir` into `output`, for INFERENCE_BATCH_SIZE prompts and INFERENCE_SEQUENCE_LENGTH tokens each.
 
     Keeps the dtype that config.json names; runs on CUDA where there is a GPU, else on the CPU. Returns the facts for the
     manifest: device, differences found by the check, bytes, seconds. Raises InputError for a model or sizes that cannot
     be compiled, StageFailure when compiling fails or the compiled logits differ from the eager model's.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    work = Compilation(model_dir, output, device, batch_size, sequence_length)
+    work = Compilation(model_dir, output, device, settings.inference_batch_size, settings.inference_sequence_length)
     _refuse_unfit(work)
     output.mkdir(parents=True, exist_ok=True)
     probe = _random_probe(work)
@@ -80,8 +81,8 @@ def compile_model(model_dir: Path, output: Path, *, batch_size: int, sequence_le
     seconds = time.monotonic() - started
     return {
         "device": device,
-        "batch_size": batch_size,
-        "sequence_length": sequence_length,
+        "batch_size": work.batch_size,
+        "sequence_length": work.sequence_length,
         **_check(output, probe, expected),
         "package_bytes": sum((output / f"{step}.pt2").stat().st_size for step in STEPS),
         "weight_bytes": (output / WEIGHTS).stat().st_size,

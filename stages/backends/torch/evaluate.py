@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from stages.backends.rows import PackedRows
 from stages.backends.torch.loss import loss_sum, supervised
-from stages.backends.torch.rows import PackedRows
 from stages.model.base import base_model_folder
 from stages.run.progress import Progress
 from stages.run.settings import Settings

@@ -1,18 +1,19 @@
 """Generation from a compiled model: two AOTInductor packages and one set of weights that both share.
 
 Needs torch and safetensors alone. A fresh process answers in about a second, because neither transformers nor torch's
-compiler is imported. `load` refuses what this machine cannot run; `CompiledModel.generate` streams ids.
+compiler is imported. `load` refuses what this machine cannot run; `CompiledModel.generate` (decoding.py) streams ids.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stages.backends.decoding import Decoder, right_padded
 from stages.backends.torch.machine import instruction_set
 from stages.run.errors import InputError
 
@@ -22,11 +23,11 @@ DESCRIPTION, WEIGHTS = "compiled.json", "weights.safetensors"
 Step = Callable[[torch.Tensor, torch.Tensor, list[torch.Tensor]], torch.Tensor]
 
 
-class CompiledModel:
-    """A compiled model in memory. Its sizes are fixed: `batch_size` prompts, `sequence_length` tokens of prompt and answer.
+class CompiledModel(Decoder):
+    """The two packages as one model.
 
-    `vocab_size`, `bos_token_id`, `eos_token_id` (an id, or a list of them) and `pad_token_id` are the model's;
-    `device` is "cpu" or "cuda", `dtype` that of the weights and the cache.
+    `bos_token_id`, `eos_token_id` (an id, or a list of them) and `pad_token_id` are the model's, `dtype` that of the weights and
+    the cache.
     """
 
     def __init__(self, description: dict[str, Any], weights: dict[str, torch.Tensor], prefill: Step, decode: Step):
@@ -43,61 +44,10 @@ class CompiledModel:
         self._weights = weights  # the packages hold pointers into these tensors and do not keep them alive
         self._prefill, self._decode = prefill, decode
 
-    def generate(
-        self,
-        prompts: list[list[int]],
-        *,
-        max_new_tokens: int,
-        do_sample: bool,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        seed: int,
-        eos_token_id: int,
-    ) -> Iterator[list[int | None]]:
-        """Yield, step by step, one new id per prompt; None for a prompt that has ended.
-
-        A prompt ends at `eos_token_id`, which is not yielded, or when prompt and answer fill the compiled length. All end
-        after `max_new_tokens`. Sampling depends on `seed`, the logits and the row alone. Raises InputError at once when
-        the prompts do not fit: too many, too long, empty, or ids outside the vocabulary.
-        """
-        self._refuse_unfit(prompts)
-        generator = torch.Generator(self.device).manual_seed(seed)
-
-        def choose(logits: torch.Tensor) -> torch.Tensor:
-            if not do_sample:
-                return logits.argmax(-1)
-            return sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-
-        return self._answers(prompts, max_new_tokens, choose, eos_token_id)
-
-    def _answers(
-        self, prompts: list[list[int]], max_new_tokens: int, choose: Callable[[torch.Tensor], torch.Tensor], eos_token_id: int
-    ) -> Iterator[list[int | None]]:
-        cache, going = self.new_cache(), set(range(len(prompts)))
-        logits, positions = self.prefill(prompts, cache)
-        for answered in range(1, max_new_tokens + 1):
-            ids = choose(logits)
-            chosen = ids.tolist()
-            going -= {row for row in going if chosen[row] == eos_token_id}
-            if not going:
-                return
-            yield [chosen[row] if row in going else None for row in range(len(prompts))]
-            going -= {row for row in going if len(prompts[row]) + answered >= self.sequence_length}
-            if not going or answered == max_new_tokens:
-                return
-            logits = self.decode_one_token(ids, positions, cache)
-            # Rows that have ended, and rows without a prompt, go on beside the others: they must not leave the cache.
-            positions = (positions + 1).clamp(max=self.sequence_length - 1)
-
     def prefill(self, prompts: list[list[int]], cache: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the prompts into an empty cache; the logits of what follows each [batch, vocab], and its position [batch]."""
-        lengths = torch.ones(self.batch_size, dtype=torch.int64)
-        # Rows without a prompt hold one token that nobody looks at; 2 is the shortest length the graph takes.
-        ids = torch.zeros(self.batch_size, max(2, *map(len, prompts)), dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            lengths[row] = len(prompt)
-            ids[row, : len(prompt)] = torch.tensor(prompt)
+        # 2 is the shortest length the graph takes.
+        ids, lengths = right_padded(prompts, rows=self.batch_size, length=max(2, *map(len, prompts)))
         lengths = lengths.to(self.device)
         return self._prefill(ids.to(self.device), lengths, cache), lengths
 
@@ -108,42 +58,6 @@ class CompiledModel:
     def new_cache(self) -> list[torch.Tensor]:
         """An empty KV cache for `prefill`."""
         return empty_cache(layers=self._layers, shape=self._cache_shape, dtype=self.dtype, device=self.device)
-
-    def _refuse_unfit(self, prompts: list[list[int]]) -> None:
-        problems = []
-        if not 1 <= len(prompts) <= self.batch_size:
-            problems.append(f"{len(prompts)} prompts for a model compiled for 1 to {self.batch_size} at a time: raise INFERENCE_BATCH_SIZE")
-        for number, prompt in enumerate(prompts, start=1):
-            which = f"prompt {number} of {len(prompts)}"
-            if not prompt:
-                problems.append(f"{which} has no tokens: give at least one")
-            elif len(prompt) >= self.sequence_length:
-                problems.append(
-                    f"{which} has {len(prompt)} tokens, the model was compiled for prompts of at most {self.sequence_length - 1} "
-                    f"(INFERENCE_SEQUENCE_LENGTH {self.sequence_length}, prompt and answer together): shorten it or compile for more"
-                )
-            elif min(prompt) < 0 or max(prompt) >= self.vocab_size:
-                problems.append(
-                    f"{which} has ids from {min(prompt)} to {max(prompt)}, the model knows 0 to {self.vocab_size - 1}: "
-                    "tokenise it with the model's own tokenizer"
-                )
-        if problems:
-            raise InputError(problems)
-
-
-def sample(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> torch.Tensor:
-    """Draw an id per row of logits [batch, vocab]: the `top_k` likeliest, then the fewest of them that hold `top_p`.
-
-    top_k=0 and top_p=1.0 leave everything in. top_p is nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751); as in
-    transformers it comes after temperature and top_k. temperature and top_p are above 0, so the likeliest id always stays.
-    """
-    size = logits.shape[-1]
-    likeliest, ids = torch.topk(logits.float() / temperature, min(top_k, size) if top_k else size, sorted=True)
-    probabilities = likeliest.softmax(-1)
-    if top_p < 1.0:
-        before = probabilities.cumsum(-1) - probabilities  # 0 for the likeliest
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    return ids.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)
 
 
 def empty_cache(*, layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> list[torch.Tensor]:

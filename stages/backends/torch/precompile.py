@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from statistics import median
 
-from stages.backends.torch.steps import rows_per_step, total_steps
+from stages.backends.steps import rows_per_step, total_steps
 from stages.backends.torch.train import device_name, environment, prepare, training_command
 from stages.model.base import base_model_folder
 from stages.run.launch import launch

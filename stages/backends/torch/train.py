@@ -12,28 +12,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stages.backends.torch.steps import derivation, rows_per_step, total_steps
-from stages.model.base import base_model_folder, load_config
+from stages.backends.metrics import last_line
+from stages.backends.steps import derivation, rows_per_step, total_steps
+from stages.model.base import base_model_folder, copy_description, load_config
+from stages.model.fit import fit_problems
 from stages.run.errors import InputError
 from stages.run.launch import launch
 from stages.run.publish import Facts
 from stages.run.settings import Settings
 
 
-def train(settings: Settings, data: Path, work: Path) -> Facts:
-    """Train on the rows in `data`; leaves shards, metrics.jsonl, config, tokenizer and prompt in `work`."""
+def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Facts:
+    """Train on the rows in `data`; leaves shards, metrics.jsonl, config, tokenizer and prompt in `work`.
+
+    `precompiled`: what precompile published; inductor looks in its cache by itself.
+    """
     rows = prepare(settings, data)
     base = base_model_folder(settings)
     if not (work / "shards").is_dir():  # else a former call trained to the end and was killed before it published
         launch(training_command(settings, base, data, work, max_steps=-1), environment(settings), work / "error")
     shutil.rmtree(work / "checkpoints", ignore_errors=True)
-    for name in ("config.json", "generation_config.json"):
-        if (base / name).is_file():
-            shutil.copyfile(base / name, work / name)
-    shutil.copytree(data / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
-    shutil.copyfile(data / "prompt.json", work / "prompt.json")
+    copy_description(base, data, work)
     steps = total_steps(settings, rows)
-    last = json.loads((work / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    last = last_line(work / "metrics.jsonl")
     tokens = steps * settings.max_length * rows_per_step(settings)
     return Facts(device=device_name(), tokens=tokens, metrics=last, unkeyed=("metrics.jsonl", "shards/.metadata"))
 
@@ -82,15 +83,12 @@ def check(settings: Settings, vocabulary: int) -> None:
     problems = []
     if config.model_type not in SUPPORTED:
         problems.append(f"MODEL_ID={settings.model_id} is a {config.model_type}; the torch backend trains {', '.join(SUPPORTED)}.")
-    if vocabulary > config.vocab_size:
-        problems.append(
-            f"MODEL_ID={settings.model_id}: the tokenizer gives ids up to {vocabulary - 1}, the model has {config.vocab_size} embeddings. "
-            f"They do not belong together."
-        )
     problems += _indivisible(settings, config)
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest and settings.max_length > longest:
-        problems.append(f"MAX_LENGTH={settings.max_length} is above the model's {longest} positions. Lower MAX_LENGTH.")
+    problems += fit_problems(settings, config, vocabulary)
+    if settings.pipeline_parallel_size > 1:
+        problems.append(f"PIPELINE_PARALLEL_SIZE={settings.pipeline_parallel_size}: the torch backend has no pipeline. Leave it 1.")
+    if settings.lora_r:
+        problems.append(f"LORA_R={settings.lora_r}: the torch backend trains all weights. Set LORA_R=0.")
     if not settings.zero_1:
         problems.append("ZERO_1=0: the torch backend always shards the optimizer (FSDP2). Leave ZERO_1=1.")
     if settings.torch_compile and unusable_path():

@@ -6,13 +6,12 @@ checkpoints, metrics.jsonl and, when it ends, the sharded weights.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import click
 import torch
@@ -22,13 +21,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
+from stages.backends.metrics import Metrics, require_finite
+from stages.backends.rows import PackedRows, rows_of_step
+from stages.backends.steps import rows_per_step, total_steps
 from stages.backends.torch import checkpoint, optimizer
 from stages.backends.torch.loss import loss_sum, supervised
 from stages.backends.torch.parallel import build_model, mesh_of
 from stages.backends.torch.ranks import run_rank
-from stages.backends.torch.rows import PackedRows, rows_of_step
-from stages.backends.torch.steps import rows_per_step, total_steps
-from stages.run.errors import StageFailure
 from stages.run.progress import Progress
 from stages.run.settings import Settings
 
@@ -66,17 +65,16 @@ def train(settings: Settings, base: Path, data: Path, work: Path, max_steps: int
     state = _prepare(settings, base, data, device)
     total = max_steps if max_steps > 0 else total_steps(settings, len(state.train))
     first = checkpoint.resume(work / "checkpoints", state.model, state.optimizer)
-    metrics = Metrics(work / "metrics.jsonl", first)
+    metrics = Metrics(work / "metrics.jsonl", first, writes=dist.get_rank() == 0)
     with Progress("train", total, "steps", done=first, shown=dist.get_rank() == 0) as progress:
         for step in range(first, total):
             figures = train_step(state, step, total)
-            if not math.isfinite(figures["loss"]) or not math.isfinite(figures["grad_norm"]):
-                raise StageFailure(_not_finite(step + 1, figures, checkpoint.last_step(work / "checkpoints")))
+            require_finite(step + 1, figures, lambda: checkpoint.last_step(work / "checkpoints"))
             done, last = step + 1, step + 1 == total
             if state.validation and settings.eval_steps and (done % settings.eval_steps == 0 or last):
                 figures["validation_loss"] = validation_loss(state, state.validation)
             logged = done % settings.logging_steps == 0 or last
-            if logged and dist.get_rank() == 0:
+            if logged:
                 metrics.write({"step": done, "epoch": round(done * rows_per_step(settings) / len(state.train), 4), **figures})
             progress.update(1, {name: f"{value:.4g}" for name, value in figures.items()}, line=logged)
             if settings.save_steps and done % settings.save_steps == 0 and not last and max_steps < 0:
@@ -135,21 +133,6 @@ def validation_loss(state: Training, held_out: PackedRows) -> float:
     return _sum_over_data(state, total) / max(1.0, _sum_over_data(state, tokens))
 
 
-class Metrics:
-    """metrics.jsonl: one line per logged step. Opened for a run that resumes at `first`, it drops the lines after that."""
-
-    def __init__(self, path: Path, first: int):
-        self._path = path
-        if dist.get_rank() == 0:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
-            path.write_text("".join(kept), encoding="utf-8")
-
-    def write(self, figures: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
-
-
 def _prepare(settings: Settings, base: Path, data: Path, device: torch.device) -> Training:
     torch.manual_seed(settings.seed)
     mesh = mesh_of(settings, device)
@@ -168,15 +151,6 @@ def _sum_over_data(state: Training, value: float) -> float:
     tensor = torch.tensor(float(value), dtype=torch.float64, device=state.device)
     dist.all_reduce(tensor, group=state.mesh["data"].get_group())
     return float(tensor)
-
-
-def _not_finite(step: int, figures: dict[str, float], kept: int) -> str:
-    numbers = ", ".join(f"{name} {value:g}" for name, value in figures.items())
-    rest = f"The checkpoint of step {kept} is kept." if kept else "There is no checkpoint yet."
-    return (
-        f"Step {step}: the loss or its gradient is not finite ({numbers}). {rest} "
-        f"Lower LEARNING_RATE, raise WARMUP_STEPS, or look for broken rows in the dataset."
-    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""What the stages need of a machine without Neuron devices: PyTorch, a C++ compiler, and as many GPUs as processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from stages.run.errors import InputError
+from stages.run.finding import Check, Finding, fail
+from stages.run.settings import Settings
+from stages.run.sizes import show_size
+
+
+def torch_build(settings: Settings) -> Iterator[Finding]:
+    import torch
+
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs alone"
+    yield Finding("PyTorch", f"{torch.__version__}, {cuda}, {torch.get_num_threads()} threads")
+
+
+def devices(settings: Settings) -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding("devices", f"no CUDA device; {os.cpu_count()} CPU cores for NPROC_PER_NODE={settings.nproc_per_node}")
+        return
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    yield Finding("devices", ", ".join(f"{gpu.name} with {show_size(gpu.total_memory)}" for gpu in gpus))
+
+
+def compiler(settings: Settings) -> Iterator[Finding]:
+    """compile-inference, and training with TORCH_COMPILE, have inductor call a C++ compiler."""
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    tool = shutil.which(name)
+    if tool is None:
+        yield fail("C++ compiler", f"{name} is not on the PATH. Install it (Debian, Ubuntu: apt install g++), or name another in CXX.")
+        return
+    said = subprocess.run([tool, "--version"], capture_output=True, text=True)
+    if said.returncode:
+        yield fail("C++ compiler", f"{tool} --version ends with {said.returncode}. Install it again, or name another in CXX.")
+    else:
+        yield Finding("C++ compiler", said.stdout.partition("\n")[0])
+
+
+def training(settings: Settings) -> Iterator[Finding]:
+    """What train would refuse before it starts; the tokenizer's size is not known before the data stage ran."""
+    from stages.backends.torch.train import check
+
+    try:
+        check(settings, vocabulary=0)
+    except InputError as error:
+        yield from (fail("training", problem) for problem in error.problems)
+    else:
+        yield Finding("training", "the model can be trained with these settings")
+
+
+CHECKS: list[Check] = [torch_build, devices, compiler, training]
