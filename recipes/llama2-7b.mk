@@ -18,11 +18,15 @@ LEARNING_RATE ?= 5e-5
 BF16 ?= 1
 ZERO_1 ?= 1
 LOGGING_STEPS ?= 10
+# 13.5 GB each; a step takes half a minute, so that at most 11 minutes are lost.
+SAVE_STEPS ?= 25
 
 INFERENCE_BATCH_SIZE ?= 1
 INFERENCE_SEQUENCE_LENGTH ?= 2048
 INFERENCE_TENSOR_PARALLEL_SIZE ?= 2
 MAX_NEW_TOKENS ?= 512
+# On Neuron the losses are measured on the host's CPU, and the instance is paid for meanwhile.
+EVAL_MAX_DOCUMENTS ?= 8
 DO_SAMPLE ?= 1
 TEMPERATURE ?= 0.9
 TOP_K ?= 50

@@ -18,7 +18,7 @@ from stages.run.errors import InputError
 from stages.run.record import manifest_of, reasons
 from stages.run.settings import Settings, unknown_names
 
-MAKE_VARIABLES = ("RECIPE", "RUN", "PYTHON", "VENV", "YES")
+MAKE_VARIABLES = ("RECIPE", "RUN", "PYTHON", "VENV", "YES", "NEURON_PIP_INDEX", "IMAGE", "DOCKER")
 
 
 def stale_stages(graph: dict[str, list[str]], run_folder: Path, settings: Settings) -> dict[str, list[str]]:

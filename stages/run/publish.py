@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.run import record
+from stages.run import instance, record
 from stages.run.backend import choose
 from stages.run.content import combine, file_digest
 from stages.run.lock import locked
@@ -63,19 +63,23 @@ def publish(
             print(f"{stage}: up to date ({output})", flush=True)
             return False
         print(f"{stage}: {'; '.join(why)}", flush=True)
+        if seen["backend"] != choose(settings).name:  # it was published by another machine's
+            made_from, seen = record.record_now(stage, settings, inputs, None)
         if "BACKEND" in settings.concerning(stage):
             print("backend: {0.name} ({0.reason})".format(choose(settings)), flush=True)
         work = _work_folder(run_folder, stage, made_from, resumable)
         started = time.time()
         try:
             facts = build(work)
-            _write_manifest(stage, work, made_from, seen, facts, time.time() - started)
+            cost = {"seconds": round(time.time() - started, 3), **price_of(time.time() - started, settings)}
+            _write_manifest(stage, work, made_from, seen, facts, cost)
             _replace(output, work)
         except BaseException:
             if not resumable:
                 _remove_work(work)
             raise
-        print(f"{stage}: published {output} in {duration(time.time() - started)}", flush=True)
+        dollars = "" if cost["usd"] is None else f", {cost['usd']:.2f} USD"
+        print(f"{stage}: published {output} in {duration(cost['seconds'])}{dollars}", flush=True)
         return True
 
 
@@ -102,7 +106,13 @@ def _key(made_from: dict) -> str:
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _write_manifest(stage: str, work: Path, made_from: dict, seen: dict, facts: Facts, seconds: float) -> None:
+def price_of(seconds: float, settings: Settings) -> dict[str, Any]:
+    """The machine's EC2 type and what it cost for so long in USD; None where either is not known."""
+    price = instance.hourly_price(settings)
+    return {"instance": instance.instance_type(), "usd": None if price is None else instance.dollars(seconds, price)}
+
+
+def _write_manifest(stage: str, work: Path, made_from: dict, seen: dict, facts: Facts, cost: dict[str, Any]) -> None:
     (work / "manifest.json").unlink(missing_ok=True)  # of a former call that finished this work and was killed
     files = sorted(path for path in work.rglob("*") if path.is_file())
     outputs: dict[str, dict[str, Any]] = {}
@@ -116,10 +126,10 @@ def _write_manifest(stage: str, work: Path, made_from: dict, seen: dict, facts: 
         "content": combine(keyed),
         "metrics": facts.metrics,
         "tokens": facts.tokens,
-        "seconds": round(seconds, 3),
+        **cost,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": facts.device,
-        "versions": _installed(stage),
+        "versions": _installed(stage, seen["backend"]),
         "record": made_from,
         "outputs": outputs,
         "seen": seen,
@@ -148,11 +158,11 @@ def remove_published(output: Path, part: str, because: str) -> None:
     shutil.rmtree(output / part)
 
 
-def _installed(stage: str) -> dict[str, str]:
+def _installed(stage: str, backend: str) -> dict[str, str]:
     import importlib.metadata  # 24 ms that an answer need not wait for
 
     versions = {"python": platform.python_version()}
-    for name in record.LIBRARIES[stage]:
+    for name in record.libraries_of(stage, backend):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

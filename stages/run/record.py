@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from stages.run.backend import find_backend
 from stages.run.code import ROOT, code_of, raw_digest
 from stages.run.settings import Settings
 
+# What is installed, by backend: files of pins, each of which may name another in a line `-r FILE`.
+REQUIREMENTS = {"torch": "requirements.txt", "neuron": "docker/requirements.txt"}
 # The pinned libraries that shape what a stage publishes.
 LIBRARIES = {
     "data": ("datasets", "tokenizers", "transformers"),
@@ -26,6 +29,13 @@ LIBRARIES = {
     "consolidate": ("safetensors", "torch", "transformers"),
     "compile-inference": ("torch", "transformers"),
     "eval": ("tokenizers", "torch", "transformers"),
+}
+# Those that shape it besides on Neuron.
+NEURON_LIBRARIES = {
+    "precompile": ("neuronx-cc", "optimum-neuron"),
+    "train": ("neuronx-distributed", "optimum-neuron"),
+    "compile-inference": ("neuronx-cc", "optimum-neuron"),
+    "eval": ("optimum-neuron",),
 }
 # What a tokenizer is made of, as far as a model has it: all that AutoTokenizer reads.
 TOKENIZER_FILES = (
@@ -59,14 +69,17 @@ def record_now(stage: str, settings: Settings, inputs: dict[str, Path], publishe
 
     `inputs` are the output folders of the upstream stages whose content counts. `published` is the stage's own
     manifest, if any: a file whose bytes (code) or signature (data) are those of then is not analysed or read again.
+    BACKEND=auto stays what it was then: a look from another machine makes nothing stale.
     """
     seen_then = (published or {}).get("seen", {})
     record_then = (published or {}).get("record", {})
     backend = settings.backend if settings.backend != "auto" else seen_then.get("backend") or find_backend().name
-    code, raw = _code(stage, backend, record_then.get("code", {}), seen_then.get("code", {}))
+    code, raw = _code(stage, backend, record_then.get("code", {}), seen_then.get("code", {}) if seen_then.get("backend") == backend else {})
     values, signatures = _values(stage, settings, record_then.get("settings", {}), seen_then.get("files", {}))
+    if "BACKEND" in values:
+        values["BACKEND"] = backend  # found or named is the same
     upstream = {name: (manifest_of(folder) or {}).get("content", "nothing yet") for name, folder in inputs.items()}
-    pins = {name: version for name, version in pinned_versions().items() if name in LIBRARIES[stage]}
+    pins = {name: version for name, version in pinned_versions(backend).items() if name in libraries_of(stage, backend)}
     record = {"settings": values, "code": code, "versions": pins, "inputs": upstream}
     return record, {"backend": backend, "code": raw, "files": signatures}
 
@@ -111,9 +124,28 @@ def damage(published: dict[str, Any], output: Path) -> list[str]:
     return found
 
 
-def pinned_versions() -> dict[str, str]:
-    """Library -> version as requirements.txt pins it."""
-    return dict(re.findall(r"^([\w.-]+)==([\w.+-]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE))
+def libraries_of(stage: str, backend: str) -> tuple[str, ...]:
+    """The libraries that shape what `stage` publishes on `backend`."""
+    return LIBRARIES[stage] + (NEURON_LIBRARIES.get(stage, ()) if backend == "neuron" else ())
+
+
+def pinned_versions(backend: str) -> dict[str, str]:
+    """Library -> version as the backend's requirements pin it, and the files that they name in `-r`; nearest file first."""
+    pins: dict[str, str] = {}
+    files = [ROOT / REQUIREMENTS[backend]]
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        for name, version, marker in re.findall(r"^([\w.-]+)(?:\[[\w,]+\])?==([\w.+-]+)[ ]*(?:;(.*))?", text, re.MULTILINE):
+            if _holds(marker):
+                pins.setdefault(name.lower().replace("_", "-"), version)
+        files += [file.parent / name for name in re.findall(r"^-r (\S+)", text, re.MULTILINE)]
+    return pins
+
+
+def _holds(marker: str) -> bool:
+    """Whether a pin's condition is true of this Python; those on its version are the only ones here."""
+    match = re.search(r'python_version (<|>=) "3\.(\d+)"', marker)
+    return match is None or (sys.version_info.minor < int(match[2])) == (match[1] == "<")
 
 
 def _difference(part: str, name: str, before: Any, after: Any) -> str:

@@ -15,6 +15,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
+from stages.run.cache_url import check_cache_url
 from stages.run.errors import InputError
 from stages.run.sizes import parse_size
 
@@ -56,8 +57,12 @@ class Settings:
         "auto", "Where stages run: found (Neuron devices, else PyTorch on CUDA, else on the CPU) or named.",
         "precompile train consolidate compile-inference eval", choices=("auto", "torch", "neuron"),
     )  # fmt: skip
-    nproc_per_node: int = setting(1, "Training processes (torchrun); NPROC_PER_NODE = tensor parallel x data parallel.", _MODEL, least=1)
+    nproc_per_node: int = setting(
+        1, "Training processes (torchrun), a NeuronCore or a GPU each: tensor x pipeline x data parallel.", _MODEL, least=1
+    )
     tensor_parallel_size: int = setting(1, "Processes that share each layer's weights.", _MODEL, least=1)
+    pipeline_parallel_size: int = setting(1, "Groups of processes that hold a part of the layers each (Neuron).", _MODEL, least=1)
+    instance_price: float = setting(0.0, "What an hour of this machine costs; 0 = as known of its EC2 type.", unit="USD/h", least=0)
     seed: int = setting(42, "Held-out documents, random weights, batch order and sampling are functions of it.", "data train eval", least=0)
 
     # The base model.
@@ -114,6 +119,26 @@ class Settings:
     save_steps: int = setting(100, "Steps between checkpoints to resume from; 0 = none.", unit="steps", least=0)
     save_total_limit: int = setting(1, "Checkpoints kept.", unit="checkpoints", least=1)
 
+    resume: str = setting(
+        "restart", "An interrupted training on Neuron: begin anew, or from its last weights with a fresh optimizer.",
+        choices=("restart", "weights"),
+    )  # fmt: skip
+
+    # LoRA (Neuron).
+    lora_r: int = setting(0, "Rank of LoRA adapters, which alone are trained; 0 = all weights are (Neuron).", _MODEL, least=0)
+    lora_alpha: int = setting(16, "LoRA's updates are scaled by LORA_ALPHA / LORA_R.", _MODEL, least=1)
+    lora_dropout: float = setting(0.05, "Dropout before LoRA's adapters.", _MODEL, unit="fraction", least=0, below=1)
+    lora_target_modules: str = setting(
+        "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj", "Linear layers that get an adapter, separated by spaces.", _MODEL
+    )
+
+    # The compiler's cache (Neuron).
+    neuron_compile_cache_url: str = setting(
+        "/var/tmp/neuron-compile-cache", "Compiled graphs, shared by all runs: an absolute path without dots, or s3:// (Neuron).",
+        check=check_cache_url,
+    )  # fmt: skip
+    custom_cache_repo: str = setting("", "Hub repository of compiled graphs, for `make cache-lookup` and `make cache-synchronize`.")
+
     # Consolidation.
     max_shard_size: str = setting("5GB", "Largest safetensors file.", "consolidate", unit="bytes", check=parse_size)
     keep_shards: bool = setting(True, "Keep train's shards once the consolidated model is published.")
@@ -122,6 +147,10 @@ class Settings:
     inference_batch_size: int = setting(1, "Prompts answered at once.", "compile-inference", least=1)
     inference_sequence_length: int = setting(2048, "Prompt and answer together.", "compile-inference", unit="tokens", least=2)
     inference_tensor_parallel_size: int = setting(1, "Cores that share the compiled model (Neuron).", "compile-inference", least=1)
+    instance_type: str = setting(
+        "trn1", "Machine that answers (Neuron); inf2 is made for it and runs the same code as trn1.", "compile-inference",
+        choices=("trn1", "trn1n", "inf2", "trn2"),
+    )  # fmt: skip
 
     # Answers.
     prompt: str = setting("", 'One instruction to answer: `make eval PROMPT="..."`.')
@@ -155,10 +184,12 @@ class Settings:
     def _contradictions(self) -> list[str]:
         """What no single setting shows: combinations that cannot run."""
         problems = []
-        if self.nproc_per_node % self.tensor_parallel_size:
+        model_parallel = self.tensor_parallel_size * self.pipeline_parallel_size
+        if self.nproc_per_node % model_parallel:
+            pipeline = f" x PIPELINE_PARALLEL_SIZE={self.pipeline_parallel_size}" if self.pipeline_parallel_size > 1 else ""
             problems.append(
-                f"NPROC_PER_NODE={self.nproc_per_node} is not a multiple of TENSOR_PARALLEL_SIZE={self.tensor_parallel_size}: "
-                f"world size = tensor parallel x data parallel. Set NPROC_PER_NODE to a multiple."
+                f"NPROC_PER_NODE={self.nproc_per_node} is not a multiple of TENSOR_PARALLEL_SIZE={self.tensor_parallel_size}{pipeline}: "
+                f"world size = tensor x pipeline x data parallel. Set NPROC_PER_NODE to a multiple of {model_parallel}."
             )
         if self.max_length % self.tensor_parallel_size:
             problems.append(
@@ -186,7 +217,7 @@ class Settings:
 
     @property
     def data_parallel_size(self) -> int:
-        return self.nproc_per_node // self.tensor_parallel_size
+        return self.nproc_per_node // (self.tensor_parallel_size * self.pipeline_parallel_size)
 
 
 def variable(f: Field) -> str:

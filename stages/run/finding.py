@@ -1,0 +1,49 @@
+"""What the doctor's checks yield. A check is a function of the settings, in the list CHECKS of a module named `doctor`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.run.settings import Settings
+
+OK, NOTE, FAIL = "OK", "note", "FAIL"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found and what to do about it, and whether that is fine, advice, or stops a stage."""
+
+    about: str
+    text: str
+    state: str = OK
+
+    def line(self, width: int) -> str:
+        return f"{self.state:<4}  {self.about:<{width}}  {self.text}"
+
+
+Check = Callable[[Settings], Iterable[Finding]]
+
+
+def note(about: str, text: str) -> Finding:
+    """Advice: every stage can run as it is."""
+    return Finding(about, text, NOTE)
+
+
+def fail(about: str, text: str) -> Finding:
+    """What keeps a stage from running; `text` ends with what to do."""
+    return Finding(about, text, FAIL)
+
+
+def folder_finding(about: str, folder: Path, setting: str = "") -> Finding:
+    """Whether `folder` can be written, or made where it is not there yet; `setting` is what moves it elsewhere."""
+    # os.path: what may not even be looked at counts as not there, and the folder above it as what cannot be written.
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    elsewhere = f", or set {setting} to another folder" if setting else ""
+    if not place.is_dir():
+        return fail(about, f"{place} is a file. Remove it{elsewhere}.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        return fail(about, f"{place} cannot be written by user {os.getuid()}. Change its owner or its mode{elsewhere}.")
+    return Finding(about, f"{folder} can be {'written' if folder.is_dir() else 'made'}")
