@@ -1,0 +1,1 @@
+"""AWS Trainium, through optimum-neuron."""

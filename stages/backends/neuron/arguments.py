@@ -1,0 +1,104 @@
+"""The command and the environment of a training on Neuron: one function builds both precompile's run and train's.
+
+What the compiler is given must be the same in both, or train compiles for 40 minutes what precompile was run for.
+Settings become fields of optimum-neuron's NeuronTrainingArguments, which the worker parses from its command line.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from stages.run.settings import Settings
+
+# NKI's flash-attention kernel takes sequences of whole blocks of this length (optimum-neuron, models/training/llama).
+FLASH_ATTENTION_BLOCK = 2048
+
+# Upstream's own launcher sets these (optimum-neuron, docs/source/training_tutorials/*.sh and the AWS samples that they follow).
+COMPILER_FLAGS = "--model-type transformer --retry_failed_compilation"
+RUNTIME = {
+    "NEURON_FUSE_SOFTMAX": "1",
+    "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS": "3",
+    "MALLOC_ARENA_MAX": "64",  # glibc's arenas of 32 processes' threads would fill the host's memory
+}
+
+
+def training_command(settings: Settings, base: Path, data: Path, work: Path, *, steps: int, first_step: int = 0) -> list[str]:
+    """torchrun and the worker for optimizer steps `first_step` to `steps` (exclusive), as train and precompile run them."""
+    launcher = ["torchrun", "--nproc_per_node", str(settings.nproc_per_node), "-m", "stages.backends.neuron.worker"]
+    worker = ["--base", str(base), "--data", str(data), "--work", str(work), "--first_step", str(first_step)]
+    flags = [part for name, value in training_arguments(settings, work / "checkpoints", steps - first_step).items()
+             for part in (f"--{name}", value)]  # fmt: skip
+    return [*launcher, *worker, *flags]
+
+
+def training_arguments(settings: Settings, output_dir: Path, max_steps: int) -> dict[str, str]:
+    """Field of NeuronTrainingArguments -> its value as text, for `max_steps` optimizer steps."""
+    s = settings
+    # Hugging Face's "constant" knows no warm-up.
+    scheduler = "constant_with_warmup" if s.lr_scheduler_type == "constant" else s.lr_scheduler_type
+    values = {
+        "output_dir": output_dir,
+        "max_steps": max_steps,
+        "num_train_epochs": 1,  # the rows handed over are those of all steps, in order
+        "per_device_train_batch_size": s.per_device_train_batch_size,
+        "per_device_eval_batch_size": s.per_device_train_batch_size,  # not used, but a pipeline wants it divisible alike
+        "gradient_accumulation_steps": s.gradient_accumulation_steps,
+        "learning_rate": s.learning_rate,
+        "lr_scheduler_type": scheduler,
+        "warmup_steps": s.warmup_steps,
+        "weight_decay": s.weight_decay,
+        "adam_beta1": s.adam_beta1,
+        "adam_beta2": s.adam_beta2,
+        "adam_epsilon": s.adam_epsilon,
+        "max_grad_norm": s.max_grad_norm,
+        "seed": s.seed,
+        "bf16": s.bf16,
+        "tensor_parallel_size": s.tensor_parallel_size,
+        "pipeline_parallel_size": s.pipeline_parallel_size,
+        "disable_sequence_parallel": False,  # on as soon as there is tensor parallelism
+        "zero_1": s.zero_1,
+        "gradient_checkpointing": s.gradient_checkpointing,
+        "logging_steps": s.logging_steps,
+        "save_strategy": "steps" if s.save_steps else "no",
+        "save_steps": s.save_steps or 1,
+        "save_total_limit": s.save_total_limit,
+        "save_only_model": True,  # nothing can load the optimizer's state again: the trainer refuses to resume
+        "skip_cache_push": True,  # else an uncaught call to the Hub ends a finished training; `make cache-synchronize` pushes
+        "report_to": "none",
+        "disable_tqdm": True,  # the worker shows its own progress
+        "log_level": "error",  # upstream warns at every start of what it does on purpose
+    }
+    return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
+
+
+def attention_implementation(max_length: int) -> str:
+    """The attention that the training model is built with: flash where the length allows it."""
+    return "eager" if max_length % FLASH_ATTENTION_BLOCK else "flash_attention_2"
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """What the workers, the compiler and the runtime get besides the caller's environment."""
+    ours = {name: value for name, value in settings.environment().items() if value or name != "CUSTOM_CACHE_REPO"}
+    return {
+        **ours,
+        **{name: os.environ.get(name, value) for name, value in RUNTIME.items()},
+        **cache_environment(settings),
+        # Whose torchrun is found on the PATH, it starts this Python; and this Python's scripts are found behind the PATH's.
+        "PYTHON_EXEC": sys.executable,
+        "PATH": f"{os.environ.get('PATH', os.defpath)}:{Path(sys.executable).parent}",
+        "LOGLEVEL": os.environ.get("LOGLEVEL", "CRITICAL"),  # torchrun repeats a worker's failure at ERROR
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def cache_environment(settings: Settings) -> dict[str, str]:
+    """Where compiled graphs are kept, said in both ways: libneuronxla reads the one, optimum-neuron the other.
+
+    A bucket cannot be said in the second (optimum-neuron would take `s3` for a folder); the first is then alone.
+    """
+    given = [flag for flag in os.environ.get("NEURON_CC_FLAGS", COMPILER_FLAGS).split() if not flag.startswith("--cache_dir")]
+    url = settings.neuron_compile_cache_url
+    flags = given if url.startswith("s3://") else [*given, f"--cache_dir={url}"]
+    return {"NEURON_COMPILE_CACHE_URL": url, "NEURON_CC_FLAGS": " ".join(flags)}

@@ -1,0 +1,53 @@
+"""What neuron_parallel_compile says of its work, read out of its output: totals, cache hits, and the graphs that failed.
+
+Its lines come from many processes at once. They are mixed with the workers' own, may stand behind the dots of a
+compiler's progress or in one line with another message, and a summary in JSON is spread over lines between them:
+
+    2024-12-24 10:46:40.000063:  802786  INFO ||NEURON_PARALLEL_COMPILE||: Total failed compilations: 0
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+_ENTRY = r"\S*?(neuronxcc-[^/\s\"']+/MODULE_[^/\s\"']+)/"
+_TOTAL = re.compile(r"Total (graphs|successful compilations|failed compilations): (\d+)")
+_HIT = re.compile(rf"Using a cached neff at {_ENTRY}")
+_FAILED_HIT = re.compile(rf"Got a cached failed neff at {_ENTRY}")
+# "/var/tmp/cache/neuronxcc-2.21/MODULE_1+2/model.hlo_module.pb": {   and, a line or more below,   "status": false,
+_REPORTED = re.compile(rf'"{_ENTRY}[^"]*": \{{|"status": (true|false)')
+
+
+@dataclass
+class CompileReport:
+    """`graphs`, `succeeded`, `failed`: the totals of the last summary, None where none was printed (it was killed).
+
+    `hits`, `failed_hits`, `failed_graphs`: names of cache entries (`neuronxcc-VERSION/MODULE_x`) that were found compiled,
+    found poisoned, and reported as failed.
+    """
+
+    graphs: int | None = None
+    succeeded: int | None = None
+    failed: int | None = None
+    hits: set[str] = field(default_factory=set)
+    failed_hits: set[str] = field(default_factory=set)
+    failed_graphs: set[str] = field(default_factory=set)
+
+
+def read_compile_report(lines: Iterable[str]) -> CompileReport:
+    """The report in the output of neuron_parallel_compile, given line by line."""
+    report = CompileReport()
+    fields = {"graphs": "graphs", "successful compilations": "succeeded", "failed compilations": "failed"}
+    graph = ""
+    for line in lines:
+        for what, number in _TOTAL.findall(line):
+            setattr(report, fields[what], int(number))
+        report.hits.update(_HIT.findall(line))
+        report.failed_hits.update(_FAILED_HIT.findall(line))
+        for name, status in _REPORTED.findall(line):
+            if status == "false" and graph:
+                report.failed_graphs.add(graph)
+            graph = name
+    return report

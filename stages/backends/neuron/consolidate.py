@@ -1,0 +1,94 @@
+"""From optimum-neuron's shards to whole weights, on any machine: reads what NeuronTrainer.save_model left, hands on safetensors files.
+
+The library's own way out holds the whole model in memory twice, needs the Neuron packages and, above 5 GB, gives all files one name, so
+that the last alone survives. Here the shards are read where they lie, a few megabytes at a time. An adapter is merged into its base model
+on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from stages.backends.neuron.archive import RowReader
+from stages.backends.neuron.shards import ShardedTensor, Shards, read_shards, refusal
+from stages.model.weights import ReadTensor, TensorSpec, write_safetensors
+from stages.run.errors import StageFailure
+
+
+def consolidate(
+    shards: Path,
+    output: Path,
+    *,
+    dtype: str | None,
+    max_shard_size: int,
+    tied: Mapping[str, str] | None = None,
+    base: Path | None = None,
+) -> dict[str, Any]:
+    """Write the model in the folder `shards` to the existing folder `output` as safetensors, cast to `dtype` (None: as it was trained).
+
+    `tied` gives, for each name that is the same parameter as another, that other (`lm_head.weight` -> `model.embed_tokens.weight`): it is
+    left out, as save_pretrained does. `base` is the folder of the model that an adapter was trained on; shards with an adapter need it.
+
+    Returns tensors and parameters (how many were written), bytes_read, and files (name -> SHA-256). Raises StageFailure, with nothing left
+    in `output`, for shards that are missing, cut short, damaged or do not fit their metadata, for a value that is not finite, for tied
+    parameters that are not equal (training lost the tie, and dropping one would change the model), and for an adapter that does not fit
+    `base`.
+    """
+    found = read_shards(shards)
+    if found.problems:
+        raise refusal(f"The shards {shards} cannot be joined; use an earlier checkpoint.", found.problems)
+    reader = RowReader()
+    if found.adapter:
+        from stages.backends.neuron.adapter import merged_tensors
+
+        sources, base_bytes = merged_tensors(found, reader, base, dtype, tied or {})
+    else:
+        sources, base_bytes = _whole_model(found, reader, tied or {}), 0
+    digests = write_safetensors(sources, output, max_shard_size=max_shard_size, dtype=dtype)
+    return {
+        "tensors": len(sources),
+        "parameters": sum(spec.elements for spec, _ in sources),
+        "bytes_read": reader.bytes_read + base_bytes,
+        "files": digests,
+    }
+
+
+def _whole_model(shards: Shards, reader: RowReader, tied: Mapping[str, str]) -> list[tuple[TensorSpec, ReadTensor]]:
+    tensors = dict(shards.tensors)
+    for name, kept in tied.items():
+        if kept in tensors:
+            _check_tie(_tied_tensor(shards, name, kept), tensors[kept], reader)
+            tensors.pop(name, None)
+    return [(tensor.spec, partial(tensor.read, reader)) for tensor in tensors.values()]
+
+
+def _tied_tensor(shards: Shards, name: str, kept: str) -> ShardedTensor | None:
+    """The parameter `name`, which the metadata lists only where it is not the same object as `kept` and else is cut as that is."""
+    stored = shards.unlisted.get(name)
+    if stored is None:
+        return shards.tensors.get(name)
+    listed = shards.tensors[kept]
+    if len(stored) != len(listed.parts):
+        raise StageFailure(f"{shards.folder}: {name} has {len(stored)} shards, {kept}, which it is tied to, has {len(listed.parts)}.")
+    parts = tuple(replace(part, stored=piece) for part, piece in zip(listed.parts, stored, strict=True))
+    return replace(listed, spec=replace(listed.spec, name=name), parts=parts)
+
+
+def _check_tie(tensor: ShardedTensor | None, kept: ShardedTensor, reader: RowReader) -> None:
+    import torch
+
+    if tensor is None:  # it was saved once
+        return
+    same = (tensor.spec.shape, tensor.spec.dtype) == (kept.spec.shape, kept.spec.dtype)
+    same = same and [part.stored.shape for part in tensor.parts] == [part.stored.shape for part in kept.parts]
+    if same:
+        same = all(torch.equal(a, b) for a, b in zip(tensor.read(reader), kept.read(reader), strict=True))
+    if not same:
+        raise StageFailure(
+            f"{tensor.spec.name} and {kept.spec.name} are one parameter in config.json but two different ones in the shards: "
+            "training untied them. Set tie_word_embeddings to false, or train with them tied."
+        )

@@ -1,0 +1,64 @@
+"""What a training on Neuron says of itself: progress on the screen, metrics.jsonl, and an end when the loss is no number."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from stages.backends.metrics import Metrics, require_finite
+from stages.backends.neuron.interrupted import CHECKPOINTS, last_checkpoint
+from stages.backends.steps import rows_per_step
+from stages.run.progress import Progress
+from stages.run.settings import Settings
+
+
+class FiguresCallback(TrainerCallback):
+    """Progress on the screen, metrics.jsonl, and an end to a training whose loss is no number."""
+
+    def __init__(self, settings: Settings, work: Path, rows: int, first_step: int):
+        self.settings, self.work, self.rows, self.first = settings, work, rows, first_step
+        self.collecting = os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1"  # by neuron_parallel_compile
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        logs_here = bool(state.is_world_process_zero)
+        total = self.first + state.max_steps
+        self.progress = Progress("train", total, "steps", done=self.first, shown=logs_here)
+        self.metrics = Metrics(self.work / "metrics.jsonl", self.first, writes=logs_here and not self.collecting)
+        self.logged_step, self.logged_at = 0, time.monotonic()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.rate = float(given["lr_scheduler"].get_last_lr()[0])  # NeuronTrainer logs the next step's
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True  # whatever LOGGING_STEPS
+            control.should_save = False  # saved/ is about to hold the same
+        self.progress.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if self.collecting or not logs or "loss" not in logs:
+            return
+        now, step = time.monotonic(), state.global_step
+        tokens = (step - self.logged_step) * rows_per_step(self.settings) * self.settings.max_length
+        figures = {
+            "loss": float(logs["loss"]),
+            "learning_rate": self.rate,
+            "grad_norm": float(logs.get("grad_norm", 0.0)),
+            "tokens_per_second": tokens / (now - self.logged_at),
+        }
+        self.logged_step, self.logged_at = step, now
+        done = self.first + step
+        require_finite(done, figures, self._last_checkpoint)
+        self.metrics.write({"step": done, "epoch": round(done * rows_per_step(self.settings) / self.rows, 4), **figures})
+        self.progress.update(0, {name: f"{value:.4g}" for name, value in figures.items()}, line=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress.__exit__(None, None, None)
+
+    def _last_checkpoint(self) -> int:
+        last = last_checkpoint(self.work / CHECKPOINTS)
+        return last[0] if last else 0

@@ -1,0 +1,85 @@
+"""What an interrupted training on Neuron left, and where the next one begins.
+
+NeuronTrainer writes checkpoints (`checkpoint-N/`) and cannot resume from one: resume_from_checkpoint raises. Weights alone can be
+taken from the last whole checkpoint; the optimizer's moments are gone. RESUME=weights does that, RESUME=restart begins anew,
+and either way the checkpoints of the interrupted run stay until the training has ended.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.backends.neuron.shards import is_whole
+from stages.model.base import base_model_folder
+from stages.run.errors import InputError
+from stages.run.settings import Settings
+from stages.run.sizes import parse_size
+
+# Folders in train's work folder.
+CHECKPOINTS, INTERRUPTED, RESUMED = "checkpoints", "interrupted", "resumed"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training begins: from the weights in `base` (Hugging Face layout), at step `step` (0 = the base model's)."""
+
+    base: Path
+    step: int
+
+
+def saved_shards(saved: Path) -> Path:
+    """Where, in a folder that NeuronTrainer saved a model to, its shards lie: the adapter's where LoRA trained one."""
+    adapter = saved / "adapter_default" / "adapter_shards"
+    return adapter if adapter.is_dir() else saved / "shards"
+
+
+def last_checkpoint(folder: Path) -> tuple[int, Path] | None:
+    """Step and shards of the last whole checkpoint in `folder`; None where there is none."""
+    found = [(int(path.name.removeprefix("checkpoint-")), saved_shards(path)) for path in folder.glob("checkpoint-*")
+             if re.fullmatch(r"checkpoint-\d+", path.name)]  # fmt: skip
+    whole = [(step, shards) for step, shards in found if is_whole(shards)]
+    return max(whole, default=None)
+
+
+def choose_start(settings: Settings, work: Path, total: int) -> Start:
+    """Where to begin a training of `total` steps in `work`; says what an interrupted one left, and clears the way for new checkpoints.
+
+    Raises InputError when RESUME=weights asks for weights that are not there or cannot be taken.
+    """
+    if last_checkpoint(work / CHECKPOINTS):
+        shutil.rmtree(work / INTERRUPTED, ignore_errors=True)
+        (work / CHECKPOINTS).rename(work / INTERRUPTED)
+    shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
+    last = last_checkpoint(work / INTERRUPTED)
+    if settings.resume == "restart":
+        if last:
+            print(
+                f"an interrupted training left the weights of step {last[0]:,} of {total:,}. This one begins anew; "
+                f"RESUME=weights would go on from them, with the optimizer's moments lost (NeuronTrainer cannot resume)",
+                flush=True,
+            )
+        return Start(base_model_folder(settings), 0)
+    if settings.lora_r:
+        raise InputError(f"RESUME=weights: LORA_R={settings.lora_r} saves adapters, which cannot be gone on with. Set RESUME=restart.")
+    if last is None:
+        raise InputError("RESUME=weights: no interrupted training with these settings has left a whole checkpoint. Set RESUME=restart.")
+    print(f"going on from the weights of step {last[0]:,} of {total:,}; the optimizer's moments begin anew", flush=True)
+    return Start(_as_model_folder(settings, last[1], work / RESUMED / f"step-{last[0]}"), last[0])
+
+
+def _as_model_folder(settings: Settings, shards: Path, folder: Path) -> Path:
+    """The checkpoint's weights in the layout that a training can start from."""
+    from stages.backends.neuron.consolidate import consolidate
+    from stages.model.check import tied_weights
+
+    if not folder.is_dir():
+        beside = folder.with_name(f"{folder.name}.writing")
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        beside.mkdir(parents=True)
+        shutil.copyfile(base_model_folder(settings) / "config.json", beside / "config.json")
+        consolidate(shards, beside, dtype=None, max_shard_size=parse_size(settings.max_shard_size), tied=tied_weights(beside))
+        beside.rename(folder)
+    return folder

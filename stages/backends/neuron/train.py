@@ -1,0 +1,91 @@
+"""Training on Neuron: what is checked before it starts, the processes that do it, and what they leave.
+
+A training cannot resume here (NeuronTrainer refuses); `interrupted` says what can be had of one that was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from stages.backends.metrics import last_line
+from stages.backends.neuron import cache
+from stages.backends.neuron.arguments import attention_implementation, environment, training_command
+from stages.backends.neuron.graphs import recompilations
+from stages.backends.neuron.interrupted import CHECKPOINTS, INTERRUPTED, RESUMED, choose_start, saved_shards
+from stages.backends.neuron.shards import is_whole
+from stages.backends.neuron.topology import device_name, topology_problems
+from stages.backends.steps import derivation, rows_per_step, total_steps
+from stages.model.base import base_model_folder, copy_description, load_config
+from stages.model.fit import fit_problems
+from stages.run.errors import InputError, StageFailure
+from stages.run.launch import launch
+from stages.run.publish import Facts
+from stages.run.settings import Settings
+
+START = "start.json"  # the step from which the training began: not 0 when RESUME=weights went on
+
+
+def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Facts:
+    """Train on the rows in `data`; leaves shards, metrics.jsonl, config, tokenizer and prompt in `work`.
+
+    `precompiled` is what precompile published: what of it no longer holds is said before the training starts.
+    """
+    steps = total_steps(settings, prepare(settings, data))
+    before = cache.names(settings.neuron_compile_cache_url)
+    if not is_whole(work / "shards"):  # else a former call trained to the end and was killed before it published
+        start = choose_start(settings, work, steps)
+        (work / START).write_text(json.dumps({"step": start.step}) + "\n", encoding="utf-8")
+        for line in recompilations(settings, precompiled):
+            print(f"note: {line}", flush=True)
+        command = training_command(settings, start.base, data, work, steps=steps, first_step=start.step)
+        launch(command, environment(settings), work / "error")
+        _keep_shards(settings, work)
+    for name in (CHECKPOINTS, INTERRUPTED, RESUMED, "saved"):
+        shutil.rmtree(work / name, ignore_errors=True)
+    copy_description(base_model_folder(settings), data, work)
+    first = json.loads((work / START).read_text(encoding="utf-8"))["step"]
+    compiled = len(cache.names(settings.neuron_compile_cache_url) - before)
+    metrics = {**last_line(work / "metrics.jsonl"), "first_step": first, "graphs_compiled": compiled}
+    tokens = (steps - first) * settings.max_length * rows_per_step(settings)
+    return Facts(device=device_name(), tokens=tokens, metrics=metrics, unkeyed=("metrics.jsonl",))
+
+
+def prepare(settings: Settings, data: Path) -> int:
+    """Check that the training can run, print what follows from the settings; returns the number of training rows."""
+    figures = json.loads((data / "manifest.json").read_bytes())["metrics"]
+    check(settings, load_config(settings), figures["vocabulary"])
+    rows = figures["train"]["rows"]
+    lines = [
+        f"device           {device_name()}",
+        *derivation(settings, rows),
+        f"attention        {attention_implementation(settings.max_length)}; documents in a row see each other (no mask but the causal one)",
+    ]
+    if settings.lora_r:
+        lines.append(f"LoRA             rank {settings.lora_r}, alpha {settings.lora_alpha}, on {settings.lora_target_modules}")
+    print("\n".join(lines), flush=True)
+    return rows
+
+
+def check(settings: Settings, config: Any, vocabulary: int) -> None:
+    """Raise InputError with everything that keeps this model from being trained with these settings on this machine."""
+    problems = [*topology_problems(settings, config), *fit_problems(settings, config, vocabulary)]
+    if not settings.bf16:
+        problems.append("BF16=0: the Neuron backend trains and compiles bfloat16 alone. Leave BF16=1.")
+    if settings.torch_compile:
+        problems.append("TORCH_COMPILE=1: on Neuron neuronx-cc compiles, not inductor. Leave TORCH_COMPILE=0.")
+    if problems:
+        raise InputError(problems)
+
+
+def _keep_shards(settings: Settings, work: Path) -> None:
+    """Take the shards out of what the trainer saved: adapters' with their config, else the model's."""
+    shards = saved_shards(work / "saved")
+    if not is_whole(shards):
+        raise StageFailure(f"The training ended, but {shards} is not whole: its last save was cut off. Give the same command again.")
+    if settings.lora_r:
+        shutil.copyfile(shards.parent / "adapter_config.json", shards / "adapter_config.json")
+    shutil.rmtree(work / "shards", ignore_errors=True)
+    shards.rename(work / "shards")
