@@ -1,0 +1,238 @@
+"""Can the stages run here? A line for each thing that they need: OK, or what to do.
+
+python -m stages.doctor        exit status 1 when something would keep a stage from running
+
+Nothing is changed or made, and nothing fetched but the model's config.json. What a backend needs is in its own `doctor`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+# Read when the Hub's library is imported: whoever has no network learns it soon.
+os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
+os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "5")
+
+from stages.model.hub import from_hub
+from stages.model.size import bytes_written, parameters, read_config
+from stages.run.backend import backend_module, choose
+from stages.run.errors import InputError
+from stages.run.finding import FAIL, Check, Finding, fail, folder_finding, note
+from stages.run.instance import hourly_price, instance_type
+from stages.run.record import REQUIREMENTS, pinned_versions
+from stages.run.settings import Settings
+from stages.run.sizes import show_size
+
+PYTHONS = {"torch": ((3, 10), (3, 12)), "neuron": ((3, 10), (3, 11))}
+OLDEST_MAKE = (4, 2)  # the first that reads a file with $(file <NAME)
+OUTPUTS = Path("outputs")
+MEMINFO = Path("/proc/meminfo")
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def python_version(settings: Settings) -> Iterator[Finding]:
+    oldest, newest = PYTHONS[choose(settings).name]
+    found = f"{sys.version.split()[0]}, {sys.executable}"
+    if oldest <= sys.version_info[:2] <= newest:
+        yield Finding("Python", found)
+    else:
+        yield fail("Python", f"{found}. Use {_dotted(oldest)} to {_dotted(newest)}: remove .venv and set PYTHON.")
+
+
+def make_version(settings: Settings) -> Iterator[Finding]:
+    tool = shutil.which("make")
+    said = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout if tool else ""
+    match = re.match(r"GNU Make (\d+)\.(\d+)", said)
+    if match and (int(match[1]), int(match[2])) >= OLDEST_MAKE:
+        yield Finding("make", match[0])
+    else:
+        found = match[0] if match else f"{tool} is not GNU make" if tool else "not on the PATH"
+        yield fail("make", f"{found}. Install GNU make {_dotted(OLDEST_MAKE)} or newer (Debian, Ubuntu: apt install make).")
+
+
+def backend_choice(settings: Settings) -> Iterator[Finding]:
+    chosen, price = choose(settings), hourly_price(settings)
+    cost = f", {price:g} USD/h" if price else ""
+    yield Finding("backend", f"{chosen.name} ({chosen.reason}); {instance_type() or 'not an EC2 instance'}{cost}")
+
+
+def packages(settings: Settings) -> Iterator[Finding]:
+    """Installed versions against the pins of the backend's requirements; what a build adds behind a `+` does not count."""
+    file = REQUIREMENTS[choose(settings).name]
+    pins, wrong = pinned_versions(choose(settings).name), 0
+    for name, pinned in pins.items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found = ""
+        if pinned != (found if "+" in pinned else found.partition("+")[0]):
+            wrong += 1
+            yield fail(name, f"{found or 'not installed'}, pinned is {pinned}. Install {file} (make does, into .venv).")
+    if not wrong:
+        yield Finding("packages", f"{len(pins)} as pinned for {file}")
+
+
+def writable(settings: Settings) -> Iterator[Finding]:
+    yield folder_finding("outputs", OUTPUTS)
+    caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    yield folder_finding("Hub's cache", Path(os.environ.get("HF_HOME", caches / "huggingface")), "HF_HOME")
+
+
+def disk(settings: Settings) -> Iterator[Finding]:
+    """Free space against what the stages write of this model, as if nothing of it were there yet."""
+    place = next(path for path in (OUTPUTS.absolute(), *OUTPUTS.absolute().parents) if path.is_dir())
+    free, count = shutil.disk_usage(place).free, _parameters(settings)
+    if count is None:
+        yield Finding("disk", f"{show_size(free)} free; what the model takes is not known")
+        return
+    sizes = bytes_written(settings, count, choose(settings).name)
+    needed = sum(sizes.values())
+    sums = " + ".join(f"{stage} {show_size(size)}" for stage, size in sizes.items() if size)
+    found = f"{show_size(free)} free of {show_size(needed)} that {count:,} parameters take ({sums})"
+    if free >= needed:
+        yield Finding("disk", found)
+    else:
+        yield fail("disk", f"{found}. Make room, or make outputs/ a link to a folder on a larger disk.")
+
+
+def memory(settings: Settings) -> Iterator[Finding]:
+    """Host memory against the model in float32, the most that one process holds of it: random weights, or the merged model."""
+    if not MEMINFO.exists():
+        return
+    match = re.search(r"MemTotal:\s*(\d+) kB", MEMINFO.read_text(encoding="utf-8"))
+    total = int(match[1]) * 1024 if match else 0
+    limit = CONTAINER_LIMIT.read_text(encoding="utf-8").strip() if CONTAINER_LIMIT.exists() else "max"
+    total = min(total, int(limit)) if limit.isdigit() else total
+    needed = 4 * (_parameters(settings) or 0)
+    found = f"{show_size(total)}, the model in float32 is {show_size(needed)}" if needed else show_size(total)
+    if total >= needed:
+        yield Finding("host memory", found)
+    else:
+        yield note("host memory", f"{found}. A stage that loads all of it would be killed: take a larger machine or a smaller model.")
+
+
+def model_source(settings: Settings) -> Iterator[Finding]:
+    name, folder = settings.model_id, Path(settings.model_id)
+    if _is_local(name) and not folder.is_dir():
+        yield fail("MODEL_ID", f"{name} is no folder here. Name one that is, or a model of the Hub (OWNER/NAME).")
+        return
+    try:
+        read_config(settings)
+    except InputError as error:
+        yield fail("MODEL_ID", str(error).removeprefix("MODEL_ID="))
+        return
+    if folder.is_dir() and settings.init_weights == "pretrained" and not any(folder.glob("*.safetensors")):
+        yield fail("MODEL_ID", f"{name} has no *.safetensors. Put the weights into it, or set INIT_WEIGHTS=random.")
+    else:
+        yield Finding("MODEL_ID", f"{name}, a folder" if folder.is_dir() else f"{name} at {settings.model_revision}, {_hub()}")
+
+
+def dataset_source(settings: Settings) -> Iterator[Finding]:
+    name = settings.dataset
+    if Path(name).exists():
+        yield Finding("DATASET", f"{name}, a {'folder' if Path(name).is_dir() else 'file'}")
+    elif name.startswith("s3://"):
+        yield Finding("DATASET", f"{name}, in S3: not looked at here")
+    elif _is_local(name):
+        yield fail("DATASET", f"{name} is not here. Name a file or folder that is, or a dataset of the Hub (OWNER/NAME).")
+    elif _offline():
+        yield note(
+            "DATASET", f"{name}: HF_HUB_OFFLINE is set, so the Hub was not asked. It is read from the cache if it was fetched before."
+        )
+    else:
+        from huggingface_hub import HfApi
+
+        try:
+            from_hub("dataset", name, settings.dataset_revision, lambda: HfApi().auth_check(name, repo_type="dataset"))
+            yield Finding("DATASET", f"{name} at {settings.dataset_revision}, {_hub()}")
+        except InputError as error:
+            yield fail("DATASET", str(error).removeprefix("DATASET="))
+
+
+def prompts_source(settings: Settings) -> Iterator[Finding]:
+    if Path(settings.prompts).is_file():
+        yield Finding("PROMPTS", settings.prompts)
+    else:
+        yield fail("PROMPTS", f"{settings.prompts} is no file here. Name one of JSON lines with the dataset's columns.")
+
+
+CHECKS: list[Check] = [
+    python_version, make_version, backend_choice, packages, writable, model_source, dataset_source, prompts_source, disk, memory,
+]  # fmt: skip
+
+
+def examine(settings: Settings) -> list[Finding]:
+    """All findings in the order of the checks, which run side by side: some wait for the Hub, some import PyTorch."""
+    checks = list(CHECKS)
+    lost = []
+    try:
+        checks += backend_module("doctor", settings).CHECKS
+    except InputError as error:
+        lost.append(fail("backend", str(error)))
+    with ThreadPoolExecutor(len(checks)) as pool:
+        found = list(pool.map(lambda check: _findings(check, settings), checks))
+    return [finding for findings in found for finding in findings] + lost
+
+
+def _findings(check: Check, settings: Settings) -> list[Finding]:
+    """What a check yields; that it could not look is a finding as well."""
+    about = getattr(check, "__name__", "check").replace("_", " ")
+    try:
+        return list(check(settings))
+    except InputError as error:
+        return [fail(about, problem) for problem in error.problems]
+    except Exception as error:  # a library that does not load, a tool that is broken: the other checks go on
+        return [fail(about, f"{type(error).__name__}: {error}. See to what it names.")]
+
+
+def main() -> int:
+    try:
+        settings = Settings.read()
+    except InputError as error:
+        findings = [fail("settings", problem) for problem in error.problems]
+    else:
+        findings = examine(settings)
+    width = max(len(finding.about) for finding in findings)
+    for finding in findings:
+        print(finding.line(width))
+    stopped = sum(finding.state == FAIL for finding in findings)
+    print(f"{stopped} thing{'' if stopped == 1 else 's'} to mend" if stopped else "every stage can run here")
+    return 1 if stopped else 0
+
+
+def _parameters(settings: Settings) -> int | None:
+    try:
+        return parameters(read_config(settings))
+    except InputError:
+        return None  # said by `model_source`
+
+
+def _is_local(name: str) -> bool:
+    """Whether a name means a file or folder even where there is none: no model or dataset of the Hub is called so."""
+    return Path(name).exists() or name.startswith(("/", ".")) or name.count("/") > 1 or Path(name).suffix in (".jsonl", ".json", ".csv")
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def _hub() -> str:
+    return "from the Hub's cache (HF_HUB_OFFLINE is set)" if _offline() else "on the Hub"
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""How large a model is, by its config.json alone: parameters, and the bytes that the stages write of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stages.model.hub import download_files
+from stages.run.errors import InputError
+from stages.run.settings import Settings
+
+
+def read_config(settings: Settings) -> dict[str, Any]:
+    """config.json of MODEL_ID as it lies there, fetched where it is on the Hub; raises InputError where it cannot be had."""
+    folder = Path(settings.model_id)
+    if not folder.is_dir():
+        folder = download_files(settings.model_id, settings.model_revision, ("config.json",))
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"MODEL_ID={settings.model_id}: its config.json cannot be read ({error}). Name a model that has one.") from None
+    if not isinstance(config, dict):
+        raise InputError(f"MODEL_ID={settings.model_id}: its config.json is no JSON object. Name another model.")
+    return config
+
+
+def parameters(config: dict[str, Any]) -> int | None:
+    """Parameters of a decoder of Llama's form (also Qwen3's, Granite's); None where the config does not tell them."""
+    try:
+        hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
+        inner, vocabulary = config["intermediate_size"], config["vocab_size"]
+        head = config.get("head_dim") or hidden // heads
+        attention = 2 * hidden * head * (heads + (config.get("num_key_value_heads") or heads))
+        norms = 2 * hidden + (2 * head if config.get("model_type") == "qwen3" else 0)
+        embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
+        return layers * (attention + 3 * hidden * inner + norms) + hidden + embeddings
+    except (KeyError, TypeError, ZeroDivisionError):
+        return None
+
+
+def bytes_written(settings: Settings, count: int, backend: str) -> dict[str, int]:
+    """What the stages write of a model of `count` parameters: bytes by stage, checkpoints apart.
+
+    torch checkpoints hold float32 weights and AdamW's two moments, and a new one is written before the oldest goes;
+    Neuron trains bfloat16 and keeps weights alone. Of LoRA only the adapters are written, which is next to nothing.
+    """
+    half = 2 if settings.bf16 else 4
+    trained = (0 if settings.lora_r else 2) if backend == "neuron" else 4
+    kept = 3 * trained if backend == "torch" else trained
+    checkpoints = kept * (settings.save_total_limit + 1) if settings.save_steps else 0
+    factors = {"checkpoints": checkpoints, "train": trained, "consolidate": half, "compile-inference": half}
+    return {stage: factor * count for stage, factor in factors.items()}
