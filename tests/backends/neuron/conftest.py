@@ -1,0 +1,35 @@
+"""Shards that optimum-neuron's own classes wrote, once for all tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.run.code import ROOT
+
+
+@pytest.fixture(scope="session")
+def written_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for each of nxd_shards.LAYOUTS. Tests copy what they change."""
+    folder = tmp_path_factory.mktemp("neuron")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.backends.neuron.nxd_shards", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    return folder

@@ -1,0 +1,5 @@
+"""See README.md."""
+
+from placeholder_modules import install
+
+install()

@@ -1,0 +1,1 @@
+"""What optimum-neuron asks about the machine and the model."""

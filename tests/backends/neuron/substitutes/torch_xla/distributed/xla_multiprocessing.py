@@ -1,0 +1,1 @@
+"""Imported by accelerate; processes are started by torchrun alone."""
