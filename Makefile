@@ -66,9 +66,14 @@ ifneq (,$(filter all demo outputs/% $(STAGES),$(MAKECMDGOALS)))
 endif
 
 python := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+# What is installed: the Neuron set where there are Neuron devices, and beside it what the tests need, for goals that test.
+requirements := $(if $(wildcard /dev/neuron[0-9]*),docker/requirements.txt,requirements.txt)
 installed := $(if $(VENV),$(VENV)/requirements.txt)
+tested := $(if $(VENV),$(VENV)/tests-requirements.txt)
+# PyPI holds placeholders for AWS's wheels.
+NEURON_PIP_INDEX ?= https://pip.repos.neuron.amazonaws.com
 
-.PHONY: help all demo status test lint clean FORCE $(STAGES)
+.PHONY: help all demo status doctor cache-status cache-lookup cache-synchronize test lint clean FORCE $(STAGES)
 
 help: ## Targets, and settings with their values
 	@$(PYTHON) -I -S stages/run/help.py $(MAKEFILE_LIST)
@@ -79,6 +84,9 @@ all: eval ## Every stage that is stale
 status: ## Which stages would run, and why
 	@$(plan) --show
 
+doctor: $(installed) ## Can every stage run here? A line for each thing that it needs: OK, or what to do
+	@$(python) -m stages.doctor
+
 data: $(out)/data/manifest.json ## Rows -> packed token ids, and what became of every token
 precompile: $(out)/precompile/manifest.json ## The training command for a few steps, to fill the compile cache
 train: $(out)/train/manifest.json ## Packed rows -> sharded weights
@@ -88,7 +96,7 @@ compile-inference: $(out)/compile-inference/manifest.json ## Model folder -> com
 # A stage's recipe runs when its manifest is missing or it is stale; time stamps decide nothing (order-only).
 define stage_rule
 $(out)/$1/manifest.json: $(if $(filter stale-$1,$(stale)),FORCE) | $(installed) $(foreach s,$($1.from) $($1.after),$(out)/$s/manifest.json)
-	@$(python) -m stages.$(subst -,_,$1) $(foreach s,$($1.from) $(filter-out precompile,$($1.after)),--$s $(out)/$s) --output $(out)/$1
+	@$(python) -m stages.$(subst -,_,$1) $(foreach s,$($1.from) $($1.after),--$s $(out)/$s) --output $(out)/$1
 endef
 $(foreach s,$(STAGES),$(eval $(call stage_rule,$s)))
 
@@ -100,26 +108,60 @@ eval: | $(out)/compile-inference/manifest.json
 endif
 
 ifneq (,$(installed))
-# What is installed is kept beside it, and compared by content.
-ifneq ($(if $(wildcard $(installed)),$(file <$(installed))),$(file <requirements.txt))
+# The lists of what is installed are kept beside it, and compared by content.
+ifneq ($(if $(wildcard $(installed)),$(file <$(installed))),$(file <$(requirements))$(newline)$(file <stages/requirements.txt))
 $(installed): FORCE
 endif
+ifneq ($(if $(wildcard $(tested)),$(file <$(tested))),$(file <tests/requirements.txt))
+$(tested): FORCE
+endif
+pip = $(python) -m pip install --quiet --disable-pip-version-check --requirement $(requirements) \
+  $(if $(filter docker/%,$(requirements)),--extra-index-url '$(NEURON_PIP_INDEX)')
 $(installed):
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 12) or sys.exit( \
 	  f"error: Python 3.10 to 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}. Set PYTHON=python3.11")'
-	@echo 'installing requirements.txt into $(VENV): a minute or more, once'
+	@echo 'installing $(requirements) into $(VENV): a minute or more, once'
 	@$(PYTHON) -m venv $(VENV)
-	@$(python) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
-	@cp requirements.txt $(installed)
+	@$(pip)
+	@cat $(requirements) stages/requirements.txt > $(installed)
+$(tested): $(installed)
+	@echo 'installing tests/requirements.txt into $(VENV)'
+	@$(pip) --requirement tests/requirements.txt
+	@cp tests/requirements.txt $(tested)
 endif
+
+cache-status: $(installed) ## Neuron's compiled graphs: how many, which are broken or locked
+cache-lookup: $(installed) ## Which compiled graphs of MODEL_ID the Hub holds
+cache-synchronize: $(installed) ## Push compiled graphs to CUSTOM_CACHE_REPO on the Hub
+cache-status cache-lookup cache-synchronize:
+	@$(python) -m stages.backends.neuron.cache $(@:cache-%=%)
 
 test: lint ## Lint, types, every test, and the demo from data to answers
 	$(python) -m pytest
 
-lint: $(installed) ## ruff and mypy
+lint: $(installed) $(tested) ## ruff and mypy
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
+
+# The container image: its entry point is this Makefile. docker/run gives it the host's devices and folders.
+.PHONY: image shell notebook
+DOCKER ?= docker
+IMAGE ?= trn-tune
+build = $(DOCKER) build $(foreach v,$1,--build-arg $v)
+# What was typed or exported, without the recipe's settings: in the container another recipe may be chosen.
+inside = env $(foreach v,$(given),$(if $(filter file,$(origin $v)),-u $v)) DOCKER=$(DOCKER) IMAGE=$(IMAGE) docker/run
+
+image: ## The container image; BASE_IMAGE=python:3.11-slim REQUIREMENTS=requirements.txt for CPUs
+	$(call build,BASE_IMAGE REQUIREMENTS NEURON_PIP_INDEX PIP_EXTRA_INDEX_URL) \
+	  --build-arg REVISION="$$(git describe --always --dirty 2> /dev/null)" --file docker/Dockerfile --tag $(IMAGE) .
+
+shell: ## bash in the container, with the devices, outputs/ and data/
+	@$(inside) shell
+
+notebook: ## Jupyter with the stages as a notebook, on 127.0.0.1:8080 (from afar: ssh -L 8080:localhost:8080 HOST)
+	$(call build,IMAGE) --file docker/notebook.Dockerfile --tag $(IMAGE)-notebook .
+	@$(inside) notebook
 
 clean: ## Remove outputs/RUN; asks before it removes a trained model (YES=1 does not)
 	@if [[ -e $(out)/train && -z "$(filter 1,$(YES))" ]]; then \

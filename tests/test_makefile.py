@@ -82,7 +82,7 @@ def test_an_edit_reruns_the_stages_that_run_the_code(built: Project, file: str, 
 
 
 def test_another_pinned_version_reruns_what_it_shapes(built: Project) -> None:
-    edit(built.folder / "requirements.txt", "tokenizers==0.22.2", "tokenizers==0.22.1")
+    edit(built.folder / "stages/requirements.txt", "tokenizers==0.22.2", "tokenizers==0.22.1")
     shown = built.make("status", *TINY).stdout
     assert "data  to run: tokenizers 0.22.2 -> 0.22.1" in shown
     assert "precompile  up to date" in shown
