@@ -137,7 +137,7 @@ cache-status cache-lookup cache-synchronize:
 	@$(python) -m stages.backends.neuron.cache $(@:cache-%=%)
 
 test: lint ## Lint, types, every test, and the demo from data to answers
-	$(python) -m pytest
+	$(python) -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(installed) $(tested) ## ruff and mypy
 	$(python) -m ruff check .

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from stages import doctor
 from stages.backends.neuron import doctor as neuron
 from stages.backends.neuron import machine
 from stages.backends.torch import doctor as torch
-from stages.run import doctor, instance
+from stages.run import instance
 from stages.run.backend import Choice
 from stages.run.code import ROOT
 from stages.run.finding import Finding, folder_finding

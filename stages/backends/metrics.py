@@ -1,7 +1,8 @@
 """metrics.jsonl: one line of figures per logged step, whichever backend trains.
 
 `step` (from 1), `epoch`, `loss` (nats per supervised token), `learning_rate`, `grad_norm`, `tokens_per_second` (of the whole
-world), and where a backend has it `validation_loss`.
+world), and where a backend has it `validation_loss`. On torch `loss` is that of the step, over all tokens of its global batch; on
+Neuron the mean over the steps since the last line, and of means of the data-parallel ranks.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained(settings: Settings, data: Path, work: Path) -> list[dict]:
     """Train in `work`; the lines of metrics.jsonl."""
     work.mkdir(exist_ok=True)
-    train(settings, data, work)
+    train(settings, data, work.parent / "precompile", work)
     return [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -7,6 +7,7 @@ Settings become fields of optimum-neuron's NeuronTrainingArguments, which the wo
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -88,9 +89,17 @@ def environment(settings: Settings) -> dict[str, str]:
         # Whose torchrun is found on the PATH, it starts this Python; and this Python's scripts are found behind the PATH's.
         "PYTHON_EXEC": sys.executable,
         "PATH": f"{os.environ.get('PATH', os.defpath)}:{Path(sys.executable).parent}",
+        "PET_MASTER_PORT": os.environ.get("PET_MASTER_PORT", str(free_port())),  # torchrun's default lets one training run per host
         "LOGLEVEL": os.environ.get("LOGLEVEL", "CRITICAL"),  # torchrun repeats a worker's failure at ERROR
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def cache_environment(settings: Settings) -> dict[str, str]:

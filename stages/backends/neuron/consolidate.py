@@ -67,9 +67,12 @@ def _whole_model(shards: Shards, reader: RowReader, tied: Mapping[str, str]) -> 
 
 
 def _tied_tensor(shards: Shards, name: str, kept: str) -> ShardedTensor | None:
-    """The parameter `name`, which the metadata lists only where it is not the same object as `kept` and else is cut as that is."""
+    """The parameter `name`, which the metadata lists only where it is not the same object as `kept` and else is cut as that is.
+
+    In a pipeline each rank saves the other stages' tensors too, as they were before training; they are not listed, and not meant.
+    """
     stored = shards.unlisted.get(name)
-    if stored is None:
+    if name in shards.tensors or stored is None:
         return shards.tensors.get(name)
     listed = shards.tensors[kept]
     if len(stored) != len(listed.parts):

@@ -28,7 +28,7 @@ class FiguresCallback(TrainerCallback):
         total = self.first + state.max_steps
         self.progress = Progress("train", total, "steps", done=self.first, shown=logs_here)
         self.metrics = Metrics(self.work / "metrics.jsonl", self.first, writes=logs_here and not self.collecting)
-        self.logged_step, self.logged_at = 0, time.monotonic()
+        self.logged_step, self.logged_at = self.first, time.monotonic()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self.rate = float(given["lr_scheduler"].get_last_lr()[0])  # NeuronTrainer logs the next step's
@@ -37,6 +37,7 @@ class FiguresCallback(TrainerCallback):
         if state.global_step == state.max_steps:
             control.should_log = True  # whatever LOGGING_STEPS
             control.should_save = False  # saved/ is about to hold the same
+        control.should_log |= control.should_save  # so that no checkpoint takes a good one's place when the loss is no number
         self.progress.update(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -51,9 +52,8 @@ class FiguresCallback(TrainerCallback):
             "tokens_per_second": tokens / (now - self.logged_at),
         }
         self.logged_step, self.logged_at = step, now
-        done = self.first + step
-        require_finite(done, figures, self._last_checkpoint)
-        self.metrics.write({"step": done, "epoch": round(done * rows_per_step(self.settings) / self.rows, 4), **figures})
+        require_finite(step, figures, self._last_checkpoint)
+        self.metrics.write({"step": step, "epoch": round(step * rows_per_step(self.settings) / self.rows, 4), **figures})
         self.progress.update(0, {name: f"{value:.4g}" for name, value in figures.items()}, line=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

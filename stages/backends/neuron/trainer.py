@@ -26,6 +26,9 @@ def make_trainer(model: Any, arguments: Any, rows: torch.utils.data.Dataset, fir
 
         def setup_training(self, *given: Any, **named: Any) -> None:
             super().setup_training(*given, **named)
+            # Steps are counted from the base model on: checkpoints, logs and the last step are named by it.
+            self.state.global_step = self.global_step_last_logged = first_step
+            self.state.max_steps += first_step
             # ZeRO-1's optimizer trains copies of the parameter groups: accelerate has it load its own state once. The scheduler
             # would go on changing the originals, and the learning rate would stay that of step 0.
             self.lr_scheduler.optimizer = self.optimizer

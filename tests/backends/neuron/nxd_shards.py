@@ -41,9 +41,13 @@ class Layout:
     dtype: torch.dtype = torch.float32
     config: dict[str, Any] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
+    same_ends: bool = False  # the head is the embeddings' copy, as a pipeline has tied ones: a parameter of either end
 
     def model(self) -> Any:
-        return tiny_llama(**{"vocab_size": 64, **self.config}).to(self.dtype)
+        model = tiny_llama(**{"vocab_size": 64, **self.config}).to(self.dtype)
+        if self.same_ends:
+            model.lm_head.weight.data.copy_(model.model.embed_tokens.weight.data)
+        return model
 
 
 EIGHT_HEADS = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -59,6 +63,7 @@ LAYOUTS = {
     "tp8_gqa": Layout(tp=8, config=EIGHT_HEADS),
     "tp8_gqa_multiplier_8": Layout(tp=8, kv_size_multiplier=8, config={**EIGHT_HEADS, "num_key_value_heads": 1}),
     "tp2_pp2": Layout(tp=2, pp=2),
+    "tp2_pp2_same_ends": Layout(tp=2, pp=2, same_ends=True),
     "tp4_pp2_gqa_plain": Layout(tp=4, pp=2, xser=False),
     "tied": Layout(tp=2, config={"tie_word_embeddings": True}),
     "tied_plain": Layout(tp=2, xser=False, config={"tie_word_embeddings": True}),
@@ -111,6 +116,9 @@ def save_rank(layout: Layout, folder: Path) -> None:
         kv_size_multiplier=layout.kv_size_multiplier,
     )
     model = LlamaForCausalLM.from_pretrained(folder / "original", config, dtype=layout.dtype)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:  # another stage's: a real rank saves it too, with whatever it was made with
+            model.get_submodule(name.rpartition(".")[0]).weight = torch.nn.Parameter(torch.zeros_like(parameter, device="cpu"))
     if layout.targets:
         model = NeuronPeftModelForCausalLM.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
         if layout.fuse_qkv:

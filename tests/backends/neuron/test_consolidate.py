@@ -139,3 +139,11 @@ def test_shards_beside_which_a_stale_file_lies_are_read_without_it(written_shard
     save_file({"unrelated": torch.ones(1)}, folder / "model" / "note.safetensors")
     consolidate(folder, output, dtype=None, max_shard_size=GIGABYTE)
     assert_equal(written(output), written(written_shards / "tp2" / "original"))
+
+
+def test_tied_ends_of_a_pipeline_are_one_parameter(written_shards, output):
+    """Each stage's file holds the other's end too, as it was before training; that is not what is compared."""
+    folder = written_shards / "tp2_pp2_same_ends"
+    report = consolidate(folder / "shards", output, dtype=None, max_shard_size=GIGABYTE, tied=TIED)
+    assert set(TIED) & set(load_file(output / "model.safetensors")) == set()
+    assert report["tensors"] == len(load_file(folder / "original" / "model.safetensors")) - len(TIED)

@@ -27,6 +27,7 @@ from stages.data import pack
 from stages.model.base import base_model_folder
 from stages.run.code import ROOT
 from stages.run.errors import StageFailure
+from stages.run.launch import launch
 from stages.run.settings import Settings
 from stages.text.saved_rows import IGNORED_LABEL
 from tests.conftest import clean_environment, copy_project
@@ -257,3 +258,18 @@ def test_train_compiles_nothing_after_precompile(
     assert cache.names(settings.neuron_compile_cache_url) == compiled
     assert "compiles again" not in capfd.readouterr().out
     assert last_line(work / "metrics.jsonl")["step"] == STEPS
+
+
+def test_a_training_that_goes_on_counts_its_steps_and_rates_from_the_base_model(base: Settings, data: Path, tmp_path: Path) -> None:
+    settings = replace(base, save_steps=2)
+    work = tmp_path / "work"
+    work.mkdir()
+    command = training_command(settings, base_model_folder(base), data, work, steps=STEPS, first_step=4)
+    launch(command, environment(settings), work / "error")
+    lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    adamw = torch.optim.AdamW([torch.zeros(1)], lr=base.learning_rate)
+    schedule = get_scheduler(base.lr_scheduler_type, adamw, base.warmup_steps, STEPS)
+    rates = [schedule.lr_lambdas[0](step) * base.learning_rate for step in range(STEPS)]
+    assert [line["step"] for line in lines] == [5, 6, 7, 8]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(rates[4:])
+    assert [path.name for path in (work / "checkpoints").glob("checkpoint-*")] == ["checkpoint-6"]  # the last is saved/ itself
