@@ -80,6 +80,7 @@ def environment(settings: Settings, scratch: Path) -> dict[str, str]:
         "NEURON_PLATFORM_TARGET_OVERRIDE": TARGETS[settings.instance_type][0],
         "BASE_COMPILE_WORK_DIR": f"{scratch / 'graphs'}/",
         "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",  # optimum-neuron uses names that transformers calls deprecated
     }
     return {**given, "CUSTOM_CACHE_REPO": settings.custom_cache_repo} if settings.custom_cache_repo else {**given, "HF_HUB_OFFLINE": "1"}
 

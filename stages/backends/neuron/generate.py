@@ -84,5 +84,7 @@ def load(compiled: Path) -> CompiledModel:
         )
         raise InputError([f"{refused}: {problem}." for problem in problems] + [remedy])
     from optimum.neuron import NeuronModelForCausalLM
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # optimum-neuron uses names that transformers calls deprecated
     return CompiledModel(NeuronModelForCausalLM.from_pretrained(str(compiled.absolute())))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from stages.backends.neuron.trainer import make_trainer
 from stages.backends.rows import PackedRows, rows_of_step
 from stages.backends.steps import rows_per_step
 from stages.run.errors import InputError, StageFailure
-from stages.run.launch import die_with_parent, report_error
+from stages.run.launch import die_with_parent, end_with_stage, report_error
 from stages.run.settings import Settings
 from stages.text.saved_rows import IGNORED_LABEL
 
@@ -44,6 +45,9 @@ class Places:
 def main() -> None:
     """Train as the command line says; the exit status is 0, that of an InputError or StageFailure, or 1 with a traceback."""
     die_with_parent()
+    end_with_stage()  # torchrun and neuron_parallel_compile outlive a stage that is killed
+    # Of the scheduler, whose optimizer is another one than it was made for: trainer.py says why.
+    warnings.filterwarnings("ignore", "Seems like `optimizer.step|Detected call of `lr_scheduler.step")
     from optimum.neuron import NeuronTrainingArguments
 
     dataclasses: Any = (Places, NeuronTrainingArguments)
