@@ -68,6 +68,9 @@ endif
 python := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 # What is installed: the Neuron set where there are Neuron devices, and beside it what the tests need, for goals that test.
 requirements := $(if $(wildcard /dev/neuron[0-9]*),docker/requirements.txt,requirements.txt)
+neuron_pins := stages/backends/neuron/requirements.txt
+pins := $(requirements) stages/requirements.txt $(if $(filter docker/%,$(requirements)),$(neuron_pins))
+test_pins := tests/requirements.txt $(neuron_pins)
 installed := $(if $(VENV),$(VENV)/requirements.txt)
 tested := $(if $(VENV),$(VENV)/tests-requirements.txt)
 # PyPI holds placeholders for AWS's wheels.
@@ -108,11 +111,12 @@ eval: | $(out)/compile-inference/manifest.json
 endif
 
 ifneq (,$(installed))
-# The lists of what is installed are kept beside it, and compared by content.
-ifneq ($(if $(wildcard $(installed)),$(file <$(installed))),$(file <$(requirements))$(newline)$(file <stages/requirements.txt))
+# The lists of what is installed are kept beside it, and compared by content (white space aside).
+contents = $(strip $(foreach f,$(wildcard $1),$(file <$f)))
+ifneq ($(call contents,$(installed)),$(call contents,$(pins)))
 $(installed): FORCE
 endif
-ifneq ($(if $(wildcard $(tested)),$(file <$(tested))),$(file <tests/requirements.txt))
+ifneq ($(call contents,$(tested)),$(call contents,$(test_pins)))
 $(tested): FORCE
 endif
 pip = $(python) -m pip install --quiet --disable-pip-version-check --requirement $(requirements) \
@@ -123,11 +127,11 @@ $(installed):
 	@echo 'installing $(requirements) into $(VENV): a minute or more, once'
 	@$(PYTHON) -m venv $(VENV)
 	@$(pip)
-	@cat $(requirements) stages/requirements.txt > $(installed)
+	@cat $(pins) > $(installed)
 $(tested): $(installed)
 	@echo 'installing tests/requirements.txt into $(VENV)'
 	@$(pip) --requirement tests/requirements.txt
-	@cp tests/requirements.txt $(tested)
+	@cat $(test_pins) > $(tested)
 endif
 
 cache-status: $(installed) ## Neuron's compiled graphs: how many, which are broken or locked

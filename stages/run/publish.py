@@ -126,6 +126,7 @@ def _write_manifest(stage: str, work: Path, made_from: dict, seen: dict, facts: 
         "content": combine(keyed),
         "metrics": facts.metrics,
         "tokens": facts.tokens,
+        "tokens_per_second": round(facts.tokens / cost["seconds"], 1) if facts.tokens and cost["seconds"] else None,
         **cost,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": facts.device,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Project
+from tests.conftest import ROOT, Project, clean_environment
 
 DOCKER = ROOT / "docker"
 
@@ -73,7 +73,7 @@ def test_the_notebook_goes_through_every_stage_in_order() -> None:
 @pytest.mark.parametrize("command", commands())
 def test_every_command_of_the_notebook_is_one_that_make_knows(project: Project, command: str, recipe: str) -> None:
     done = subprocess.run(
-        ["bash", "-c", f"{command} -n"], cwd=project.folder, env=os.environ | {"RECIPE": recipe}, capture_output=True, text=True
+        ["bash", "-c", f"{command} -n"], cwd=project.folder, env=clean_environment() | {"RECIPE": recipe}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 

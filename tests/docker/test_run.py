@@ -291,6 +291,16 @@ def test_make_image_hands_on_the_base_that_was_typed(engine: Path, project: Proj
     assert following(arguments, "--tag") == ["mine"]
 
 
+def test_a_secret_in_dockers_options_is_refused(run: ModuleType, dev: Path) -> None:
+    with pytest.raises(InputError, match="HF_TOKEN in DOCKER_OPTIONS"):
+        command(run, dev, "train", "DOCKER_OPTIONS=--gpus all -e HF_TOKEN=canary")
+
+
+def test_jupyter_is_not_given_the_hosts_network(run: ModuleType, dev: Path) -> None:
+    with pytest.raises(InputError, match="Jupyter would then listen"):
+        command(run, dev, "notebook", "EFA=1")
+
+
 def test_jupyter_is_published_on_this_host_alone(run: ModuleType, dev: Path) -> None:
     words = command(run, dev, "notebook")
     assert following(words, "--publish") == ["127.0.0.1:8080:8080"]

@@ -1,7 +1,8 @@
 """The command and the environment of a training on Neuron: one function builds both precompile's run and train's.
 
 What the compiler is given must be the same in both, or train compiles for 40 minutes what precompile was run for.
-Settings become fields of optimum-neuron's NeuronTrainingArguments, which the worker parses from its command line.
+Settings become fields of optimum-neuron's NeuronTrainingArguments, which the worker parses from its command line. No flag may be
+one of neuron_parallel_compile's own, or the beginning of one: it takes those out of the command that it runs.
 """
 
 from __future__ import annotations
@@ -28,10 +29,17 @@ RUNTIME = {
 def training_command(settings: Settings, base: Path, data: Path, work: Path, *, steps: int, first_step: int = 0) -> list[str]:
     """torchrun and the worker for optimizer steps `first_step` to `steps` (exclusive), as train and precompile run them."""
     launcher = ["torchrun", "--nproc_per_node", str(settings.nproc_per_node), "-m", "stages.backends.neuron.worker"]
-    worker = ["--base", str(base), "--data", str(data), "--work", str(work), "--first_step", str(first_step)]
-    flags = [part for name, value in training_arguments(settings, work / "checkpoints", steps - first_step).items()
-             for part in (f"--{name}", value)]  # fmt: skip
-    return [*launcher, *worker, *flags]
+    worker: dict[str, object] = {"base": base, "data": data, "work": work, "first_step": first_step, **lora_arguments(settings)}
+    worker |= training_arguments(settings, work / "checkpoints", steps - first_step)
+    return [*launcher, *(part for name, value in worker.items() for part in (f"--{name}", str(value)))]
+
+
+def lora_arguments(settings: Settings) -> dict[str, str]:
+    """The worker's own arguments for LoRA, by name; none where all weights are trained."""
+    if not settings.lora_r:
+        return {}
+    names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+    return {name: str(getattr(settings, name)) for name in names}
 
 
 def training_arguments(settings: Settings, output_dir: Path, max_steps: int) -> dict[str, str]:
@@ -69,7 +77,6 @@ def training_arguments(settings: Settings, output_dir: Path, max_steps: int) -> 
         "skip_cache_push": True,  # else an uncaught call to the Hub ends a finished training; `make cache-synchronize` pushes
         "report_to": "none",
         "disable_tqdm": True,  # the worker shows its own progress
-        "log_level": "error",  # upstream warns at every start of what it does on purpose
     }
     return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
 
@@ -81,9 +88,9 @@ def attention_implementation(max_length: int) -> str:
 
 def environment(settings: Settings) -> dict[str, str]:
     """What the workers, the compiler and the runtime get besides the caller's environment."""
-    ours = {name: value for name, value in settings.environment().items() if value or name != "CUSTOM_CACHE_REPO"}
+    repository = {"CUSTOM_CACHE_REPO": settings.custom_cache_repo} if settings.custom_cache_repo else {}
     return {
-        **ours,
+        **repository,
         **{name: os.environ.get(name, value) for name, value in RUNTIME.items()},
         **cache_environment(settings),
         # Whose torchrun is found on the PATH, it starts this Python; and this Python's scripts are found behind the PATH's.

@@ -78,12 +78,12 @@ def _entry(module: Path) -> Entry:
         sizes[path.name] = facts.st_size
         if path.suffix == ".lock":
             locks.append(max(0.0, time.time() - facts.st_mtime))
-    if sizes.get("model.neff"):
+    if sizes.get("model.neff") and "model.done" in sizes:  # written in this order
         state = "done"  # a lock that was left behind blocks nobody any more
     elif locks:
         state = "locked"
     else:
-        state = "poisoned" if "model.log" in sizes or "model.neff" in sizes else "unfinished"
+        state = "poisoned" if "model.log" in sizes or sizes.get("model.neff") == 0 else "unfinished"
     name = f"{module.parent.name}/{module.name}"
     return Entry(name, state, sum(sizes.values()), max(locks) if locks and state == "locked" else None)
 

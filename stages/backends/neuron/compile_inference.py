@@ -95,6 +95,13 @@ def _refuse_unfit(model_dir: Path, settings: Settings) -> None:
         raise InputError(problems)
 
 
+def compile_problems(settings: Settings, config: Any) -> Iterator[str]:
+    """What will keep the base model of `config` from being compiled, once it is trained: known before that is paid for."""
+    values = {**config.to_dict(), "dtype": "bfloat16"}  # that of what is trained
+    yield from _model_problems(Path(settings.model_id), values)
+    yield from _size_problems(settings, values)
+
+
 def _model_problems(model_dir: Path, config: dict[str, Any]) -> Iterator[str]:
     model_type, dtype = config.get("model_type"), config.get("dtype", config.get("torch_dtype"))
     if model_type not in SUPPORTED:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 _ENTRY = r"\S*?(neuronxcc-[^/\s\"']+/MODULE_[^/\s\"']+)/"
 _TOTAL = re.compile(r"Total (graphs|successful compilations|failed compilations): (\d+)")
+# Said in place of totals when the cache holds every graph.
+_NOTHING = "No todo hlos found"
 _HIT = re.compile(rf"Using a cached neff at {_ENTRY}")
 _FAILED_HIT = re.compile(rf"Got a cached failed neff at {_ENTRY}")
 # "/var/tmp/cache/neuronxcc-2.21/MODULE_1+2/model.hlo_module.pb": {   and, a line or more below,   "status": false,
@@ -44,6 +46,8 @@ def read_compile_report(lines: Iterable[str]) -> CompileReport:
     for line in lines:
         for what, number in _TOTAL.findall(line):
             setattr(report, fields[what], int(number))
+        if _NOTHING in line:
+            report.graphs = report.succeeded = report.failed = 0
         report.hits.update(_HIT.findall(line))
         report.failed_hits.update(_FAILED_HIT.findall(line))
         for name, status in _REPORTED.findall(line):

@@ -107,6 +107,20 @@ def training(settings: Settings) -> Iterator[Finding]:
         yield Finding("training", "the model can be trained with these settings")
 
 
+def compiling(settings: Settings) -> Iterator[Finding]:
+    """What compile-inference would refuse after the training was paid for."""
+    from stages.backends.neuron.compile_inference import compile_problems
+    from stages.model.base import load_config
+
+    try:
+        problems = list(compile_problems(settings, load_config(settings)))
+    except InputError:
+        return  # `training` says it
+    yield from (fail("inference", problem) for problem in problems)
+    if not problems:
+        yield Finding("inference", "the model can be compiled with these settings")
+
+
 def compile_cache(settings: Settings) -> Iterator[Finding]:
     url = settings.neuron_compile_cache_url
     folder = cache.folder_of(url)
@@ -125,4 +139,4 @@ def _list(numbers: list[int]) -> str:
     return "{" + ",".join(map(str, numbers)) + "}" if len(numbers) > 1 else str(numbers[0])
 
 
-CHECKS: list[Check] = [devices, driver, tools, cores, training, compile_cache]
+CHECKS: list[Check] = [devices, driver, tools, cores, training, compiling, compile_cache]

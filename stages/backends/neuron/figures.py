@@ -11,16 +11,15 @@ from transformers import TrainerCallback
 
 from stages.backends.metrics import Metrics, require_finite
 from stages.backends.neuron.interrupted import CHECKPOINTS, last_checkpoint
-from stages.backends.steps import rows_per_step
 from stages.run.progress import Progress
-from stages.run.settings import Settings
 
 
 class FiguresCallback(TrainerCallback):
     """Progress on the screen, metrics.jsonl, and an end to a training whose loss is no number."""
 
-    def __init__(self, settings: Settings, work: Path, rows: int, first_step: int):
-        self.settings, self.work, self.rows, self.first = settings, work, rows, first_step
+    def __init__(self, work: Path, first_step: int, rows: int, rows_per_step: int, length: int):
+        self.work, self.first = work, first_step
+        self.rows, self.rows_per_step, self.length = rows, rows_per_step, length
         self.collecting = os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1"  # by neuron_parallel_compile
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -44,7 +43,7 @@ class FiguresCallback(TrainerCallback):
         if self.collecting or not logs or "loss" not in logs:
             return
         now, step = time.monotonic(), state.global_step
-        tokens = (step - self.logged_step) * rows_per_step(self.settings) * self.settings.max_length
+        tokens = (step - self.logged_step) * self.rows_per_step * self.length
         figures = {
             "loss": float(logs["loss"]),
             "learning_rate": self.rate,
@@ -53,7 +52,7 @@ class FiguresCallback(TrainerCallback):
         }
         self.logged_step, self.logged_at = step, now
         require_finite(step, figures, self._last_checkpoint)
-        self.metrics.write({"step": step, "epoch": round(step * rows_per_step(self.settings) / self.rows, 4), **figures})
+        self.metrics.write({"step": step, "epoch": round(step * self.rows_per_step / self.rows, 4), **figures})
         self.progress.update(0, {name: f"{value:.4g}" for name, value in figures.items()}, line=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

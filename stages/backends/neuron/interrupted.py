@@ -1,8 +1,8 @@
 """What an interrupted training on Neuron left, and where the next one begins.
 
 NeuronTrainer writes checkpoints (`checkpoint-N/`) and cannot resume from one: resume_from_checkpoint raises. Weights alone can be
-taken from the last whole checkpoint; the optimizer's moments are gone. RESUME=weights does that, RESUME=restart begins anew,
-and either way the checkpoints of the interrupted run stay until the training has ended.
+taken from the last whole checkpoint, in bfloat16; the optimizer's moments and its float32 weights are gone. RESUME=weights does that,
+RESUME=restart begins anew, and either way the checkpoint that came farthest stays until the training has ended.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def choose_start(settings: Settings, work: Path, total: int) -> Start:
 
     Raises InputError when RESUME=weights asks for weights that are not there or cannot be taken.
     """
-    if last_checkpoint(work / CHECKPOINTS):
+    newest, kept = last_checkpoint(work / CHECKPOINTS), last_checkpoint(work / INTERRUPTED)
+    if newest and (not kept or newest[0] >= kept[0]):  # a run that began anew and came less far takes nothing away
         shutil.rmtree(work / INTERRUPTED, ignore_errors=True)
         (work / CHECKPOINTS).rename(work / INTERRUPTED)
     shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
@@ -58,7 +59,8 @@ def choose_start(settings: Settings, work: Path, total: int) -> Start:
         if last:
             print(
                 f"an interrupted training left the weights of step {last[0]:,} of {total:,}. This one begins anew; "
-                f"RESUME=weights would go on from them, with the optimizer's moments lost (NeuronTrainer cannot resume)",
+                f"RESUME=weights would go on from them; the optimizer's moments and the float32 weights are lost "
+                f"(NeuronTrainer cannot resume)",
                 flush=True,
             )
         return Start(base_model_folder(settings), 0)
@@ -66,7 +68,7 @@ def choose_start(settings: Settings, work: Path, total: int) -> Start:
         raise InputError(f"RESUME=weights: LORA_R={settings.lora_r} saves adapters, which cannot be gone on with. Set RESUME=restart.")
     if last is None:
         raise InputError("RESUME=weights: no interrupted training with these settings has left a whole checkpoint. Set RESUME=restart.")
-    print(f"going on from the weights of step {last[0]:,} of {total:,}; the optimizer's moments begin anew", flush=True)
+    print(f"going on from the weights of step {last[0]:,} of {total:,}, in bfloat16; the optimizer's moments begin anew", flush=True)
     return Start(_as_model_folder(settings, last[1], work / RESUMED / f"step-{last[0]}"), last[0])
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from stages.backends.neuron import cache
 from stages.backends.neuron.arguments import environment, training_command
+from stages.backends.neuron.compile_inference import compile_problems
 from stages.backends.neuron.compile_report import CompileReport, read_compile_report
 from stages.backends.neuron.graphs import REPORT, graph_key
 from stages.backends.neuron.topology import device_name
 from stages.backends.neuron.train import prepare
-from stages.model.base import base_model_folder
-from stages.run.errors import StageFailure
+from stages.model.base import base_model_folder, load_config
+from stages.run.errors import InputError, StageFailure
 from stages.run.launch import launch
 from stages.run.publish import Facts, write_json
 from stages.run.settings import Settings
@@ -32,6 +33,8 @@ def precompile(settings: Settings, data: Path, work: Path) -> Facts:
     Raises StageFailure, naming the graphs, when one could not be compiled.
     """
     prepare(settings, data)
+    if problems := list(compile_problems(settings, load_config(settings))):
+        raise InputError(problems)
     url = settings.neuron_compile_cache_url
     before = cache.names(url)
     throw_away = work / "throw-away"
@@ -40,21 +43,25 @@ def precompile(settings: Settings, data: Path, work: Path) -> Facts:
     printed: list[str] = []
     try:
         launch(precompile_command(settings, data, throw_away), environment(settings), throw_away / "error", heard=printed.append)
+    except StageFailure:
+        if read_compile_report(printed).failed:  # its exit status is their number
+            require_all_compiled(read_compile_report(printed), cache.entries(url), url)
+        raise
     finally:
         shutil.rmtree(throw_away)
     found = read_compile_report(printed)
     entries = cache.entries(url)
     require_all_compiled(found, entries, url)
     done = {entry.name for entry in entries if entry.state == "done"}
-    report = {
-        "graphs": found.graphs,
-        "compile_cache_entries": len(done),
-        "compile_cache_hits": len(found.hits),
-        "compile_cache_misses": len(done - before),
-        **{f"compile_cache_{state}": sum(entry.state == state for entry in entries) for state in ("poisoned", "locked")},
+    report: dict[str, int | None] = {"graphs": found.graphs, "compile_cache_hits": len(found.hits)}
+    looked = cache.folder_of(url) is not None  # else in S3
+    report |= {
+        "compile_cache_misses": len(done - before) if looked else found.succeeded,
+        "compile_cache_entries": len(done) if looked else None,
+        **{f"compile_cache_{state}": sum(e.state == state for e in entries) if looked else None for state in ("poisoned", "locked")},
     }
     write_json(work / REPORT, {**report, "graph_key": graph_key(settings), "graph_names": sorted(found.hits | (done - before))})
-    print(", ".join(f"{name.replace('_', ' ')} {number}" for name, number in report.items()), flush=True)
+    print(", ".join(f"{name.replace('_', ' ')} {number}" for name, number in report.items() if number is not None), flush=True)
     return Facts(device=device_name(), metrics=report, unkeyed=(REPORT,))
 
 
@@ -62,7 +69,8 @@ def precompile_command(settings: Settings, data: Path, throw_away: Path) -> list
     """neuron_parallel_compile and the very command of train, but for the number of steps, the folder and that nothing is saved."""
     few = replace(settings, save_steps=0)
     command = training_command(few, base_model_folder(settings), data, throw_away, steps=settings.logging_steps + STEPS_PAST_LOGGING)
-    return ["neuron_parallel_compile", *command]
+    # Its own folder is one for all of a user's runs, and is emptied at each start.
+    return ["neuron_parallel_compile", "--parallel_compile_workdir", str(throw_away.absolute() / "compile"), *command]
 
 
 def require_all_compiled(found: CompileReport, entries: list[cache.Entry], url: str) -> None:

@@ -123,7 +123,7 @@ def read_shards(folder: Path) -> Shards:
 
 def _stages(folder: Path) -> tuple[list[_Stage], list[str]]:
     if not (folder / DONE).is_file():
-        return [], [f"{folder / DONE} is missing. It is written last, so this save was never finished."]
+        return [], [f"{folder / DONE} is missing. It is written behind all weights, so this save was never finished."]
     stages, problems = [], []
     for rank in range(_pipeline_size(folder)):
         path = folder / METADATA.format(rank)

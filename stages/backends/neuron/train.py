@@ -35,19 +35,23 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Fact
     """
     steps = total_steps(settings, prepare(settings, data))
     before = cache.names(settings.neuron_compile_cache_url)
-    if not is_whole(work / "shards"):  # else a former call trained to the end and was killed before it published
+    # Else a former call trained to the end, and was killed before it published.
+    if not is_whole(work / "shards") and not is_whole(saved_shards(work / "saved")):
+        shutil.rmtree(work / "saved", ignore_errors=True)  # no `done` of a former save may vouch for this one
         start = choose_start(settings, work, steps)
         (work / START).write_text(json.dumps({"step": start.step}) + "\n", encoding="utf-8")
         for line in recompilations(settings, precompiled):
             print(f"note: {line}", flush=True)
         command = training_command(settings, start.base, data, work, steps=steps, first_step=start.step)
         launch(command, environment(settings), work / "error")
+    if not is_whole(work / "shards"):
         _keep_shards(settings, work)
     for name in (CHECKPOINTS, INTERRUPTED, RESUMED, "saved"):
         shutil.rmtree(work / name, ignore_errors=True)
     copy_description(base_model_folder(settings), data, work)
     first = json.loads((work / START).read_text(encoding="utf-8"))["step"]
-    compiled = len(cache.names(settings.neuron_compile_cache_url) - before)
+    url = settings.neuron_compile_cache_url
+    compiled = len(cache.names(url) - before) if cache.folder_of(url) else None  # None: in S3
     metrics = {**last_line(work / "metrics.jsonl"), "first_step": first, "graphs_compiled": compiled}
     tokens = (steps - first) * settings.max_length * rows_per_step(settings)
     return Facts(device=device_name(), tokens=tokens, metrics=metrics, unkeyed=("metrics.jsonl",))
@@ -63,6 +67,8 @@ def prepare(settings: Settings, data: Path) -> int:
         *derivation(settings, rows),
         f"attention        {attention_implementation(settings.max_length)}; documents in a row see each other (no mask but the causal one)",
     ]
+    if not settings.zero_1:
+        lines.append("ZERO_1=0         the library then keeps neither weights nor accumulated gradients in float32")
     if settings.lora_r:
         lines.append(f"LoRA             rank {settings.lora_r}, alpha {settings.lora_alpha}, on {settings.lora_target_modules}")
     print("\n".join(lines), flush=True)

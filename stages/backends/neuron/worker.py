@@ -25,21 +25,23 @@ from stages.backends.neuron.arguments import attention_implementation
 from stages.backends.neuron.figures import FiguresCallback
 from stages.backends.neuron.trainer import make_trainer
 from stages.backends.rows import PackedRows, rows_of_step
-from stages.backends.steps import rows_per_step
 from stages.run.errors import InputError, StageFailure
 from stages.run.launch import die_with_parent, end_with_stage, report_error
-from stages.run.settings import Settings
 from stages.text.saved_rows import IGNORED_LABEL
 
 
 @dataclass
-class Places:
-    """The worker's own arguments; the rest of its command line are NeuronTrainingArguments."""
+class WorkerArguments:
+    """The worker's own arguments; the rest of its command line are NeuronTrainingArguments. It takes no setting from elsewhere."""
 
     base: str  # model folder: config.json and safetensors
     data: str  # folder that the data stage published
     work: str  # folder for checkpoints, metrics and, at the end, saved/
     first_step: int = 0  # steps that an interrupted training had done
+    lora_r: int = 0  # rank of adapters; 0 = all weights are trained
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    lora_target_modules: str = ""  # separated by spaces
 
 
 def main() -> None:
@@ -50,38 +52,44 @@ def main() -> None:
     warnings.filterwarnings("ignore", "Seems like `optimizer.step|Detected call of `lr_scheduler.step")
     from optimum.neuron import NeuronTrainingArguments
 
-    dataclasses: Any = (Places, NeuronTrainingArguments)
-    places, arguments = HfArgumentParser(dataclasses).parse_args_into_dataclasses()
+    dataclasses: Any = (WorkerArguments, NeuronTrainingArguments)
+    # Upstream warns at every start of what it does on purpose. The flag is not in the command: neuron_parallel_compile has one like it.
+    given = [*sys.argv[1:], "--log_level", "error"]
+    own, arguments = HfArgumentParser(dataclasses).parse_args_into_dataclasses(given)
     try:
-        train(Settings.read(), places, arguments)
+        train(own, arguments)
     except (InputError, StageFailure) as error:
-        report_error(error, Path(places.work) / "error")
+        report_error(error, Path(own.work) / "error")
         _leave(error.exit_status)
     except Exception:
         traceback.print_exc()
         _leave(1)
 
 
-def train(settings: Settings, places: Places, arguments: Any) -> None:
+def train(own: WorkerArguments, arguments: Any) -> None:
     """Train for `arguments.max_steps` steps and save the shards to `saved/` in the work folder."""
-    set_seed(settings.seed)
-    work = Path(places.work)
-    rows = OrderedRows(settings, Path(places.data), places.first_step, arguments.max_steps)
-    trainer = make_trainer(build_model(settings, places.base, arguments), arguments, rows, places.first_step)
+    set_seed(arguments.seed)
+    rows = OrderedRows(Path(own.data), own.first_step, arguments.max_steps, rows_per_step=rows_per_step(arguments), seed=arguments.seed)
+    trainer = make_trainer(build_model(own, arguments, rows.length), arguments, rows, own.first_step)
     trainer.remove_callback(PrinterCallback)  # prints every log as a dict; FiguresCallback says it in a line
-    trainer.add_callback(FiguresCallback(settings, work, len(rows.table), places.first_step))
+    trainer.add_callback(FiguresCallback(Path(own.work), own.first_step, rows.count, rows.rows_per_step, rows.length))
     trainer.train()
-    trainer.save_model(str(work / "saved"))
+    trainer.save_model(str(Path(own.work) / "saved"))
 
 
-def build_model(settings: Settings, base: str, arguments: Any) -> Any:
-    """The training model of `base` on this rank's NeuronCore, its weights frozen below adapters where LORA_R asks for them."""
+def rows_per_step(arguments: Any) -> int:
+    """Rows in the global batch of one optimizer step. (In a pipeline the library folds the accumulation into the batch.)"""
+    per_rank = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return per_rank * arguments.trn_config.data_parallel_size
+
+
+def build_model(own: WorkerArguments, arguments: Any, length: int) -> Any:
+    """The training model on this rank's NeuronCore, its weights frozen below adapters where they alone are trained."""
     from optimum.neuron.models.training import NeuronModelForCausalLM
 
-    model = NeuronModelForCausalLM.from_pretrained(
-        base, arguments.trn_config, dtype=torch.bfloat16, attn_implementation=attention_implementation(settings.max_length)
-    )
-    if not settings.lora_r:
+    attention = attention_implementation(length)
+    model = NeuronModelForCausalLM.from_pretrained(own.base, arguments.trn_config, dtype=torch.bfloat16, attn_implementation=attention)
+    if not own.lora_r:
         return model
     from optimum.neuron.peft import get_peft_model
     from peft import LoraConfig
@@ -89,10 +97,10 @@ def build_model(settings: Settings, base: str, arguments: Any) -> Any:
     if arguments.gradient_checkpointing:
         model.enable_input_require_grads()  # else nothing that is recomputed has a gradient
     adapters = LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=settings.lora_target_modules.split(),
+        r=own.lora_r,
+        lora_alpha=own.lora_alpha,
+        lora_dropout=own.lora_dropout,
+        target_modules=own.lora_target_modules.split(),
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -102,20 +110,21 @@ def build_model(settings: Settings, base: str, arguments: Any) -> Any:
 class OrderedRows(torch.utils.data.Dataset):
     """The packed rows of steps `first` to `first + steps` one after another: rank r of n data-parallel ranks takes every n-th.
 
-    An item: int64 `input_ids`, `attention_mask`, `labels`, [MAX_LENGTH] each. The labels are those of the torch backend's loss: the
+    An item: int64 `input_ids`, `attention_mask`, `labels`, [length] each. The labels are those of the torch backend's loss: the
     first token of a document is predicted by nothing.
     """
 
-    def __init__(self, settings: Settings, data: Path, first: int, steps: int):
-        self.table = PackedRows(data / "train")
-        count = rows_per_step(settings)
-        self.order = np.concatenate([rows_of_step(first + step, count, len(self.table), settings.seed) for step in range(steps)])
+    def __init__(self, data: Path, first: int, steps: int, *, rows_per_step: int, seed: int):
+        self._table = PackedRows(data / "train")
+        self.count, self.rows_per_step = len(self._table), rows_per_step
+        self.order = np.concatenate([rows_of_step(first + step, rows_per_step, self.count, seed) for step in range(steps)])
+        self.length = len(self[0]["input_ids"])
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = {name: column[0] for name, column in self.table.batch(self.order[[index]], torch.device("cpu")).items()}
+        row = {name: column[0] for name, column in self._table.batch(self.order[[index]], torch.device("cpu")).items()}
         labels = row["labels"].masked_fill(row["position_ids"] == 0, IGNORED_LABEL)
         return {"input_ids": row["input_ids"], "attention_mask": torch.ones_like(row["input_ids"]), "labels": labels}
 

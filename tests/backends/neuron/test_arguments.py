@@ -38,9 +38,9 @@ def test_precompile_runs_the_command_of_train_for_fewer_steps_and_saves_nothing(
     data = Path("outputs/run/data")
     train = training_command(LLAMA, base, data, Path("work"), steps=72)
     precompile = precompile_command(LLAMA, data, Path("throw-away"))
-    assert precompile[0] == "neuron_parallel_compile"
-    assert precompile[1 : precompile.index("-m") + 2] == train[: train.index("-m") + 2]  # torchrun, its options, the worker
-    before, after = flags(train), flags(precompile[1:])
+    assert precompile[:3] == ["neuron_parallel_compile", "--parallel_compile_workdir", str(Path("throw-away/compile").absolute())]
+    assert precompile[3 : precompile.index("-m") + 2] == train[: train.index("-m") + 2]  # torchrun, its options, the worker
+    before, after = flags(train), flags(precompile[3:])
     assert before.keys() == after.keys()
     assert {name: (before[name], after[name]) for name in before if before[name] != after[name]} == {
         "--work": ("work", "throw-away"),
@@ -49,6 +49,18 @@ def test_precompile_runs_the_command_of_train_for_fewer_steps_and_saves_nothing(
         "--save_strategy": ("steps", "no"),
         "--save_steps": ("100", "1"),
     }
+
+
+# neuron_parallel_compile --help (aws-neuron-sdk, torch-neuronx 2.8): it parses the whole command line, with abbreviations.
+OPTIONS_OF_THE_TOOL = (
+    *("--command", "--num_parallel", "--node_id", "--world_size", "--static_schedule", "--analyze-output", "--analyze-verbosity"),
+    *("--parallel_compile_workdir", "--log_level", "--help"),
+)
+
+
+def test_neuron_parallel_compile_takes_no_flag_of_the_workers_for_its_own(base: Path) -> None:
+    emitted = flags(precompile_command(replace(LLAMA, lora_r=8), Path("data"), Path("throw-away"))[3:])
+    assert not [(flag, option) for flag in emitted for option in OPTIONS_OF_THE_TOOL if option.startswith(flag)]
 
 
 def test_what_upstream_would_lose_is_always_switched(base: Path) -> None:
@@ -113,6 +125,7 @@ def published(folder: Path, settings: Settings, cache: Path, graphs: list[str]) 
     for graph in graphs:
         (cache / graph).mkdir(parents=True)
         (cache / graph / "model.neff").write_bytes(b"neff")
+        (cache / graph / "model.done").touch()
     (folder / REPORT).write_text(json.dumps({"graph_key": graph_key(settings), "graph_names": graphs}))
     return folder
 

@@ -55,8 +55,9 @@ def test_each_graph_has_the_state_that_its_files_tell(filled: Path) -> None:
         ({"model_neff": ""}, "poisoned"),
         ({"model_neff": "", "model_done": ""}, "poisoned"),
         ({"model_neff": "", "model_log": "killed"}, "poisoned"),
-        ({"model_neff": "compiled", "model_log": "warnings"}, "done"),
-        ({"model_neff": "compiled", "model_hlo_module_pb_lock": ""}, "done"),
+        ({"model_neff": "compiled", "model_done": "", "model_log": "warnings"}, "done"),
+        ({"model_neff": "compiled", "model_done": "", "model_hlo_module_pb_lock": ""}, "done"),
+        ({"model_neff": "cut off"}, "unfinished"),
         ({"model_log": "failed", "model_hlo_module_pb_lock": ""}, "locked"),
     ],
 )
@@ -67,14 +68,14 @@ def test_where_files_contradict_each_other_what_the_compiler_would_do_counts(tmp
 
 def test_what_a_run_compiled_is_the_difference_of_the_names(filled: Path) -> None:
     before = cache.names(filled)
-    new = graph(filled, "9+bb", model_neff="compiled")
+    new = graph(filled, "9+bb", model_neff="compiled", model_done="")
     graph(filled, "8+bb", model_log="failed")
     assert cache.names(filled) - before == {new}
     assert cache.names(filled, "poisoned") == {f"{COMPILER}/MODULE_2+aa", f"{COMPILER}/MODULE_8+bb"}
 
 
 def test_graphs_are_counted_by_the_compiler_that_made_them(filled: Path) -> None:
-    graph(filled, "1+aa", compiler="neuronxcc-2.15.128.0+56dc5a86", model_neff="older")
+    graph(filled, "1+aa", compiler="neuronxcc-2.15.128.0+56dc5a86", model_neff="older", model_done="")
     counts = cache.summary(cache.entries(filled))
     assert counts[COMPILER]["done"] == counts[COMPILER]["poisoned"] == counts[COMPILER]["locked"] == counts[COMPILER]["unfinished"] == 1
     assert counts["neuronxcc-2.15.128.0+56dc5a86"] == {
@@ -135,7 +136,7 @@ def test_an_impossible_cache_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_is_uploaded_without_a_repository_of_ones_own(tmp_path: Path) -> None:
-    graph(tmp_path, "1+aa", model_neff="compiled")
+    graph(tmp_path, "1+aa", model_neff="compiled", model_done="")
     done = command("synchronize", NEURON_COMPILE_CACHE_URL=str(tmp_path))
     assert done.returncode == 2
     assert "CUSTOM_CACHE_REPO" in done.stderr
@@ -166,7 +167,7 @@ for command, arguments in zip((LookupRepoCommand, SynchronizeRepoCommand), json.
 
 @needs_optimum
 def test_optimum_neurons_own_parsers_take_our_commands(tmp_path: Path) -> None:
-    graph(tmp_path, "1+aa", model_neff="compiled")
+    graph(tmp_path, "1+aa", model_neff="compiled", model_done="")
     settings = Settings(neuron_compile_cache_url=str(tmp_path), custom_cache_repo="me/cache")
     commands = [cache.lookup_command(settings, "meta-llama/Llama-2-7b-hf"), cache.synchronize_command(settings)]
     assert [line[:4] for line in commands] == [["optimum-cli", "neuron", "cache", name] for name in ("lookup", "synchronize")]

@@ -104,3 +104,10 @@ def test_lines_of_other_processes_in_between_change_nothing(noise: list[tuple[in
 def test_a_status_that_belongs_to_no_graph_is_nobodys_failure() -> None:
     reported = [line for line in LINES if "MODULE_14" in line or '"status": true' in line]
     assert read_compile_report(['{"status": false}', *reported, '"status": false']).failed_graphs == set()
+
+
+def test_a_cache_that_holds_every_graph_is_a_report_of_none() -> None:
+    """The tool then prints no totals."""
+    said = "2026-01-01 10:46:40.000063:  802786  INFO ||NEURON_PARALLEL_COMPILE||: No todo hlos found in cache or hlo_tasklist, ..."
+    report = read_compile_report([said])
+    assert (report.graphs, report.succeeded, report.failed) == (0, 0, 0)

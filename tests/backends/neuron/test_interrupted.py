@@ -41,18 +41,21 @@ def test_the_last_whole_checkpoint_counts(work: Path) -> None:
 def test_a_training_begins_anew_and_says_what_could_be_gone_on_with(work: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert choose_start(settings(base, "restart"), work, TOTAL) == Start(base, 0)
     said = capsys.readouterr().out
-    assert "step 4 of 10" in said and "RESUME=weights" in said and "moments lost" in said
+    assert "step 4 of 10" in said and "RESUME=weights" in said and "float32 weights are lost" in said
 
 
-def test_the_interrupted_checkpoints_stay_until_there_are_newer_ones(work: Path, base: Path) -> None:
+def test_the_interrupted_checkpoints_stay_until_others_have_come_as_far(work: Path, base: Path) -> None:
     choose_start(settings(base, "restart"), work, TOTAL)
     assert last_checkpoint(work / INTERRUPTED) and not (work / "checkpoints").exists()
     (work / "checkpoints" / "checkpoint-1").mkdir(parents=True)  # killed while it wrote its first
     choose_start(settings(base, "restart"), work, TOTAL)
     assert (last_checkpoint(work / INTERRUPTED) or (0,))[0] == 4
-    shutil.copytree(work / INTERRUPTED / "checkpoint-2", work / "checkpoints" / "checkpoint-2")
+    shutil.copytree(work / INTERRUPTED / "checkpoint-2", work / "checkpoints" / "checkpoint-2")  # came less far than the first
     choose_start(settings(base, "restart"), work, TOTAL)
-    assert (last_checkpoint(work / INTERRUPTED) or (0,))[0] == 2
+    assert (last_checkpoint(work / INTERRUPTED) or (0,))[0] == 4
+    shutil.copytree(work / INTERRUPTED / "checkpoint-2", work / "checkpoints" / "checkpoint-8")
+    choose_start(settings(base, "restart"), work, TOTAL)
+    assert (last_checkpoint(work / INTERRUPTED) or (0,))[0] == 8
 
 
 def test_weights_are_gone_on_with_when_that_is_asked_for(work: Path, base: Path) -> None:

@@ -71,7 +71,8 @@ def test_the_consolidated_model_loads_in_plain_transformers(built: Project) -> N
 
 def test_train_ran_what_precompile_compiled(built: Project) -> None:
     compiler, (collected, trained) = calls(built, "neuron_parallel_compile")[0], calls(built, "torchrun")[:2]
-    assert compiler["arguments"][0] == "torchrun" and compiler["arguments"][1:] == collected["arguments"]
+    assert compiler["arguments"][0] == "--parallel_compile_workdir" and compiler["arguments"][2] == "torchrun"
+    assert compiler["arguments"][3:] == collected["arguments"]
     pairs = zip(["", *collected["arguments"]], collected["arguments"], trained["arguments"], strict=False)
     assert {flag for flag, before, after in pairs if before != after} == {
         "--work",

@@ -88,7 +88,7 @@ def without_parameter(shards: Path) -> None:
 
 # Layout, what happens to its shards, and the words that say so.
 SEEN_WITHOUT_READING: list[tuple[str, Damage, str]] = [
-    ("tp2", remove("done"), r"done is missing\. It is written last, so this save was never finished"),
+    ("tp2", remove("done"), r"done is missing\. It is written behind all weights, so this save was never finished"),
     ("tp2", remove(RANK), r"tp_rank_01_pp_rank_00\.pt is missing"),
     ("tp2", remove(METADATA), r"mp_metadata_pp_rank_0\.json is missing"),
     ("tp2_pp2", remove("mp_metadata_pp_rank_1.json"), r"mp_metadata_pp_rank_1\.json is missing"),

@@ -20,7 +20,8 @@ from stages.backends.neuron import cache
 from stages.backends.neuron.arguments import environment, training_command
 from stages.backends.neuron.consolidate import consolidate
 from stages.backends.neuron.precompile import precompile
-from stages.backends.neuron.train import train
+from stages.backends.neuron.shards import is_whole
+from stages.backends.neuron.train import START, train
 from stages.backends.rows import PackedRows, rows_of_step
 from stages.backends.steps import rows_per_step
 from stages.data import pack
@@ -64,6 +65,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return Settings(
         model_id=str(folder), init_weights="random", dataset=str(folder / "rows.jsonl"), max_length=64, validation_fraction=0.2,
         max_steps=STEPS, learning_rate=5e-3, warmup_steps=2, bf16=True, logging_steps=1, save_steps=0,
+        inference_sequence_length=64,
         neuron_compile_cache_url=str(tmp_path_factory.mktemp("compile-cache")),
     )  # fmt: skip
 
@@ -252,6 +254,8 @@ def test_train_compiles_nothing_after_precompile(
     monkeypatch.delenv("STAND_IN_FAILS")
     figures = precompile(settings, data, precompiled).metrics
     assert (figures["graphs"], figures["compile_cache_hits"], figures["compile_cache_misses"]) == (1, 1, 1)
+    figures = precompile(settings, data, precompiled).metrics  # of another run, say, with the same shapes
+    assert (figures["graphs"], figures["compile_cache_hits"], figures["compile_cache_misses"]) == (0, 2, 0)
     compiled = cache.names(settings.neuron_compile_cache_url)
     capfd.readouterr()
     assert train(settings, data, precompiled, work).metrics["graphs_compiled"] == 0
@@ -260,7 +264,9 @@ def test_train_compiles_nothing_after_precompile(
     assert last_line(work / "metrics.jsonl")["step"] == STEPS
 
 
-def test_a_training_that_goes_on_counts_its_steps_and_rates_from_the_base_model(base: Settings, data: Path, tmp_path: Path) -> None:
+def test_a_training_that_goes_on_counts_its_steps_and_rates_from_the_base_model(
+    base: Settings, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = replace(base, save_steps=2)
     work = tmp_path / "work"
     work.mkdir()
@@ -273,3 +279,8 @@ def test_a_training_that_goes_on_counts_its_steps_and_rates_from_the_base_model(
     assert [line["step"] for line in lines] == [5, 6, 7, 8]
     assert [line["learning_rate"] for line in lines] == pytest.approx(rates[4:])
     assert [path.name for path in (work / "checkpoints").glob("checkpoint-*")] == ["checkpoint-6"]  # the last is saved/ itself
+    # Killed now, before its stage published: what was saved is kept, and nothing is trained again.
+    (work / START).write_text('{"step": 4}')
+    monkeypatch.setattr("stages.backends.neuron.train.launch", lambda *_: pytest.fail("trained again"))
+    assert train(settings, data, tmp_path / "precompile", work).metrics["first_step"] == 4
+    assert is_whole(work / "shards") and not (work / "saved").exists() and not (work / "checkpoints").exists()
