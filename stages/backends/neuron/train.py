@@ -15,14 +15,14 @@ from stages.backends.neuron import cache
 from stages.backends.neuron.arguments import attention_implementation, environment, training_command
 from stages.backends.neuron.graphs import recompilations
 from stages.backends.neuron.interrupted import CHECKPOINTS, INTERRUPTED, RESUMED, choose_start, saved_shards
-from stages.backends.neuron.shards import is_whole
+from stages.backends.neuron.shards import ADAPTER_CONFIG, is_whole
 from stages.backends.neuron.topology import device_name, topology_problems
 from stages.backends.steps import derivation, rows_per_step, total_steps
 from stages.model.base import base_model_folder, copy_description, load_config
 from stages.model.fit import fit_problems
 from stages.run.errors import InputError, StageFailure
 from stages.run.launch import launch
-from stages.run.publish import Facts
+from stages.run.publish import Facts, write_json
 from stages.run.settings import Settings
 
 START = "start.json"  # the step from which the training began: not 0 when RESUME=weights went on
@@ -92,6 +92,9 @@ def _keep_shards(settings: Settings, work: Path) -> None:
     if not is_whole(shards):
         raise StageFailure(f"The training ended, but {shards} is not whole: its last save was cut off. Give the same command again.")
     if settings.lora_r:
-        shutil.copyfile(shards.parent / "adapter_config.json", shards / "adapter_config.json")
+        config = json.loads((shards.parent / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        # A path of this machine, and a set, whose order changes from run to run: the same training is to be the same content.
+        config |= {"base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}
+        write_json(shards / ADAPTER_CONFIG, config)
     shutil.rmtree(work / "shards", ignore_errors=True)
     shards.rename(work / "shards")
