@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 # Read when the Hub's library is imported: whoever has no network learns it soon.
@@ -177,6 +178,9 @@ def examine(settings: Settings) -> list[Finding]:
         checks += backend_module("doctor", settings).CHECKS
     except InputError as error:
         lost.append(fail("backend", str(error)))
+    with suppress(ImportError):  # a check says it
+        # transformers loads a part when it is first asked for, which two threads may not do at the same time.
+        from transformers import AutoConfig  # noqa: F401
     with ThreadPoolExecutor(len(checks)) as pool:
         found = list(pool.map(lambda check: _findings(check, settings), checks))
     return [finding for findings in found for finding in findings] + lost
