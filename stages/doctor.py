@@ -7,7 +7,6 @@ Nothing is changed or made, and nothing fetched but the model's config.json. Wha
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 import shutil
@@ -28,7 +27,7 @@ from stages.run.backend import backend_module, choose
 from stages.run.errors import InputError
 from stages.run.finding import FAIL, Check, Finding, fail, folder_finding, note
 from stages.run.instance import hourly_price, instance_type
-from stages.run.record import REQUIREMENTS, pinned_versions
+from stages.run.record import REQUIREMENTS, installed_version, pinned_versions
 from stages.run.settings import Settings
 from stages.run.sizes import show_size
 
@@ -70,10 +69,7 @@ def packages(settings: Settings) -> Iterator[Finding]:
     file = REQUIREMENTS[choose(settings).name]
     pins, wrong = pinned_versions(choose(settings).name), 0
     for name, pinned in pins.items():
-        try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found = ""
+        found = installed_version(name) or ""
         if pinned != (found if "+" in pinned else found.partition("+")[0]):
             wrong += 1
             yield fail(name, f"{found or 'not installed'}, pinned is {pinned}. Install {file} (make does, into .venv).")

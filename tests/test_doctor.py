@@ -125,7 +125,7 @@ def test_a_package_of_another_version_than_pinned_is_named(
 def test_what_a_build_adds_to_a_version_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "pinned_versions", lambda backend: {"torch": "2.13.0", "other": "1.0+cu12"})
     installed = {"torch": "2.13.0+cpu", "other": "1.0+cu11"}
-    monkeypatch.setattr(doctor.importlib.metadata, "version", installed.__getitem__)
+    monkeypatch.setattr("importlib.metadata.version", installed.__getitem__)
     assert [finding.about for finding in doctor.packages(Settings(backend="torch"))] == ["other"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from stages.run.settings import Settings
 
@@ -37,3 +38,9 @@ def hourly_price(settings: Settings) -> float | None:
 def dollars(seconds: float, price: float) -> float:
     """What `seconds` cost at `price` USD per hour, to a hundredth of a cent."""
     return round(seconds / 3600 * price, 4)
+
+
+def cost_of(seconds: float, settings: Settings) -> dict[str, Any]:
+    """For a manifest: the seconds, this machine's EC2 type, and the USD that it cost for so long; None where one is not known."""
+    price = hourly_price(settings)
+    return {"seconds": round(seconds, 3), "instance": instance_type(), "usd": None if price is None else dollars(seconds, price)}

@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.run import instance, record
+from stages.run import record
 from stages.run.backend import choose
 from stages.run.content import combine, file_digest
+from stages.run.instance import cost_of
 from stages.run.lock import locked
 from stages.run.progress import duration
 from stages.run.settings import Settings
@@ -71,7 +72,7 @@ def publish(
         started = time.time()
         try:
             facts = build(work)
-            cost = {"seconds": round(time.time() - started, 3), **price_of(time.time() - started, settings)}
+            cost = cost_of(time.time() - started, settings)
             _write_manifest(stage, work, made_from, seen, facts, cost)
             _replace(output, work)
         except BaseException:
@@ -104,12 +105,6 @@ def _was_replaced(work: Path) -> bool:
 
 def _key(made_from: dict) -> str:
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def price_of(seconds: float, settings: Settings) -> dict[str, Any]:
-    """The machine's EC2 type and what it cost for so long in USD; None where either is not known."""
-    price = instance.hourly_price(settings)
-    return {"instance": instance.instance_type(), "usd": None if price is None else instance.dollars(seconds, price)}
 
 
 def _write_manifest(stage: str, work: Path, made_from: dict, seen: dict, facts: Facts, cost: dict[str, Any]) -> None:
@@ -160,15 +155,8 @@ def remove_published(output: Path, part: str, because: str) -> None:
 
 
 def _installed(stage: str, backend: str) -> dict[str, str]:
-    import importlib.metadata  # 24 ms that an answer need not wait for
-
-    versions = {"python": platform.python_version()}
-    for name in record.libraries_of(stage, backend):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+    versions = {name: record.installed_version(name) or "not installed" for name in record.libraries_of(stage, backend)}
+    return {"python": platform.python_version(), **versions}
 
 
 def _flush(path: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from stages.backends.torch import consolidate as subject
@@ -26,6 +25,7 @@ from stages.model.weights import INDEX_FILE
 from stages.run.code import ROOT
 from stages.run.errors import StageFailure
 from tests.conftest import torchrun
+from tests.saved_weights import assert_equal, written
 from tests.tiny_llama import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # dcp.save in one process is meant
@@ -57,17 +57,6 @@ def output(tmp_path) -> Path:
 def save(folder: Path, state: dict) -> Path:
     dcp.save({"model": state, "optimizer": {"lr": 0.1}}, checkpoint_id=folder, no_dist=True)
     return folder
-
-
-def written(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
 
 
 @pytest.mark.parametrize("piece_bytes", [weights.PIECE_BYTES, 200])

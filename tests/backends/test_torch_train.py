@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from stages.backends.rows import PackedRows, rows_of_step
 from stages.backends.steps import rows_per_step, total_steps
@@ -28,6 +28,7 @@ from stages.run.code import ROOT
 from stages.run.errors import InputError, StageFailure
 from stages.run.settings import Settings
 from tests.conftest import clean_environment, copy_project, torchrun
+from tests.saved_weights import with_a_value_that_is_no_number
 
 STEPS = 6
 
@@ -134,13 +135,7 @@ def test_a_killed_training_resumes_and_ends_with_the_same_weights(base: Settings
 
 
 def test_a_loss_that_is_no_number_stops_the_training_and_names_the_step(base: Settings, data: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in base_model_folder(base).iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.norm.weight"][0] = float("nan")
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    broken = with_a_value_that_is_no_number(base_model_folder(base), tmp_path / "broken")
     with pytest.raises(StageFailure, match=r"Step 1: the loss .* not finite"):
         trained(replace(base, model_id=str(broken), init_weights="pretrained"), data, tmp_path / "work")
     assert not (tmp_path / "work" / "shards").exists()

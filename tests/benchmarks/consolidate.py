@@ -82,6 +82,22 @@ def measured(command: list[str], shards: Path, output: Path) -> tuple[float, flo
     return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e9
 
 
+def compare(commands: dict[str, list[str]], shards: Path, output: Path, rounds: int) -> None:
+    """Run the commands in turn, `rounds` times each, and print a line for each beside that of `cp -r`."""
+    runs: dict[str, list[tuple[float, float]]] = {label: [] for label in commands}
+    for _ in range(rounds):
+        for label, command in commands.items():
+            runs[label].append(measured(command, shards, output))
+    size = sum(path.stat().st_size for path in shards.rglob("*") if path.is_file()) / 1e9
+    print(f"{size:.2f} GB of shards, medians of {rounds}")
+    print(f"{'':24}{'seconds':>9}{'of cp':>7}{'peak GB':>9}   each")
+    copy = median(seconds for seconds, _ in runs["cp -r"])
+    for label, results in runs.items():
+        seconds = median(seconds for seconds, _ in results)
+        each = " ".join(f"{value:.1f}" for value, _ in results)
+        print(f"{label:24}{seconds:9.1f}{seconds / copy:7.2f}{max(peak for _, peak in results):9.2f}   {each}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -100,18 +116,7 @@ def main() -> None:
         commands = {"cp -r": ["cp", "-r", str(shards), str(output)]}
         for dtype in ("float32", "bfloat16"):
             commands[f"consolidate to {dtype}"] = [sys.executable, "-c", CONSOLIDATE, str(shards), str(output), dtype]
-        runs: dict[str, list[tuple[float, float]]] = {label: [] for label in commands}
-        for _ in range(arguments.rounds):
-            for label, command in commands.items():
-                runs[label].append(measured(command, shards, output))
-        size = sum(path.stat().st_size for path in shards.iterdir()) / 1e9
-    print(f"{size:.2f} GB of shards, medians of {arguments.rounds}")
-    print(f"{'':24}{'seconds':>9}{'of cp':>7}{'peak GB':>9}   each")
-    copy = median(seconds for seconds, _ in runs["cp -r"])
-    for label, results in runs.items():
-        seconds = median(seconds for seconds, _ in results)
-        each = " ".join(f"{value:.1f}" for value, _ in results)
-        print(f"{label:24}{seconds:9.1f}{seconds / copy:7.2f}{max(peak for _, peak in results):9.2f}   {each}")
+        compare(commands, shards, output, arguments.rounds)
 
 
 if __name__ == "__main__":

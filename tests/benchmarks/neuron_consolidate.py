@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -94,7 +93,7 @@ def write_shards(folder: Path, gigabytes: float, xser: bool) -> None:
 
 
 def main() -> None:
-    from consolidate import measured
+    from consolidate import compare
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -111,18 +110,7 @@ def main() -> None:
             "consolidate": [sys.executable, "-c", CONSOLIDATE, str(shards), str(output)],
             "optimum-neuron": [sys.executable, "-c", OPTIMUM_NEURON, str(shards), str(output)],
         }
-        runs: dict[str, list[tuple[float, float]]] = {label: [] for label in commands}
-        for _ in range(arguments.rounds):
-            for label, command in commands.items():
-                runs[label].append(measured(command, shards, output))
-        size = sum(path.stat().st_size for path in shards.rglob("*") if path.is_file()) / 1e9
-    print(f"{size:.2f} GB of shards, medians of {arguments.rounds}")
-    print(f"{'':24}{'seconds':>9}{'of cp':>7}{'peak GB':>9}   each")
-    copy = median(seconds for seconds, _ in runs["cp -r"])
-    for label, results in runs.items():
-        seconds = median(seconds for seconds, _ in results)
-        each = " ".join(f"{value:.1f}" for value, _ in results)
-        print(f"{label:24}{seconds:9.1f}{seconds / copy:7.2f}{max(peak for _, peak in results):9.2f}   {each}")
+        compare(commands, shards, output, arguments.rounds)
 
 
 if __name__ == "__main__":

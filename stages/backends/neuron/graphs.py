@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from stages.backends.neuron import cache
 from stages.backends.neuron.arguments import attention_implementation, cache_environment, training_arguments
 from stages.model.base import load_config
+from stages.run.record import installed_version
 from stages.run.settings import Settings
 
 REPORT = "precompile.json"
@@ -36,7 +36,7 @@ def graph_key(settings: Settings) -> dict[str, str]:
     lora = f"rank {settings.lora_r} on {' '.join(sorted(settings.lora_target_modules.split()))}" if settings.lora_r else "none"
     flags = [flag for flag in cache_environment(settings)["NEURON_CC_FLAGS"].split() if not flag.startswith("--cache_dir")]
     return {
-        **{name: version for name in COMPILERS if (version := _installed(name))},
+        **{name: version for name in COMPILERS if (version := installed_version(name))},
         "NEURON_CC_FLAGS": " ".join(flags),
         "model": hashlib.sha256(config).hexdigest()[:16],
         "processes": str(settings.nproc_per_node),
@@ -71,10 +71,3 @@ def recompilations(settings: Settings, precompiled: Path) -> Iterator[str]:
             f"training compiles again: {len(gone)} of precompile's {len(compiled)} graphs are not in {url} (any more). "
             f"Remove {precompiled} and run `make precompile`: it compiles side by side."
         )
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,22 +18,12 @@ from stages.model.check import check_model_folder, tied_weights
 from stages.model.weights import INDEX_FILE
 from stages.run.errors import StageFailure
 from tests.backends.neuron.nxd_shards import LAYOUTS
+from tests.saved_weights import assert_equal, written
 
 GIGABYTE = 10**9
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 WHOLE_MODELS = [name for name, layout in LAYOUTS.items() if not layout.targets]
 PACKAGES = ("torch_xla", "neuronx_distributed", "torch_neuronx", "optimum", "peft")
-
-
-def written(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
 
 
 @pytest.mark.parametrize("piece_bytes", [weights.PIECE_BYTES, 200])

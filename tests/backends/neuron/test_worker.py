@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from stages.backends.metrics import last_line
@@ -32,6 +31,7 @@ from stages.run.launch import launch
 from stages.run.settings import Settings
 from stages.text.saved_rows import IGNORED_LABEL
 from tests.conftest import clean_environment, copy_project
+from tests.saved_weights import with_a_value_that_is_no_number
 
 pytest.importorskip("optimum.neuron", reason="optimum-neuron has no release for this Python")
 
@@ -230,13 +230,7 @@ def check_checkpoint(work: Path, settings: Settings, data: Path, consolidated: P
 
 
 def test_a_loss_that_is_no_number_stops_the_training_and_names_the_step(base: Settings, data: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in base_model_folder(base).iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.norm.weight"][0] = float("nan")
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    broken = with_a_value_that_is_no_number(base_model_folder(base), tmp_path / "broken")
     with pytest.raises(StageFailure, match=r"Step 1: the loss .* not finite"):
         trained(replace(base, model_id=str(broken), init_weights="pretrained"), data, tmp_path / "work")
     assert not (tmp_path / "work" / "shards").exists()
