@@ -76,7 +76,7 @@ tested := $(if $(VENV),$(VENV)/tests-requirements.txt)
 # PyPI holds placeholders for AWS's wheels.
 NEURON_PIP_INDEX ?= https://pip.repos.neuron.amazonaws.com
 
-.PHONY: help all demo status doctor cache-status cache-lookup cache-synchronize test lint clean FORCE $(STAGES)
+.PHONY: help all demo status doctor cache-status cache-lookup cache-synchronize test torture lint clean FORCE $(STAGES)
 
 help: ## Targets, and settings with their values
 	@$(PYTHON) -I -S stages/run/help.py $(MAKEFILE_LIST)
@@ -142,6 +142,9 @@ cache-status cache-lookup cache-synchronize:
 
 test: lint ## Lint, types, every test, and the demo from data to answers
 	$(python) -m pytest --numprocesses 2 --dist loadfile
+
+torture: $(installed) $(tested) ## The tests' damage at length, with a summary: kills, full disks, bad input ... TORTURE_SEED=7 repeats one
+	$(python) -m pytest --numprocesses 2 --dist loadfile -m torture --torture $(or $(TORTURE_SEED),$(shell echo $$RANDOM))
 
 lint: $(installed) $(tested) ## ruff and mypy
 	$(python) -m ruff check .

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.torture.plugin"]
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # The six stages in half a minute: one layer, two steps, on the demo's tokenizer.
@@ -33,7 +35,7 @@ MAX_NEW_TOKENS ?= 4
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first: what trains, compiles or runs make comes last."""
-    slow = ("backends", "test_makefile.py", "test_demo.py")
+    slow = ("torture", "backends", "test_makefile.py", "test_demo.py")
     items.sort(key=lambda item: next((place for place, name in enumerate(slow) if name in item.path.parts), -1))
 
 

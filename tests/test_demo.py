@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stages.run.help import targets, with_settings
-from stages.run.settings import STAGES
+from stages.run.setting import STAGES
 from tests.conftest import ROOT, Project, clean_environment, copy_project
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.run.settings import STAGES
+from stages.run.setting import STAGES
 from tests.conftest import ROOT, Project, clean_environment
 
 TINY = ("RECIPE=tiny",)

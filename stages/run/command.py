@@ -17,7 +17,8 @@ import click
 
 from stages.run.errors import InputError, StageFailure
 from stages.run.launch import die_with_parent
-from stages.run.settings import Settings, kind, variable
+from stages.run.setting import kind, variable
+from stages.run.settings import Settings
 
 
 def stage_command(stage: str, *more: str, **folders: str) -> Callable[[Callable[..., None]], click.Command]:

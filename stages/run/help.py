@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from stages.run.settings import Settings, variable
+from stages.run.setting import variable
+from stages.run.settings import Settings
 
 
 def targets(makefile: Path) -> list[tuple[str, str]]:

@@ -8,44 +8,18 @@ every start.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
 from stages.run.cache_url import check_cache_url
 from stages.run.errors import InputError
+from stages.run.setting import as_text, parse, setting, variable
 from stages.run.sizes import parse_size
 
-STAGES = ("data", "precompile", "train", "consolidate", "compile-inference", "eval")
 _MODEL = "precompile train"
-
-
-def setting(
-    default: Any,
-    help: str,
-    stages: str = "",
-    *,
-    unit: str = "",
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    choices: tuple[str, ...] = (),
-    path: bool = False,
-    check: Callable[[str], object] | None = None,
-) -> Any:
-    """A field of `Settings`. `stages` names those whose output it changes; "" means that nothing published depends on it.
-
-    `least`/`most` are inclusive bounds, `above`/`below` exclusive ones. `path` marks a value that may name a local file
-    or folder: then its content, not its name, is what a stage was made from. `check` raises InputError for a bad value.
-    """
-    unknown = set(stages.split()) - set(STAGES)
-    assert not unknown, f"not stages: {unknown}"
-    facts = {"help": help, "stages": tuple(stages.split()), "unit": unit, "choices": choices, "path": path, "check": check}
-    return field(default=default, metadata={**facts, "least": least, "most": most, "above": above, "below": below})
 
 
 @dataclass(frozen=True)
@@ -63,6 +37,7 @@ class Settings:
     tensor_parallel_size: int = setting(1, "Processes that share each layer's weights.", _MODEL, least=1)
     pipeline_parallel_size: int = setting(1, "Groups of processes that hold a part of the layers each (Neuron).", _MODEL, least=1)
     instance_price: float = setting(0.0, "What an hour of this machine costs; 0 = as known of its EC2 type.", unit="USD/h", least=0)
+    verify: bool = setting(False, "Read every published file again (its digest, not its size alone) and remake what is damaged.")
     seed: int = setting(42, "Held-out documents, random weights, batch order and sampling are functions of it.", "data train eval", least=0)
 
     # The base model.
@@ -72,6 +47,8 @@ class Settings:
         "pretrained", "Start from the model's weights, or from random ones made from its config.json and SEED.",
         "train eval", choices=("pretrained", "random"),
     )  # fmt: skip
+
+    allow_pickle: bool = setting(False, "Read weights that a model has as pickles (.bin) alone: tensors and plain containers, never code.")
 
     # The dataset.
     dataset: str = setting(
@@ -172,7 +149,7 @@ class Settings:
             text = given.get(variable(f))
             if text is not None:
                 try:
-                    values[f.name] = _parse(f, text)
+                    values[f.name] = parse(f, text)
                 except InputError as error:
                     problems += error.problems
         settings = cls(**values)
@@ -204,7 +181,7 @@ class Settings:
 
     def environment(self) -> dict[str, str]:
         """The settings as environment variables for a process that is started: `read` gives the same settings back."""
-        return {name.upper(): _text(value) for name, value in asdict(self).items()}
+        return {name.upper(): as_text(value) for name, value in asdict(self).items()}
 
     def concerning(self, stage: str) -> dict[str, Any]:
         """The settings that change what `stage` publishes, by variable name."""
@@ -220,16 +197,6 @@ class Settings:
         return self.nproc_per_node // (self.tensor_parallel_size * self.pipeline_parallel_size)
 
 
-def variable(f: Field) -> str:
-    """The make and environment variable of a setting's field."""
-    return f.name.upper()
-
-
-def kind(f: Field) -> str:
-    """The name of a setting's type: int, float, bool or str."""
-    return f.type if isinstance(f.type, str) else f.type.__name__
-
-
 def unknown_names(names: list[str], also: tuple[str, ...] = ()) -> list[str]:
     """A problem for each name that is no setting (nor in `also`), with the nearest that is."""
     known = [variable(f) for f in fields(Settings)] + list(also)
@@ -240,54 +207,3 @@ def unknown_names(names: list[str], also: tuple[str, ...] = ()) -> list[str]:
             hint = f"Did you mean {near[0]}?" if near else "`make help` lists them."
             problems.append(f"{name} is not a setting. {hint}")
     return problems
-
-
-def _text(value: Any) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value)
-
-
-def _parse(f: Field, text: str) -> Any:
-    """The value of a setting from its text; raises InputError when it is of the wrong type or out of bounds."""
-    name, facts = variable(f), f.metadata
-    shown = text if len(text) <= 60 else f"{text[:60]}... ({len(text)} characters)"
-    if "\0" in text:
-        raise InputError(f"{name} contains a NUL character. Remove it.")
-    if kind(f) == "str":
-        if facts["choices"] and text not in facts["choices"]:
-            near = get_close_matches(text, facts["choices"], n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise InputError(f"{name}={shown!r} is none of {', '.join(facts['choices'])}.{hint}")
-        if f.default != "" and not text and name != "CONTEXT_COLUMN":
-            raise InputError(f"{name} is empty. Leave it out for the default, {f.default}.")
-        if facts["check"]:
-            try:
-                facts["check"](text)
-            except InputError as error:
-                raise InputError(f"{name}: {error}") from None
-        return text
-    if kind(f) == "bool":
-        known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-        if text.strip().lower() not in known:
-            raise InputError(f"{name}={shown!r} is neither 1 nor 0.")
-        return known[text.strip().lower()]
-    return _number(f, text, shown)
-
-
-def _number(f: Field, text: str, shown: str) -> int | float:
-    name, facts = variable(f), f.metadata
-    what = "a whole number" if kind(f) == "int" else "a number"
-    try:
-        value = int(text) if kind(f) == "int" else float(text)
-    except ValueError:
-        raise InputError(f"{name}={shown!r} is not {what}.") from None
-    bounds = {
-        "at least": (facts["least"], lambda bound: value >= bound),
-        "at most": (facts["most"], lambda bound: value <= bound),
-        "above": (facts["above"], lambda bound: value > bound),
-        "below": (facts["below"], lambda bound: value < bound),
-    }
-    broken = [f"{word} {bound:g}" for word, (bound, holds) in bounds.items() if bound is not None and not holds(bound)]
-    if broken or not math.isfinite(value):
-        unit = f" {facts['unit']}" if facts["unit"] else ""
-        raise InputError(f"{name}={shown}{unit} must be {' and '.join(broken) or 'finite'}.")
-    return value

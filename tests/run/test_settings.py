@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.run.errors import InputError
-from stages.run.settings import STAGES, Settings, kind, unknown_names, variable
+from stages.run.setting import STAGES, kind, variable
+from stages.run.settings import Settings, unknown_names
 from stages.run.sizes import parse_size, show_size
 
 BAD = [

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.run.settings import STAGES
+from stages.run.setting import STAGES
 from tests.conftest import Project, clean_environment, copy_project
 
 pytest.importorskip("optimum.neuron", reason="optimum-neuron has no release for this Python")

@@ -1,0 +1,100 @@
+"""One setting: how it is declared, called, and read from text. `Settings` is the list of them. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import Field, field
+from difflib import get_close_matches
+from typing import Any
+
+from stages.run.errors import InputError
+
+STAGES = ("data", "precompile", "train", "consolidate", "compile-inference", "eval")
+
+
+def setting(
+    default: Any,
+    help: str,
+    stages: str = "",
+    *,
+    unit: str = "",
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+    path: bool = False,
+    check: Callable[[str], object] | None = None,
+) -> Any:
+    """A field of `Settings`. `stages` names those whose output it changes; "" means that nothing published depends on it.
+
+    `least`/`most` are inclusive bounds, `above`/`below` exclusive ones. `path` marks a value that may name a local file
+    or folder: then its content, not its name, is what a stage was made from. `check` raises InputError for a bad value.
+    """
+    unknown = set(stages.split()) - set(STAGES)
+    assert not unknown, f"not stages: {unknown}"
+    facts = {"help": help, "stages": tuple(stages.split()), "unit": unit, "choices": choices, "path": path, "check": check}
+    return field(default=default, metadata={**facts, "least": least, "most": most, "above": above, "below": below})
+
+
+def variable(f: Field) -> str:
+    """The make and environment variable of a setting's field."""
+    return f.name.upper()
+
+
+def kind(f: Field) -> str:
+    """The name of a setting's type: int, float, bool or str."""
+    return f.type if isinstance(f.type, str) else f.type.__name__
+
+
+def as_text(value: Any) -> str:
+    """A setting's value as `parse` reads it."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def parse(f: Field, text: str) -> Any:
+    """The value of a setting from its text; raises InputError when it is of the wrong type or out of bounds."""
+    name, facts = variable(f), f.metadata
+    shown = text if len(text) <= 60 else f"{text[:60]}... ({len(text)} characters)"
+    if "\0" in text:
+        raise InputError(f"{name} contains a NUL character. Remove it.")
+    if kind(f) == "str":
+        if facts["choices"] and text not in facts["choices"]:
+            near = get_close_matches(text, facts["choices"], n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise InputError(f"{name}={shown!r} is none of {', '.join(facts['choices'])}.{hint}")
+        if f.default != "" and not text and name != "CONTEXT_COLUMN":
+            raise InputError(f"{name} is empty. Leave it out for the default, {f.default}.")
+        if facts["check"]:
+            try:
+                facts["check"](text)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+        return text
+    if kind(f) == "bool":
+        known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+        if text.strip().lower() not in known:
+            raise InputError(f"{name}={shown!r} is neither 1 nor 0.")
+        return known[text.strip().lower()]
+    return _number(f, text, shown)
+
+
+def _number(f: Field, text: str, shown: str) -> int | float:
+    name, facts = variable(f), f.metadata
+    what = "a whole number" if kind(f) == "int" else "a number"
+    try:
+        value = int(text) if kind(f) == "int" else float(text)
+    except ValueError:
+        raise InputError(f"{name}={shown!r} is not {what}.") from None
+    bounds = {
+        "at least": (facts["least"], lambda bound: value >= bound),
+        "at most": (facts["most"], lambda bound: value <= bound),
+        "above": (facts["above"], lambda bound: value > bound),
+        "below": (facts["below"], lambda bound: value < bound),
+    }
+    broken = [f"{word} {bound:g}" for word, (bound, holds) in bounds.items() if bound is not None and not holds(bound)]
+    if broken or not math.isfinite(value):
+        unit = f" {facts['unit']}" if facts["unit"] else ""
+        raise InputError(f"{name}={shown}{unit} must be {' and '.join(broken) or 'finite'}.")
+    return value
