@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stages.run.durable import flush
 from stages.run.errors import StageFailure
 
 
@@ -25,14 +26,20 @@ class Metrics:
     def __init__(self, path: Path, first: int, writes: bool):
         self._path, self._writes = path, writes
         if writes:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+            read = [(line, _figures(line)) for line in lines if line.endswith("\n")]
+            kept = [line for line, figures in read if figures and figures["step"] <= first]
             path.write_text("".join(kept), encoding="utf-8")
 
     def write(self, figures: dict[str, Any]) -> None:
         if self._writes:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(figures) + "\n")
+
+    def flush(self) -> None:
+        """Wait until the lines are on the disk: a power cut is not to leave weights without what was logged on the way to them."""
+        if self._writes:
+            flush(self._path)
 
 
 def require_finite(step: int, figures: dict[str, float], last_checkpoint: Callable[[], int]) -> None:
@@ -49,5 +56,18 @@ def require_finite(step: int, figures: dict[str, float], last_checkpoint: Callab
 
 
 def last_line(path: Path) -> dict[str, Any]:
-    """The figures of the last step logged."""
-    return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    """The figures of the last step logged; raises StageFailure when the file has none."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    figures = _figures(lines[-1]) if lines else None
+    if figures is None:
+        raise StageFailure(f"{path} does not end with a step's figures. Remove {path.parent} and train again.")
+    return figures
+
+
+def _figures(line: str) -> dict[str, Any] | None:
+    """A step's figures from their line; None where a crash left something else of it."""
+    try:
+        figures = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return figures if isinstance(figures, dict) and type(figures.get("step")) is int else None

@@ -5,6 +5,7 @@ A log file or CI gets one line per report instead of a bar redrawn thousands of 
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from types import TracebackType
@@ -26,7 +27,7 @@ class Progress:
         self.label, self.total, self.unit, self.done, self.shown = label, total, unit, done, shown
         self._first, self._started, self._last_line = done, time.monotonic(), time.monotonic()
         self._bar = None
-        if shown and sys.stderr.isatty():
+        if shown and sys.stderr.isatty() and importlib.util.find_spec("tqdm"):  # make's own Python may have no packages
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True, leave=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import os
 import platform
 import shutil
 import sys
@@ -23,10 +22,13 @@ from typing import Any
 from stages.run import record
 from stages.run.backend import choose
 from stages.run.content import combine, file_digest
+from stages.run.durable import flush, flush_tree, make_folder
 from stages.run.instance import cost_of
 from stages.run.lock import locked
+from stages.run.manifest import damage, manifest_of, sealed
 from stages.run.progress import duration
 from stages.run.settings import Settings
+from stages.run.space import require_place, room_for
 
 _RENAME_EXCHANGE = 2  # linux/fs.h; renameat2(2)
 _AT_FDCWD = -100
@@ -56,10 +58,13 @@ def publish(
     before the work starts: an edit made during a long training is not recorded as trained.
     """
     run_folder = output.parent
+    require_place(run_folder)
+    make_folder(run_folder)
     with locked(run_folder, stage):
-        published = record.manifest_of(output)
+        _put_back(output)
+        published = manifest_of(output)
         made_from, seen = record.record_now(stage, settings, inputs, published)
-        why = record.reasons_of(published, made_from, output)
+        why = record.reasons_of(published, made_from, output, verify=settings.verify)
         if not why:
             print(f"{stage}: up to date ({output})", flush=True)
             return False
@@ -69,12 +74,13 @@ def publish(
         if "BACKEND" in settings.concerning(stage):
             print("backend: {0.name} ({0.reason})".format(choose(settings)), flush=True)
         work = _work_folder(run_folder, stage, made_from, resumable)
-        started = time.time()
+        started = time.monotonic()
         try:
-            facts = build(work)
-            cost = cost_of(time.time() - started, settings)
-            _write_manifest(stage, work, made_from, seen, facts, cost)
-            _replace(output, work)
+            with room_for(f"{stage}'s output", work):
+                facts = build(work)
+                cost = cost_of(time.monotonic() - started, settings)
+                _write_manifest(stage, work, made_from, seen, facts, cost)
+                _replace(output, work)
         except BaseException:
             if not resumable:
                 _remove_work(work)
@@ -90,7 +96,7 @@ def _work_folder(run_folder: Path, stage: str, made_from: dict, resumable: bool)
     for left in works.glob(f"{stage}-*"):  # of a run that was killed
         if not resumable or left.suffix == ".former" or _was_replaced(left):
             shutil.rmtree(left)
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work)  # so that what a training leaves in it can be found again
     return work
 
 
@@ -99,8 +105,8 @@ def _was_replaced(work: Path) -> bool:
 
     A folder with a manifest was finished. It waits to be published only if it is whole and made from what its name says.
     """
-    manifest = record.manifest_of(work)
-    return manifest is not None and (_key(manifest["record"]) not in work.name or bool(record.damage(manifest, work)))
+    manifest = manifest_of(work)
+    return manifest is not None and (_key(manifest["record"]) not in work.name or bool(damage(manifest, work)))
 
 
 def _key(made_from: dict) -> str:
@@ -114,7 +120,6 @@ def _write_manifest(stage: str, work: Path, made_from: dict, seen: dict, facts: 
     for path in files:
         name = path.relative_to(work).as_posix()
         outputs[name] = {"bytes": path.stat().st_size, "sha256": facts.digests.get(name) or file_digest(path)}
-        _flush(path)
     keyed = {name: entry["sha256"] for name, entry in outputs.items() if name not in facts.unkeyed}
     manifest = {
         "stage": stage,
@@ -130,9 +135,8 @@ def _write_manifest(stage: str, work: Path, made_from: dict, seen: dict, facts: 
         "outputs": outputs,
         "seen": seen,
     }
-    write_json(work / "manifest.json", manifest)
-    _flush(work / "manifest.json")
-    _flush(work)
+    write_json(work / "manifest.json", sealed(manifest))
+    flush_tree(work)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -142,30 +146,23 @@ def write_json(path: Path, value: Any) -> None:
 
 def remove_published(output: Path, part: str, because: str) -> None:
     """Remove a folder `part` of a published output that nothing needs any more; its manifest says so first."""
-    manifest = record.manifest_of(output)
-    if manifest is None or not (output / part).is_dir():
-        return
-    manifest["removed"] = because
-    manifest["outputs"] = {name: facts for name, facts in manifest["outputs"].items() if not name.startswith(f"{part}/")}
-    beside = output / ".manifest.json"
-    write_json(beside, manifest)
-    _flush(beside)
-    beside.replace(output / "manifest.json")
-    shutil.rmtree(output / part)
+    with locked(output.parent, output.name):
+        manifest = manifest_of(output)
+        if manifest is None or not (output / part).is_dir():
+            return
+        manifest["removed"] = because
+        manifest["outputs"] = {name: facts for name, facts in manifest["outputs"].items() if not name.startswith(f"{part}/")}
+        beside = output / ".manifest.json"
+        write_json(beside, sealed(manifest))
+        flush(beside)
+        beside.replace(output / "manifest.json")
+        flush(output)  # else a power cut could bring back the manifest that lists what is gone
+        shutil.rmtree(output / part)
 
 
 def _installed(stage: str, backend: str) -> dict[str, str]:
     versions = {name: record.installed_version(name) or "not installed" for name in record.libraries_of(stage, backend)}
     return {"python": platform.python_version(), **versions}
-
-
-def _flush(path: Path) -> None:
-    """Ask for the bytes to be on the disk, not only in memory: a rename must not outlive a power cut that they do not."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _replace(output: Path, work: Path) -> None:
@@ -179,8 +176,16 @@ def _replace(output: Path, work: Path) -> None:
     else:  # a file system without exchange (NFS, macOS): two renames, a moment without an output
         output.rename(former)
         work.rename(output)
-    _flush(output.parent)
+    flush(output.parent)
     _remove_work(former)
+
+
+def _put_back(output: Path) -> None:
+    """Give a former output its name again, which a kill between the two renames of `_replace` took from it."""
+    for former in output.parent.glob(f".work/{output.name}-*.former"):
+        if not output.exists():
+            former.rename(output)
+            flush(output.parent)
 
 
 def _remove_work(work: Path) -> None:

@@ -8,7 +8,6 @@ difference, in words. Nothing here writes. Standard library only: make runs it a
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from stages.run import content
 from stages.run.backend import find_backend
 from stages.run.code import ROOT, code_of, raw_digest
+from stages.run.manifest import damage, manifest_of, problem
 from stages.run.settings import Settings
 
 # What is installed, by backend: files of pins, each of which may name another in a line `-r FILE`.
@@ -55,15 +55,6 @@ MODEL_FILES = {
 }
 
 
-def manifest_of(output: Path) -> dict[str, Any] | None:
-    """The manifest that a stage published into `output`; None where there is none that can be read."""
-    try:
-        manifest = json.loads((output / "manifest.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) and "record" in manifest and "outputs" in manifest else None
-
-
 def record_now(stage: str, settings: Settings, inputs: dict[str, Path], published: dict[str, Any] | None) -> tuple[dict, dict]:
     """What `stage` would be made from now, and what was looked at to know it.
 
@@ -73,7 +64,8 @@ def record_now(stage: str, settings: Settings, inputs: dict[str, Path], publishe
     """
     seen_then = (published or {}).get("seen", {})
     record_then = (published or {}).get("record", {})
-    backend = settings.backend if settings.backend != "auto" else seen_then.get("backend") or find_backend().name
+    backend_then = seen_then.get("backend") if seen_then.get("backend") in REQUIREMENTS else find_backend().name
+    backend = settings.backend if settings.backend != "auto" else backend_then
     code, raw = _code(stage, backend, record_then.get("code", {}), seen_then.get("code", {}) if seen_then.get("backend") == backend else {})
     values, signatures = _values(stage, settings, record_then.get("settings", {}), seen_then.get("files", {}))
     if "BACKEND" in values:
@@ -89,14 +81,14 @@ def reasons(stage: str, settings: Settings, inputs: dict[str, Path], output: Pat
     published = manifest_of(output)
     if published is None:  # nothing to compare with: spare the reading
         return reasons_of(None, {}, output)
-    return reasons_of(published, record_now(stage, settings, inputs, published)[0], output)
+    return reasons_of(published, record_now(stage, settings, inputs, published)[0], output, verify=settings.verify)
 
 
-def reasons_of(published: dict[str, Any] | None, now: dict[str, Any], output: Path) -> list[str]:
-    """`reasons`, for one who has the published manifest and today's record already."""
+def reasons_of(published: dict[str, Any] | None, now: dict[str, Any], output: Path, verify: bool = False) -> list[str]:
+    """`reasons`, for one who has the published manifest and today's record already. `verify` reads every published file."""
     if published is None:
-        return ["nothing published yet"]
-    return differences(published["record"], now) + damage(published, output)
+        return [problem(output)]
+    return differences(published["record"], now) + damage(published, output, read=verify)
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -107,20 +99,6 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in sorted(before.keys() | after.keys()):
             if before.get(name) != after.get(name):
                 found.append(_difference(part, name, before.get(name), after.get(name)))
-    return found
-
-
-def damage(published: dict[str, Any], output: Path) -> list[str]:
-    """Published files that are gone or have another size: cheap enough for every make."""
-    found = []
-    for name, facts in published["outputs"].items():
-        try:
-            size = (output / name).stat().st_size
-        except OSError:
-            found.append(f"{name} is missing")
-            continue
-        if size != facts["bytes"]:
-            found.append(f"{name} has {size} bytes, not {facts['bytes']}")
     return found
 
 
@@ -183,7 +161,7 @@ def _values(stage: str, settings: Settings, values_then: dict, signatures_then: 
         path = Path(str(values.get(name)))
         if name not in values or not path.exists():
             continue
-        patterns = MODEL_FILES.get(stage, ("*.json", "*.safetensors")) if name == "MODEL_ID" else ("*",)
+        patterns = MODEL_FILES.get(stage, ("*.json", "*.safetensors", "pytorch_model*.bin")) if name == "MODEL_ID" else ("*",)
         signatures[name] = content.signature(path, patterns)
         if signatures[name] == signatures_then.get(name) and name in values_then:
             values[name] = values_then[name]

@@ -184,6 +184,15 @@ def test_the_content_digest_leaves_out_what_differs_from_run_to_run(tmp_path: Pa
     assert contents[0] == contents[1]
 
 
+def test_a_clock_that_is_set_back_gives_no_negative_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(work: Path) -> Facts:
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+        return Facts(tokens=1)
+
+    run(build, tmp_path / "run" / "data")
+    assert (manifest_of(tmp_path / "run" / "data") or {})["seconds"] >= 0
+
+
 def test_a_part_that_is_removed_is_written_down_as_removed(tmp_path: Path) -> None:
     output = tmp_path / "run" / "data"
     run(writes("one"), output)

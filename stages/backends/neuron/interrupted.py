@@ -12,9 +12,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.backends.neuron.shards import is_whole
+from stages.backends.neuron.archive import RowReader
+from stages.backends.neuron.shards import is_whole, read_shards
 from stages.model.base import base_model_folder
-from stages.run.errors import InputError
+from stages.run.durable import flush, flush_tree
+from stages.run.errors import InputError, StageFailure
 from stages.run.settings import Settings
 from stages.run.sizes import parse_size
 
@@ -66,10 +68,47 @@ def choose_start(settings: Settings, work: Path, total: int) -> Start:
         return Start(base_model_folder(settings), 0)
     if settings.lora_r:
         raise InputError(f"RESUME=weights: LORA_R={settings.lora_r} saves adapters, which cannot be gone on with. Set RESUME=restart.")
+    last = _last_undamaged(work)
     if last is None:
         raise InputError("RESUME=weights: no interrupted training with these settings has left a whole checkpoint. Set RESUME=restart.")
     print(f"going on from the weights of step {last[0]:,} of {total:,}, in bfloat16; the optimizer's moments begin anew", flush=True)
-    return Start(_as_model_folder(settings, last[1], work / RESUMED / f"step-{last[0]}"), last[0])
+    return Start(_as_model_folder(settings, last[1], _resumed(work, last[0])), last[0])
+
+
+def _resumed(work: Path, step: int) -> Path:
+    return work / RESUMED / f"step-{step}"
+
+
+def _last_undamaged(work: Path) -> tuple[int, Path] | None:
+    """`last_checkpoint` of the interrupted ones whose weights can be read to the last byte. Damaged ones are named and removed."""
+    while (last := last_checkpoint(work / INTERRUPTED)) and not _resumed(work, last[0]).is_dir():
+        wrong = damage(last[1])
+        if not wrong:
+            break
+        print(f"the checkpoint of step {last[0]:,} is damaged and removed: {wrong}", flush=True)
+        shutil.rmtree(work / INTERRUPTED / f"checkpoint-{last[0]}")
+    return last
+
+
+def finished(work: Path) -> bool:
+    """Whether a former call trained to the end in `work`, and was killed before it published. What a power cut damaged is removed."""
+    for folder, shards in ((work / "shards", work / "shards"), (work / "saved", saved_shards(work / "saved"))):
+        if is_whole(shards) and not damage(shards):
+            return True
+        shutil.rmtree(folder, ignore_errors=True)
+    return False
+
+
+def damage(shards: Path) -> str:
+    """What is wrong with saved weights, all of which are read; empty where nothing is. NeuronTrainer does not flush what it saves."""
+    try:
+        found, reader = read_shards(shards), RowReader()
+        for tensor in () if found.problems else found.tensors.values():
+            for _ in tensor.read(reader):
+                pass
+    except StageFailure as failure:
+        return str(failure)
+    return "; ".join(found.problems[:1])
 
 
 def _as_model_folder(settings: Settings, shards: Path, folder: Path) -> Path:
@@ -83,5 +122,7 @@ def _as_model_folder(settings: Settings, shards: Path, folder: Path) -> Path:
         beside.mkdir(parents=True)
         shutil.copyfile(base_model_folder(settings) / "config.json", beside / "config.json")
         consolidate(shards, beside, dtype=None, max_shard_size=parse_size(settings.max_shard_size), tied=tied_weights(beside))
+        flush_tree(beside)
         beside.rename(folder)
+        flush(folder.parent)
     return folder

@@ -14,16 +14,19 @@ from stages.backends.metrics import last_line
 from stages.backends.neuron import cache
 from stages.backends.neuron.arguments import attention_implementation, environment, training_command
 from stages.backends.neuron.graphs import recompilations
-from stages.backends.neuron.interrupted import CHECKPOINTS, INTERRUPTED, RESUMED, choose_start, saved_shards
+from stages.backends.neuron.interrupted import CHECKPOINTS, INTERRUPTED, RESUMED, choose_start, finished, saved_shards
 from stages.backends.neuron.shards import ADAPTER_CONFIG, is_whole
 from stages.backends.neuron.topology import device_name, topology_problems
 from stages.backends.steps import derivation, rows_per_step, total_steps
 from stages.model.base import base_model_folder, copy_description, load_config
 from stages.model.fit import fit_problems
+from stages.model.size import training_bytes
+from stages.run.durable import flush, flush_tree
 from stages.run.errors import InputError, StageFailure
 from stages.run.launch import launch
 from stages.run.publish import Facts, write_json
 from stages.run.settings import Settings
+from stages.run.space import room_for
 
 START = "start.json"  # the step from which the training began: not 0 when RESUME=weights went on
 
@@ -35,15 +38,16 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Fact
     """
     steps = total_steps(settings, prepare(settings, data))
     before = cache.names(settings.neuron_compile_cache_url)
-    # Else a former call trained to the end, and was killed before it published.
-    if not is_whole(work / "shards") and not is_whole(saved_shards(work / "saved")):
-        shutil.rmtree(work / "saved", ignore_errors=True)  # no `done` of a former save may vouch for this one
+    if not finished(work):
         start = choose_start(settings, work, steps)
         (work / START).write_text(json.dumps({"step": start.step}) + "\n", encoding="utf-8")
+        flush(work / START)
+        flush(work)
         for line in recompilations(settings, precompiled):
             print(f"note: {line}", flush=True)
         command = training_command(settings, start.base, data, work, steps=steps, first_step=start.step)
-        launch(command, environment(settings), work / "error")
+        with room_for("the training's checkpoints and shards", work, training_bytes(settings, "neuron", steps - start.step)):
+            launch(command, environment(settings), work / "error")
     if not is_whole(work / "shards"):
         _keep_shards(settings, work)
     for name in (CHECKPOINTS, INTERRUPTED, RESUMED, "saved"):
@@ -97,4 +101,5 @@ def _keep_shards(settings: Settings, work: Path) -> None:
         config |= {"base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}
         write_json(shards / ADAPTER_CONFIG, config)
     shutil.rmtree(work / "shards", ignore_errors=True)
+    flush_tree(shards)
     shards.rename(work / "shards")

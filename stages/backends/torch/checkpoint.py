@@ -1,13 +1,16 @@
 """Checkpoints to resume from, and the shards that training hands on, with torch.distributed.checkpoint (DCP).
 
-A checkpoint is written beside its place and renamed when every rank has written its part: a folder with the final
-name is whole. Each tensor is stored once, in pieces that any later layout of processes can read.
+Both are written beside their place, flushed to the disk, and renamed when every rank has written its part. A checkpoint also lists
+its files with their digests: one that a disk damaged later is found when a training would resume from it. Each tensor is stored
+once, in pieces that any later layout of processes can read.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +19,138 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
 
+from stages.backends.torch.reader import load_checkpoint
+from stages.run.content import file_digest
+from stages.run.durable import flush, flush_tree, make_folder
+from stages.run.space import room_for
+
+LIST = "files.json"  # name -> bytes and sha256 of each other file of a checkpoint
+
 
 def save_checkpoint(folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
     """Write `folder/step-N` with weights and optimizer state, then remove all but the last `keep`."""
     weights, moments = get_state_dict(model, optimizer)
-    _write(folder / f"step-{step:08d}", {"model": weights, "optimizer": moments})
+    _write(folder / f"step-{step:08d}", {"model": weights, "optimizer": moments}, listed=True)
     if dist.get_rank() == 0:
-        for old in _whole(folder)[:-keep]:
+        for old in _checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
 
 
 def resume(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load the last whole checkpoint into model and optimizer; returns its step, 0 where there is none."""
+    """Load the last checkpoint that is as it was written into model and optimizer; returns its step, 0 where there is none.
+
+    Damaged ones are named and removed: they are of no use, and would be taken for the newest when older ones are cleared away.
+    """
+    damaged = _remove_damaged(folder)
     step = last_step(folder)
+    if damaged and dist.get_rank() == 0:
+        print("\n".join([*damaged, f"going on from step {step}" if step else "beginning anew"]), file=sys.stderr, flush=True)
     if not step:
         return 0
     weights, moments = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=_whole(folder)[-1])
+    load_checkpoint(_checkpoints(folder)[-1], state)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return step
 
 
 def save_shards(folder: Path, model: torch.nn.Module) -> None:
     """Write the trained weights alone: float32, under their Hugging Face names with the prefix `model.`."""
-    _write(folder, {"model": get_model_state_dict(model)})
+    _write(folder, {"model": get_model_state_dict(model)}, listed=False)  # the stage's manifest will list them
 
 
 def last_step(folder: Path) -> int:
-    """The step of the last whole checkpoint in `folder`, 0 where there is none."""
-    found = _whole(folder)
+    """The step of the last checkpoint in `folder`, 0 where there is none."""
+    found = _checkpoints(folder)
     return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
-def _whole(folder: Path) -> list[Path]:
+def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
 
 
-def _write(folder: Path, state: dict[str, Any]) -> None:
+def _write(folder: Path, state: dict[str, Any], listed: bool) -> None:
     beside = folder.with_name(f"{folder.name}.writing")
     if dist.get_rank() == 0:
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
+        make_folder(folder.parent)
     dist.barrier()
-    dcp.save(state, checkpoint_id=beside)
+    with room_for(folder.name, beside, _bytes(state)):
+        dcp.save(state, checkpoint_id=beside)
     dist.barrier()
+    files = _facts(beside, sorted(path.name for path in beside.iterdir())) if listed else {}
     if dist.get_rank() == 0:
+        if listed:
+            (beside / LIST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+        flush_tree(beside)
         beside.rename(folder)
+        flush(folder.parent)
     dist.barrier()
+
+
+def _bytes(state: Any) -> int:
+    """Bytes of the tensors in a nested state, each counted whole, whatever part of it lies here."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    return sum(map(_bytes, state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()))
+
+
+def _remove_damaged(folder: Path) -> list[str]:
+    """Remove the checkpoints behind the last whole one; returns what was wrong with each, the same on every rank."""
+    said = []
+    for name in _agreed([path.name for path in reversed(_checkpoints(folder))]):
+        wrong = _damage(folder / name)
+        if not wrong:
+            break
+        said.append(f"checkpoint {name} is damaged: {'; '.join(wrong)}")
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder / name)
+        dist.barrier()
+    return said
+
+
+def _damage(checkpoint: Path) -> list[str]:
+    """What a checkpoint has no longer as it was written, the same on every rank; each reads its share of the files."""
+    written = _agreed(_listed(checkpoint))
+    if written is None:
+        return [f"its list of files, {LIST}, is missing or cannot be read"]
+    found = _facts(checkpoint, sorted(written))
+    wrong = []
+    for name, facts in written.items():
+        if name not in found:
+            wrong.append(f"{name} is missing or cannot be read")
+        elif found[name]["bytes"] != facts["bytes"]:
+            wrong.append(f"{name} has {found[name]['bytes']} bytes, not {facts['bytes']}")
+        elif found[name]["sha256"] != facts["sha256"]:
+            wrong.append(f"{name} has other bytes than were written")
+    return wrong
+
+
+def _listed(checkpoint: Path) -> dict[str, dict[str, Any]] | None:
+    """What `_write` listed; None where that cannot be read."""
+    try:
+        listed = json.loads((checkpoint / LIST).read_bytes())
+        return {Path(name).name: {"bytes": facts["bytes"], "sha256": facts["sha256"]} for name, facts in listed.items()} or None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # damaged bytes may be JSON of any shape
+        return None
+
+
+def _facts(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Bytes and sha256 of each file that can be read. Every rank reads its share and is given all."""
+    mine = {}
+    for name in names[dist.get_rank() :: dist.get_world_size()]:
+        try:
+            mine[name] = {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
+        except (OSError, ValueError):  # a damaged list may hold what no file can be called
+            continue
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    return {name: facts for share in shares for name, facts in share.items()}
+
+
+def _agreed(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]

@@ -78,7 +78,9 @@ def train(settings: Settings, base: Path, data: Path, work: Path, max_steps: int
                 metrics.write({"step": done, "epoch": round(done * rows_per_step(settings) / len(state.train), 4), **figures})
             progress.update(1, {name: f"{value:.4g}" for name, value in figures.items()}, line=logged)
             if settings.save_steps and done % settings.save_steps == 0 and not last and max_steps < 0:
+                metrics.flush()
                 checkpoint.save_checkpoint(work / "checkpoints", done, state.model, state.optimizer, settings.save_total_limit)
+    metrics.flush()
     checkpoint.save_shards(work / "shards", state.model)
 
 

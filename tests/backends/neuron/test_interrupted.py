@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from stages.backends.neuron.interrupted import INTERRUPTED, Start, choose_start, last_checkpoint
+from stages.backends.neuron.interrupted import INTERRUPTED, Start, choose_start, finished, last_checkpoint
 from stages.run.errors import InputError
 from stages.run.settings import Settings
+from tests.torture.plugin import Torture
 
 TOTAL = 10
 
@@ -74,3 +78,53 @@ def test_weights_that_are_not_there_are_refused(tmp_path: Path, base: Path) -> N
 def test_adapters_are_not_gone_on_with(work: Path, base: Path) -> None:
     with pytest.raises(InputError, match="LORA_R=8 saves adapters"):
         choose_start(settings(base, "weights", lora_r=8), work, TOTAL)
+
+
+def flip_a_bit(shards: Path, chance: random.Random) -> None:
+    """In the middle of a large tensor, where neither the archive's directory nor its pickle lies."""
+    file = max(shards.rglob("tensor_*.pt"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 + chance.randrange(-100, 100)] ^= 1 << chance.randrange(8)
+    file.write_bytes(content)
+
+
+def truncate(shards: Path, chance: random.Random) -> None:
+    file = chance.choice(sorted(shards.rglob("tensor_*.pt")))
+    os.truncate(file, chance.randrange(file.stat().st_size))
+
+
+def remove_a_tensor(shards: Path, chance: random.Random) -> None:
+    chance.choice(sorted(shards.rglob("tensor_*.pt"))).unlink()
+
+
+def fill_with_zeros(shards: Path, chance: random.Random) -> None:
+    file = chance.choice(sorted(shards.rglob("tensor_*.pt")))
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+@pytest.mark.torture("damage")
+@pytest.mark.parametrize("fault", [flip_a_bit, truncate, remove_a_tensor, fill_with_zeros])
+def test_weights_are_taken_from_the_checkpoint_before_a_damaged_one(
+    fault: Callable, work: Path, base: Path, torture: Torture, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(torture.times(1, 10)):
+        copy = shutil.copytree(work, tmp_path_factory.mktemp("damaged") / "work")
+        fault(copy / "checkpoints" / "checkpoint-4" / "shards", torture.random)
+        assert choose_start(settings(base, "weights"), copy, TOTAL).step == 2
+        said = capsys.readouterr().out
+        assert "the checkpoint of step 4 is damaged and removed: " in said and "going on from the weights of step 2 of 10" in said
+        fault(copy / INTERRUPTED / "checkpoint-2" / "shards", torture.random)
+        shutil.rmtree(copy / "resumed")
+        with pytest.raises(InputError, match=r"no interrupted training.*Set RESUME=restart"):
+            choose_start(settings(base, "weights"), copy, TOTAL)
+        torture.count(2)
+
+
+@pytest.mark.torture("damage")
+@pytest.mark.parametrize("folder", ["shards", "saved/shards"])
+def test_a_training_that_ended_is_not_trusted_when_its_shards_are_damaged(folder: str, work: Path, torture: Torture) -> None:
+    assert not finished(work)
+    shutil.copytree(work / "checkpoints" / "checkpoint-4" / "shards", work / folder)
+    assert finished(work)
+    flip_a_bit(work / folder, torture.random)
+    assert not finished(work) and not (work / folder).exists()

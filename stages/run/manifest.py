@@ -1,0 +1,123 @@
+"""A stage's manifest as a reader finds it: whether it is one, and whether the files that it lists are still there.
+
+It may have been cut short, edited, or copied from somebody else's machine. What does not carry its own digest, or names a file
+outside its folder, is none. Standard library only: make reads every manifest at every start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from stages.run.content import file_digest
+from stages.run.progress import Progress
+
+FILE = "manifest.json"
+SEAL = "sha256"  # of the manifest itself, without this entry
+PARTS = ("settings", "versions", "code", "inputs")  # of a record
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with its own digest, by which a reader knows that it is as it was written."""
+    facts = {name: value for name, value in manifest.items() if name != SEAL}
+    return {**facts, SEAL: hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()}
+
+
+def manifest_of(output: Path) -> dict[str, Any] | None:
+    """The manifest that a stage published into `output`; None where there is none, or none that is whole."""
+    return _read(output)[0]
+
+
+def problem(output: Path) -> str:
+    """Why there is no manifest in `output` that can be believed, in words; empty where there is one."""
+    return _read(output)[1]
+
+
+def _read(output: Path) -> tuple[dict[str, Any] | None, str]:
+    try:
+        manifest = json.loads((output / FILE).read_bytes())
+        whole = isinstance(manifest, dict) and sealed(manifest)[SEAL] == manifest.get(SEAL)
+    except FileNotFoundError:
+        return None, "nothing published yet"
+    except OSError as error:
+        return None, f"{FILE} cannot be read: {error.strerror}"
+    except (ValueError, RecursionError):  # not JSON, not text, or nested without end
+        whole = False
+    wrong = _misshapen(manifest) if whole else f"{FILE} is damaged"
+    return (None, wrong) if wrong else (manifest, "")
+
+
+def _misshapen(manifest: dict[str, Any]) -> str:
+    """What keeps a manifest with its own digest, which anyone can make, from being a stage's; empty where nothing does."""
+    record, outputs, seen = (manifest.get(name) for name in ("record", "outputs", "seen"))
+    if not isinstance(record, dict) or not isinstance(outputs, dict) or not isinstance(seen, dict):
+        return f"{FILE} is no stage's"
+    parts = [*(record.get(part) for part in PARTS), *(seen.get(part) for part in ("code", "files")), *outputs.values()]
+    texts = [manifest.get("content"), seen.get("backend"), *(facts.get("sha256") for facts in outputs.values() if isinstance(facts, dict))]
+    if not all(isinstance(part, dict) for part in parts) or not all(isinstance(text, str) for text in texts):
+        return f"{FILE} is no stage's"
+    if not all(type(facts.get("bytes")) is int for facts in outputs.values()):
+        return f"{FILE} is no stage's"
+    outside = [name for name in (*outputs, *seen["code"]) if not _is_inside(name)]
+    return f"{FILE} names {outside[0]!r}, which lies outside" if outside else ""
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name stays below the folder that it is joined to."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def damage(manifest: dict[str, Any], output: Path, read: bool = False) -> list[str]:
+    """What is no longer as it was published into `output`: files that are gone or have another size, cheap enough for every make.
+
+    With `read` every file is read and held against its digest, and files that were not published are found too. A file is never
+    read through a link that leads out of the folder.
+    """
+    found, to_read = [], []
+    for name, facts in manifest["outputs"].items():
+        wrong = _wrong_place(output, name, facts["bytes"])
+        if wrong:
+            found.append(wrong)
+        else:
+            to_read.append(name)
+    if not read:
+        return found
+    with Progress(f"reading {output}", sum(manifest["outputs"][name]["bytes"] for name in to_read), "bytes") as progress:
+        for name in to_read:
+            found += _wrong_bytes(output, name, manifest["outputs"][name]["sha256"], progress)
+    return found + [f"{name} was not published" for name in _names_below(output) if name not in manifest["outputs"]]
+
+
+def _wrong_place(output: Path, name: str, size: int) -> str:
+    try:
+        found = os.lstat(output / name)
+    except (OSError, ValueError):
+        return f"{name} is missing"
+    if not stat.S_ISREG(found.st_mode):
+        return f"{name} is no plain file"
+    return f"{name} has {found.st_size} bytes, not {size}" if found.st_size != size else ""
+
+
+def _wrong_bytes(output: Path, name: str, expected: str, progress: Progress) -> list[str]:
+    path = output / name
+    if not path.resolve().is_relative_to(output.resolve()):
+        return [f"{name} lies outside, behind a link"]
+    try:
+        same = file_digest(path, progress.update) == expected
+    except OSError as error:
+        return [f"{name} cannot be read: {error.strerror}"]
+    return [] if same else [f"{name} has other bytes than were published"]
+
+
+def _names_below(output: Path) -> list[str]:
+    """The files and links below `output`, but for its manifest; no link is followed."""
+    names = []
+    for folder, folders, files in os.walk(output):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        names += [Path(folder, name).relative_to(output).as_posix() for name in (*files, *links)]
+    return sorted(name for name in names if name not in (FILE, f".{FILE}"))  # the second is what a kill left of writing the first
