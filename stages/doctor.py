@@ -30,6 +30,7 @@ from stages.run.instance import hourly_price, instance_type
 from stages.run.record import REQUIREMENTS, installed_version, pinned_versions
 from stages.run.settings import Settings
 from stages.run.sizes import show_size
+from stages.run.space import REMEDY, free_space
 
 PYTHONS = {"torch": ((3, 10), (3, 12)), "neuron": ((3, 10), (3, 11))}
 OLDEST_MAKE = (4, 2)  # the first that reads a file with $(file <NAME)
@@ -85,8 +86,7 @@ def writable(settings: Settings) -> Iterator[Finding]:
 
 def disk(settings: Settings) -> Iterator[Finding]:
     """Free space against what the stages write of this model, as if nothing of it were there yet."""
-    place = next(path for path in (OUTPUTS.absolute(), *OUTPUTS.absolute().parents) if path.is_dir())
-    free, count = shutil.disk_usage(place).free, _parameters(settings)
+    free, count = free_space(OUTPUTS), _parameters(settings)
     if count is None:
         yield Finding("disk", f"{show_size(free)} free; what the model takes is not known")
         return
@@ -97,7 +97,7 @@ def disk(settings: Settings) -> Iterator[Finding]:
     if free >= needed:
         yield Finding("disk", found)
     else:
-        yield fail("disk", f"{found}. Make room, or make outputs/ a link to a folder on a larger disk.")
+        yield fail("disk", f"{found}. {REMEDY}")
 
 
 def memory(settings: Settings) -> Iterator[Finding]:

@@ -45,9 +45,28 @@ def bytes_written(settings: Settings, count: int, backend: str) -> dict[str, int
     torch checkpoints hold float32 weights and AdamW's two moments, and a new one is written before the oldest goes;
     Neuron trains bfloat16 and keeps weights alone. Of LoRA only the adapters are written, which is next to nothing.
     """
-    half = 2 if settings.bf16 else 4
-    trained = (0 if settings.lora_r else 2) if backend == "neuron" else 4
-    kept = 3 * trained if backend == "torch" else trained
-    checkpoints = kept * (settings.save_total_limit + 1) if settings.save_steps else 0
-    factors = {"checkpoints": checkpoints, "train": trained, "consolidate": half, "compile-inference": half}
-    return {stage: factor * count for stage, factor in factors.items()}
+    half, shards = 2 if settings.bf16 else 4, shard_bytes(settings, count, backend)
+    checkpoints = _checkpoint_bytes(settings, count, backend) * (settings.save_total_limit + 1) if settings.save_steps else 0
+    return {"checkpoints": checkpoints, "train": shards, "consolidate": half * count, "compile-inference": half * count}
+
+
+def training_bytes(settings: Settings, backend: str, steps: int) -> int:
+    """The most that a training of `steps` steps has on the disk at once, checkpoints and shards together; 0 where that is not known."""
+    count = parameters(read_config(settings)) or 0
+    checkpoint, limit = _checkpoint_bytes(settings, count, backend), settings.save_total_limit
+    written = (steps - 1) // settings.save_steps if settings.save_steps else 0  # none after the last step
+    return max(min(written, limit + 1) * checkpoint, min(written, limit) * checkpoint + shard_bytes(settings, count, backend))
+
+
+def shard_bytes(settings: Settings, count: int, backend: str) -> int:
+    """Bytes of the shards of a model of `count` parameters, as train publishes them."""
+    return count * ((0 if settings.lora_r else 2) if backend == "neuron" else 4)
+
+
+def _checkpoint_bytes(settings: Settings, count: int, backend: str) -> int:
+    return shard_bytes(settings, count, backend) * (3 if backend == "torch" else 1)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files in a model's folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import operator
-import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from stages.run.errors import StageFailure
 from stages.run.progress import Progress
+from stages.run.space import room_for
 
 if TYPE_CHECKING:
     import torch
@@ -88,15 +88,10 @@ def write_safetensors(
         raise StageFailure(f"Weights of dtype {', '.join(unwritable)} cannot be written; known are {', '.join(DTYPES)}.")
     written = [(replace(spec, dtype=dtype) if dtype and spec.dtype in FLOATING else spec, read) for spec, read in tensors]
     total = sum(spec.nbytes for spec, _ in written)
-    free = shutil.disk_usage(folder).free
-    if total > free:
-        raise StageFailure(
-            f"The weights take {total / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free: make room, or choose another place."
-        )
     files = _divide(written, max_shard_size)
     digests: dict[str, str] = {}
     try:
-        with Progress("weights", total=total, unit="bytes") as bar:
+        with room_for("the weights", folder, total), Progress("weights", total=total, unit="bytes") as bar:
             for name, contents in files.items():
                 digests[name] = _write_file(folder / name, contents, bar)
         if len(files) > 1:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Callable
@@ -16,9 +15,10 @@ from typing import Any
 import click
 
 from stages.run.errors import InputError, StageFailure
-from stages.run.launch import die_with_parent
+from stages.run.guard import guard_stage
 from stages.run.setting import kind, variable
 from stages.run.settings import Settings
+from stages.run.space import disk_failure
 
 
 def stage_command(stage: str, *more: str, **folders: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -31,10 +31,10 @@ def stage_command(stage: str, *more: str, **folders: str) -> Callable[[Callable[
     def decorate(main: Callable[..., None]) -> click.Command:
         def run(**given: Any) -> None:
             paths = {name: given.pop(name) for name in (*folders, "output")}
-            die_with_parent()  # a make that is killed takes its stage along
+            guard_stage()
             if not sys.stderr.isatty():
                 os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, redrawn, fill a log; `Progress` writes lines
-            with_exit_status(lambda: main(Settings.read({**os.environ, **_set(given)}), **paths))
+            with_exit_status(lambda: main(Settings.read({**os.environ, **_set(given)}), **paths), paths["output"].parent)
 
         paths = {**folders, "output": "Folder to publish."}
         places = [
@@ -47,8 +47,8 @@ def stage_command(stage: str, *more: str, **folders: str) -> Callable[[Callable[
     return decorate
 
 
-def with_exit_status(work: Callable[[], None]) -> None:
-    """Run `work`; end the process with the status and the message that its error deserves."""
+def with_exit_status(work: Callable[[], None], folder: Path = Path("outputs")) -> None:
+    """Run `work`, which writes to `folder`; end the process with the status and the message that its error deserves."""
     try:
         work()
     except InputError as error:
@@ -59,14 +59,14 @@ def with_exit_status(work: Callable[[], None]) -> None:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
-        print("interrupted: nothing was published; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print("interrupted: nothing was published. The same command goes on, a training from its last whole checkpoint.", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    except Exception as error:
+        failure = disk_failure(error, folder)
+        if failure is None:
             raise  # a defect of ours: the traceback is what helps
-        where = f" {error.filename}" if error.filename else ""
-        print(f"failed:{where}: {error.strerror}. Nothing was published; the former output is whole.", file=sys.stderr)
-        sys.exit(1)
+        print(f"failed: {failure}", file=sys.stderr)
+        sys.exit(failure.exit_status)
 
 
 def _options(stage: str, more: tuple[str, ...]) -> list[click.Option]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from stages.run.settings import Settings
+from stages.run.space import place_problem
 
 OK, NOTE, FAIL = "OK", "note", "FAIL"
 
@@ -39,11 +39,7 @@ def fail(about: str, text: str) -> Finding:
 
 def folder_finding(about: str, folder: Path, setting: str = "") -> Finding:
     """Whether `folder` can be written, or made where it is not there yet; `setting` is what moves it elsewhere."""
-    # os.path: what may not even be looked at counts as not there, and the folder above it as what cannot be written.
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     elsewhere = f", or set {setting} to another folder" if setting else ""
-    if not place.is_dir():
-        return fail(about, f"{place} is a file. Remove it{elsewhere}.")
-    if not os.access(place, os.W_OK | os.X_OK):
-        return fail(about, f"{place} cannot be written by user {os.getuid()}. Change its owner or its mode{elsewhere}.")
+    if problem := place_problem(folder):
+        return fail(about, f"{problem}{elsewhere}.")
     return Finding(about, f"{folder} can be {'written' if folder.is_dir() else 'made'}")

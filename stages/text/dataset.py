@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from stages.run.errors import InputError
+from stages.run.space import room_for
 from stages.text.accounting import Accounting, SplitAccount
 from stages.text.documents import Documents, Encoded, digest, encode, held_out
-from stages.text.packing import best_fit, concat
+from stages.text.packing import Packing, best_fit, concat
 from stages.text.prompt import PromptTemplate
 from stages.text.rows import Row
-from stages.text.saved_rows import save_rows
+from stages.text.saved_rows import bytes_of, save_rows
 from stages.text.tokens import TextTokenizer
 
 _AT_ONCE = 2  # batches that are tokenised beside each other
@@ -60,9 +61,11 @@ def build(
         _tokenise(rows, tokenizer, template, seed, documents, account)
         kept = _fit(documents, layout, account)
         for_validation = held_out(documents.digests[kept], validation_fraction)
-        account.train = _save_split("train", kept[~for_validation], documents, tokenizer, layout, output)
-        if for_validation.any():
-            account.validation = _save_split("validation", kept[for_validation], documents, tokenizer, layout, output)
+        chosen = {"train": kept[~for_validation], "validation": kept[for_validation]}
+        packings = {split: _pack(split, documents.lengths[numbers], layout) for split, numbers in chosen.items() if len(numbers)}
+        with room_for("the packed rows", output, sum(bytes_of(packing, layout.max_length) for packing in packings.values())):
+            saved = {split: _save(split, packed, chosen[split], documents, tokenizer, layout, output) for split, packed in packings.items()}
+        account.train, account.validation = saved["train"], saved.get("validation", account.validation)
     finally:
         documents.close()
     account.check()
@@ -140,19 +143,23 @@ def _fit(documents: Documents, layout: Layout, account: Accounting) -> np.ndarra
     return np.flatnonzero(~lost)
 
 
-def _save_split(
-    split: str, chosen: np.ndarray, documents: Documents, tokenizer: TextTokenizer, layout: Layout, output: Path
-) -> SplitAccount:
-    """Pack and write the documents `chosen`."""
-    lengths = documents.lengths[chosen]
-    total = int(lengths.sum())
+def _pack(split: str, lengths: np.ndarray, layout: Layout) -> Packing:
+    """The rows of documents of these lengths; raises InputError where they are not enough for one."""
     packed = (concat if layout.packing == "concat" else best_fit)(lengths, layout.max_length)
     if not len(packed):
         remedy = "Lower MAX_LENGTH or set PACKING=best_fit, which pads" + (", or VALIDATION_FRACTION=0" if split == "validation" else "")
         raise InputError(
-            f"The {len(chosen):,} documents for {split} have {total:,} tokens, less than a row of {layout.max_length:,}. {remedy}."
+            f"The {len(lengths):,} documents for {split} have {int(lengths.sum()):,} tokens, "
+            f"less than a row of {layout.max_length:,}. {remedy}."
         )
-    account = save_rows(output / split, split, packed, documents, chosen, layout.max_length, tokenizer.pad, layout.loss_on)
-    account.documents, account.documents_tokens = len(chosen), total
-    account.left_over = (total - len(packed) * layout.max_length) if layout.packing == "concat" else 0
+    return packed
+
+
+def _save(
+    split: str, packing: Packing, chosen: np.ndarray, documents: Documents, tokenizer: TextTokenizer, layout: Layout, output: Path
+) -> SplitAccount:
+    """Write the packed documents `chosen`."""
+    account = save_rows(output / split, split, packing, documents, chosen, layout.max_length, tokenizer.pad, layout.loss_on)
+    account.documents, account.documents_tokens = len(chosen), int(documents.lengths[chosen].sum())
+    account.left_over = (account.documents_tokens - len(packing) * layout.max_length) if layout.packing == "concat" else 0
     return account

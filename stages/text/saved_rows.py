@@ -7,7 +7,6 @@ The same rows give the same bytes.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -15,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from stages.run.errors import StageFailure
 from stages.text.accounting import SplitAccount
 from stages.text.documents import Documents
 from stages.text.packing import Packing
@@ -33,10 +31,8 @@ def save_rows(
 
     Columns, each a fixed-size list of int32 [max_length]: `input_ids`, ended by `pad`; `labels`, IGNORED_LABEL on padding and, for the loss
     on the response, on prompts; `position_ids`, from 0 for each segment and for the padding, so that their zeros are the borders.
-    Raises StageFailure when the disk has no room for them.
     """
     folder.mkdir(parents=True)
-    _check_room(folder, len(packing), max_length)
     column = pa.list_(pa.int32(), max_length)
     schema = pa.schema([(name, column) for name in COLUMNS])
     account, content = SplitAccount(rows=len(packing)), blake2b(digest_size=8)
@@ -49,10 +45,9 @@ def save_rows(
     return account
 
 
-def _check_room(folder: Path, rows: int, max_length: int) -> None:
-    needed, free = rows * max_length * 4 * len(COLUMNS), shutil.disk_usage(folder).free
-    if needed > free:
-        raise StageFailure(f"{folder} needs {needed / 1e6:,.1f} MB for {rows:,} rows; the disk has {free / 1e6:,.1f} MB. Make room.")
+def bytes_of(packing: Packing, max_length: int) -> int:
+    """What the rows of `packing` take on the disk."""
+    return len(packing) * max_length * 4 * len(COLUMNS)
 
 
 def _filled(

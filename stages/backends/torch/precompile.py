@@ -14,10 +14,12 @@ from statistics import median
 from stages.backends.steps import rows_per_step, total_steps
 from stages.backends.torch.train import device_name, environment, prepare, training_command
 from stages.model.base import base_model_folder
+from stages.model.size import training_bytes
 from stages.run.launch import launch
 from stages.run.progress import duration
 from stages.run.publish import Facts, write_json
 from stages.run.settings import Settings
+from stages.run.space import room_for
 
 STEPS = 4
 
@@ -31,7 +33,8 @@ def precompile(settings: Settings, data: Path, work: Path) -> Facts:
     throw_away.mkdir()
     try:
         command = training_command(settings, base_model_folder(settings), data, throw_away, max_steps=STEPS)
-        launch(command, {**environment(settings), "LOGGING_STEPS": "1", "EVAL_STEPS": "0"}, throw_away / "error")
+        with room_for("the rehearsal's shards", throw_away, training_bytes(settings, "torch", steps=1)):
+            launch(command, {**environment(settings), "LOGGING_STEPS": "1", "EVAL_STEPS": "0"}, throw_away / "error")
         lines = [json.loads(line) for line in (throw_away / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     finally:
         shutil.rmtree(throw_away)

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 from stages.run.errors import InputError, StageFailure
-from stages.run.launch import die_with_parent, report_error
+from stages.run.guard import die_with_parent
+from stages.run.launch import report_error
+from stages.run.space import disk_failure
 
 
 def run_rank(work: Callable[[torch.device], None], error_file: Path) -> NoReturn:
@@ -31,9 +33,12 @@ def run_rank(work: Callable[[torch.device], None], error_file: Path) -> NoReturn
     except (InputError, StageFailure) as error:
         report_error(error, error_file)
         status = error.exit_status
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
         status = 1
+        if full := disk_failure(error, error_file.parent):
+            report_error(full, error_file)
+        else:
+            traceback.print_exc()
     # Not sys.exit: gloo's threads outlive the group while a mesh or a module holds on to it. One that drops its last tensor
     # while the interpreter is being taken down asks for the GIL, is unwound by CPython, and std::terminate aborts the rank.
     sys.stdout.flush()
