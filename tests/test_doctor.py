@@ -22,7 +22,7 @@ from stages.run.finding import Finding, folder_finding
 from stages.run.settings import Settings
 from tests.backends.neuron.stand_in_machine import StandIn
 from tests.conftest import Project, clean_environment
-from tests.text.test_remote import Server
+from tests.torture.hub import FOR_EVER, Hub
 
 
 @pytest.fixture
@@ -213,7 +213,8 @@ def test_offline_what_is_on_the_hub_is_said_to_be_unasked(tmp_path: Path) -> Non
 
 
 def test_a_gated_model_and_a_dataset_that_is_not_there_are_refused_with_what_to_do(tmp_path: Path) -> None:
-    hub = Server(tmp_path)
+    hub = Hub(tmp_path)
+    hub.misbehave("gated/model", "gated", FOR_EVER)
     asked = {
         "MODEL_ID": "gated/model",
         "DATASET": "unknown/rows",

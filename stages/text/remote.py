@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import io
 import os
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from stages.model.hub import from_hub
+from stages.model.hub_cache import commit_of
 from stages.run.errors import InputError
 from stages.text.formats import table_records
 from stages.text.rows import BATCH_ROWS, FORMATS, Source, open_file, open_saved
 
-_TRIES = 3
+_TRIES = 5  # of each request, by the client itself, with growing pauses
+_LONGEST_SILENCE = 20  # seconds without a byte, after which a request is tried again
 _STREAM_BUFFER = 2**20
 
 
@@ -37,8 +40,21 @@ def open_s3(dataset: str, split: str, wanted: list[str]) -> Source:
     except FileNotFoundError:
         raise InputError(f"{dataset} does not exist. Check the bucket and the key.") from None
     except OSError as error:
-        remedy = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), AWS_REGION, and s3:GetObject and s3:ListBucket rights."
-        raise InputError(f"{dataset} cannot be read ({error}). {remedy}") from None
+        raise InputError(f"{dataset} cannot be read ({error}). {_remedy(str(error))}") from None
+
+
+def _remedy(error: str) -> str:
+    """What to do about an error of pyarrow's S3 client, which tells its kinds by words alone."""
+    if "NETWORK_CONNECTION" in error:
+        return "Check the network and AWS_ENDPOINT_URL, or copy the dataset to this machine and name it there."
+    if "HTTP status 5" in error or "SLOW_DOWN" in error:
+        return f"S3 is out of order or asks for fewer requests, {_TRIES} times in a row: try again later."
+    if "HTTP status 301" in error or "HTTP status 307" in error:
+        return "The bucket is in another region: set AWS_REGION to it."
+    return (
+        "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN (or AWS_PROFILE), which may have expired, AWS_REGION, "
+        "and s3:GetObject and s3:ListBucket rights."
+    )
 
 
 def _s3(bucket: str) -> Any:
@@ -54,17 +70,36 @@ def _s3(bucket: str) -> Any:
             region = None  # no such bucket or no network: the request itself will say which
     retries = fs.AwsStandardS3RetryStrategy(max_attempts=_TRIES)
     where = {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme} if endpoint.netloc else {}
-    return fs.S3FileSystem(region=region, connect_timeout=10, request_timeout=60, retry_strategy=retries, **where)
+    return fs.S3FileSystem(region=region, connect_timeout=10, request_timeout=_LONGEST_SILENCE, retry_strategy=retries, **where)
 
 
 def open_hub(dataset: str, revision: str, config: str, split: str, wanted: list[str]) -> Source:
     """A dataset of the Hub through `datasets`, which keeps it in its cache; the code that some datasets carry is never run."""
     from datasets import load_dataset
+    from huggingface_hub import HfFileSystem
 
-    data = from_hub("dataset", dataset, revision, lambda: load_dataset(dataset, config or None, split=split, revision=revision or None))
+    prepared = iter([None])  # a second try prepares the rows anew: the first may have made them of a file that was cut
+
+    def load() -> Any:
+        HfFileSystem.clear_instance_cache()  # it remembers a refused listing as an empty one
+        mode = next(prepared, "reuse_cache_if_exists")
+        return load_dataset(dataset, config or None, split=split, revision=revision or None, download_mode=mode)
+
+    data = from_hub("dataset", dataset, revision, load)
+    _check_commit(dataset, revision, data)
     columns = [name for name in data.column_names if name in wanted]
     name = f"{dataset} ({split})"
     if not columns:
         return Source(name, "row", data.column_names, iter(()))
     tables = data.select_columns(columns).with_format("arrow").iter(batch_size=BATCH_ROWS)
     return Source(name, "row", data.column_names, table_records(tables, columns))
+
+
+def _check_commit(dataset: str, revision: str, data: Any) -> None:
+    """Where the Hub gives nothing, `datasets` takes what it prepared last, of whatever revision: the folder's name is its commit."""
+    asked = commit_of("dataset", dataset, revision)
+    found = {Path(file["filename"]).parent.name for file in data.cache_files}
+    if found and found != {asked}:
+        held = ", ".join(sorted(found))
+        remedy = f"Run it once with the Hub in reach, or set DATASET_REVISION={held}."
+        raise InputError(f"DATASET={dataset}: the cache holds commit {held} and not DATASET_REVISION={revision or 'main'}. {remedy}")
