@@ -1,4 +1,7 @@
-"""Do a base model and the rows that it is to be trained on belong together?"""
+"""Do a base model, the settings and the rows that it is to be trained on belong together?
+
+Standard library only: make asks before any stage runs, with config.json as it lies there.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,26 @@ def fit_problems(settings: Settings, config: Any, vocabulary: int) -> Iterator[s
             f"MODEL_ID={settings.model_id}: the tokenizer gives ids up to {vocabulary - 1}, the model has {config.vocab_size} embeddings. "
             f"They do not belong together."
         )
+    yield from length_problems(settings, config)
+
+
+def length_problems(settings: Settings, config: Any) -> Iterator[str]:
+    """A message when the rows are longer than the model has positions."""
     longest = getattr(config, "max_position_embeddings", None)
     if longest and settings.max_length > longest:
         yield f"MAX_LENGTH={settings.max_length} is above the model's {longest} positions. Lower MAX_LENGTH."
+
+
+def division_problems(settings: Settings, config: Any) -> Iterator[str]:
+    """A message when the layers cannot be shared out among the processes of tensor parallelism."""
+    size = settings.tensor_parallel_size
+    if whole := undivided(size, config):
+        yield f"TENSOR_PARALLEL_SIZE={size} does not divide the model's {', '.join(whole)}. Set a divisor of each."
+
+
+def undivided(tensor_parallel_size: int, config: Any) -> list[str]:
+    """What of a model tensor parallelism cannot share out evenly: `32 attention heads`."""
+    counts = {"attention heads": config.num_attention_heads, "intermediate columns": config.intermediate_size}
+    if config.model_type != "granite":  # its embedding and head are whole in every process
+        counts["vocabulary entries"] = config.vocab_size
+    return [f"{count} {name}" for name, count in counts.items() if count % tensor_parallel_size]

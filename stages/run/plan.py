@@ -1,4 +1,4 @@
-"""What make has to run: prints `stale-STAGE` for each stage that is stale, or `error` after saying what is wrong.
+"""What make has to run: prints `stale-STAGE` for each stage that is stale; ends with status 2 after saying what is wrong.
 
     python3 -I -S stages/run/plan.py RUN_FOLDER STAGE:INPUTS:AFTER ... --given "NAMES" --goals "GOALS" [--show | --dry-run | --answer]
 
@@ -9,16 +9,20 @@ INPUTS (whose content counts) and AFTER (which only has to be there) are stages,
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from stages.model.fit import division_problems, length_problems
 from stages.run.errors import InputError
 from stages.run.record import manifest_of, reasons
 from stages.run.settings import Settings, unknown_names
 
 MAKE_VARIABLES = ("RECIPE", "RUN", "PYTHON", "VENV", "YES", "NEURON_PIP_INDEX", "IMAGE", "DOCKER")
+MOST_RUN_CHARACTERS = 200  # of a folder's name; 255 bytes is the file systems' bound
 
 
 def stale_stages(graph: dict[str, list[str]], run_folder: Path, settings: Settings) -> dict[str, list[str]]:
@@ -53,6 +57,23 @@ def needed(goals: list[str], graph: dict[str, list[str]], after: dict[str, list[
     return found
 
 
+def model_problems(settings: Settings) -> list[str]:
+    """What of the settings contradicts config.json of a local MODEL_ID. One that cannot be read is left to the stage that reads it."""
+    try:
+        config = SimpleNamespace(**json.loads((Path(settings.model_id) / "config.json").read_bytes()))
+        return [*division_problems(settings, config), *length_problems(settings, config)]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return []
+
+
+def refuse(problems: list[str]) -> None:
+    """End with all of the problems, if there are any."""
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        sys.exit(2)
+
+
 def main(run_folder: str, *words: str) -> None:
     options = words.index("--given")
     given, goals, flags = words[options + 1].split(), words[options + 3].split(), words[options + 4 :]
@@ -62,18 +83,21 @@ def main(run_folder: str, *words: str) -> None:
         graph[stage] = [name for name in inputs.split(",") if name]
         after[stage] = [name for name in behind.split(",") if name]
     problems = unknown_names(given, also=MAKE_VARIABLES)
+    # make takes `LEARNING RATE=1` for a target, which it would miss only once the others are made.
+    problems += [f"{goal[:60]!r} is not a setting: its name may hold no spaces." for goal in goals if "=" in goal]
+    if len(Path(run_folder).name) > MOST_RUN_CHARACTERS:
+        problems.append(f"RUN has {len(Path(run_folder).name):,} characters. Choose a name of at most {MOST_RUN_CHARACTERS}.")
     try:
         settings = Settings.read()
     except InputError as error:
         problems += error.problems
-    if problems:
-        for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
-        if "--show" in flags:
-            sys.exit(2)
-        print("error")
-        return
-    stale = stale_stages(graph, Path(run_folder), settings)
+    refuse(problems)
+    try:
+        stale = stale_stages(graph, Path(run_folder), settings)
+    except OSError as error:
+        refuse([f"{error.filename} cannot be read: {error.strerror}."])
+    if "--answer" not in flags and {"precompile", "train"} & stale.keys() & needed(goals, graph, after):
+        refuse(model_problems(settings))
     if "--show" in flags:
         for stage in graph:
             print(f"{stage:>18}  {'to run: ' + '; '.join(stale[stage]) if stage in stale else 'up to date'}")

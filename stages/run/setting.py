@@ -11,6 +11,10 @@ from typing import Any
 from stages.run.errors import InputError
 
 STAGES = ("data", "precompile", "train", "consolidate", "compile-inference", "eval")
+# Where a whole number has no bound of its own: the seeds of every library and 32-bit positions hold that much.
+MOST_WHOLE = 2**31 - 1
+# Of a path in all and of each name in it, on Linux; more is an OSError wherever it is looked for.
+_PATH_BYTES, _NAME_BYTES = 4095, 255
 
 
 def setting(
@@ -29,8 +33,9 @@ def setting(
 ) -> Any:
     """A field of `Settings`. `stages` names those whose output it changes; "" means that nothing published depends on it.
 
-    `least`/`most` are inclusive bounds, `above`/`below` exclusive ones. `path` marks a value that may name a local file
-    or folder: then its content, not its name, is what a stage was made from. `check` raises InputError for a bad value.
+    `least`/`most` are inclusive bounds (MOST_WHOLE where a whole number has no `most`), `above`/`below` exclusive ones. `path`
+    marks a value that may name a local file or folder: then its content, not its name, is what a stage was made from. `check`
+    raises InputError for a bad value.
     """
     unknown = set(stages.split()) - set(STAGES)
     assert not unknown, f"not stages: {unknown}"
@@ -59,12 +64,18 @@ def parse(f: Field, text: str) -> Any:
     shown = text if len(text) <= 60 else f"{text[:60]}... ({len(text)} characters)"
     if "\0" in text:
         raise InputError(f"{name} contains a NUL character. Remove it.")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise InputError(f"{name}={shown!r} is not UTF-8. Write it in UTF-8.") from None
+    if facts["path"] and (size > _PATH_BYTES or any(len(part.encode()) > _NAME_BYTES for part in text.split("/"))):
+        raise InputError(f"{name}={shown!r} can name nothing: a path has at most {_PATH_BYTES:,} bytes, each name in it {_NAME_BYTES}.")
     if kind(f) == "str":
         if facts["choices"] and text not in facts["choices"]:
             near = get_close_matches(text, facts["choices"], n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise InputError(f"{name}={shown!r} is none of {', '.join(facts['choices'])}.{hint}")
-        if f.default != "" and not text and name != "CONTEXT_COLUMN":
+        if f.default != "" and not (text.strip() if facts["path"] else text) and name != "CONTEXT_COLUMN":
             raise InputError(f"{name} is empty. Leave it out for the default, {f.default}.")
         if facts["check"]:
             try:
@@ -87,14 +98,15 @@ def _number(f: Field, text: str, shown: str) -> int | float:
         value = int(text) if kind(f) == "int" else float(text)
     except ValueError:
         raise InputError(f"{name}={shown!r} is not {what}.") from None
+    most = MOST_WHOLE if kind(f) == "int" and facts["most"] is None else facts["most"]
     bounds = {
         "at least": (facts["least"], lambda bound: value >= bound),
-        "at most": (facts["most"], lambda bound: value <= bound),
+        "at most": (most, lambda bound: value <= bound),
         "above": (facts["above"], lambda bound: value > bound),
         "below": (facts["below"], lambda bound: value < bound),
     }
-    broken = [f"{word} {bound:g}" for word, (bound, holds) in bounds.items() if bound is not None and not holds(bound)]
+    broken = [f"{word} {bound:,}" for word, (bound, holds) in bounds.items() if bound is not None and not holds(bound)]
     if broken or not math.isfinite(value):
         unit = f" {facts['unit']}" if facts["unit"] else ""
-        raise InputError(f"{name}={shown}{unit} must be {' and '.join(broken) or 'finite'}.")
+        raise InputError(f"{name}={shown.strip()}{unit} must be {' and '.join(broken) or 'finite'}.")
     return value

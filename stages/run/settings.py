@@ -9,6 +9,7 @@ every start.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
@@ -20,6 +21,8 @@ from stages.run.setting import as_text, parse, setting, variable
 from stages.run.sizes import parse_size
 
 _MODEL = "precompile train"
+# Names of variables that hold a secret, or what belongs to one.
+SECRET = re.compile(r"(HF|AWS|WANDB)_\w+|\w*(TOKEN|SECRET|PASSWORD|API_KEY)")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Settings:
         "precompile train consolidate compile-inference eval", choices=("auto", "torch", "neuron"),
     )  # fmt: skip
     nproc_per_node: int = setting(
-        1, "Training processes (torchrun), a NeuronCore or a GPU each: tensor x pipeline x data parallel.", _MODEL, least=1
+        1, "Training processes (torchrun), a NeuronCore or a GPU each: tensor x pipeline x data parallel.", _MODEL, least=1, most=4096
     )
     tensor_parallel_size: int = setting(1, "Processes that share each layer's weights.", _MODEL, least=1)
     pipeline_parallel_size: int = setting(1, "Groups of processes that hold a part of the layers each (Neuron).", _MODEL, least=1)
@@ -60,7 +63,9 @@ class Settings:
     instruction_column: str = setting("instruction", "Column of the instruction.", "data")
     context_column: str = setting("context", "Column of the context; empty for none.", "data")
     response_column: str = setting("response", "Column of the response.", "data")
-    max_length: int = setting(2048, "Length of a packed row, in training and validation.", "data precompile train", unit="tokens", least=2)
+    max_length: int = setting(
+        2048, "Length of a packed row, in training and validation.", "data precompile train", unit="tokens", least=2, most=2**20
+    )
     packing: str = setting(
         "best_fit", "best_fit cuts no document that fits a row; concat joins all and cuts at MAX_LENGTH, as the tutorial does.",
         "data", choices=("best_fit", "concat"),
@@ -94,7 +99,9 @@ class Settings:
     logging_steps: int = setting(10, "Steps between lines of metrics.jsonl.", unit="steps", least=1)
     eval_steps: int = setting(100, "Steps between validation losses during training; 0 = never.", unit="steps", least=0)
     save_steps: int = setting(100, "Steps between checkpoints to resume from; 0 = none.", unit="steps", least=0)
-    save_total_limit: int = setting(1, "Checkpoints kept.", unit="checkpoints", least=1)
+    save_total_limit: int = setting(
+        2, "Checkpoints kept: a damaged one is no loss when there is one before it.", unit="checkpoints", least=1
+    )
 
     resume: str = setting(
         "restart", "An interrupted training on Neuron: begin anew, or from its last weights with a fresh optimizer.",
@@ -135,7 +142,7 @@ class Settings:
     prompts: str = setting("data/demo/prompts.jsonl", "Prompts that eval answers: JSON lines with DATASET's columns.", "eval", path=True)
     max_new_tokens: int = setting(256, "Longest answer.", "eval", unit="tokens", least=1)
     do_sample: bool = setting(False, "Sample; 0 = the likeliest token each time.", "eval")
-    temperature: float = setting(1.0, "Divides the logits before sampling.", "eval", above=0)
+    temperature: float = setting(1.0, "Divides the logits before sampling.", "eval", least=0.001)
     top_k: int = setting(50, "Sample among the k likeliest tokens; 0 = all.", "eval", least=0)
     top_p: float = setting(1.0, "Sample among the likeliest tokens that hold this probability.", "eval", above=0, most=1)
     eval_max_documents: int = setting(200, "Held-out rows that eval's losses are measured on.", "eval", unit="rows", least=1)
@@ -205,5 +212,8 @@ def unknown_names(names: list[str], also: tuple[str, ...] = ()) -> list[str]:
         if name not in known:
             near = get_close_matches(name.upper(), known, n=1)
             hint = f"Did you mean {near[0]}?" if near else "`make help` lists them."
-            problems.append(f"{name} is not a setting. {hint}")
+            if SECRET.fullmatch(name):
+                hint = "As an argument everyone on this machine sees it: export it, and leave it out here."
+            shown = name if name.isidentifier() and len(name) <= 60 else ascii(name[:60])
+            problems.append(f"{shown} is not a setting. {hint}")
     return problems

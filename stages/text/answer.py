@@ -10,12 +10,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from stages.run.errors import InputError
 from stages.run.settings import Settings
 from stages.text.prompt import PromptTemplate
 from stages.text.tokens import TextTokenizer
+
+if TYPE_CHECKING:
+    from stages.text.formats import Record
 
 
 class LoadedModel(Protocol):
@@ -107,35 +110,45 @@ class Answerer:
 def read_questions(path: Path, settings: Settings) -> list[Question]:
     """The questions of a JSON lines file, in DATASET's columns; only the instruction is required.
 
-    Raises InputError with every line that is none.
+    Raises InputError with the lines that are none: the first ten are named, and all are counted.
     """
     if not path.is_file():
         raise InputError(f"PROMPTS={path} is not a file. Name a file of JSON lines with {settings.instruction_column!r} in each.")
-    from stages.text.formats import Problem, json_lines
+    from stages.text.formats import json_lines
+    from stages.text.rows import PROBLEMS_SHOWN
 
     questions, problems = [], []
     with path.open("rb") as file:
         for number, record in json_lines(file):
-            try:
-                if isinstance(record, Problem):
-                    raise ValueError(record)
-                questions.append(_question(record, settings))
-            except ValueError as error:
-                problems.append(f"{path}, line {number}: {error}")
+            question = _question(record, settings)
+            if isinstance(question, Question):
+                questions.append(question)
+            else:
+                problems.append(f"{path}, line {number}{question}")
     if not questions and not problems:
         problems.append(f"{path} holds no prompt.")
+    if len(problems) > PROBLEMS_SHOWN:
+        problems[PROBLEMS_SHOWN:] = [f"{len(problems):,} lines have problems; above are the first {PROBLEMS_SHOWN}."]
     if problems:
         raise InputError(problems)
     return questions
 
 
-def _question(value: dict[str, Any], settings: Settings) -> Question:
-    found = [value.get(name) for name in (settings.instruction_column, settings.context_column, settings.response_column)]
-    instruction, context, expected = found
-    if not isinstance(instruction, str) or not instruction.strip():
-        raise ValueError(f"column {settings.instruction_column!r} is missing, empty or no text")
-    if not isinstance(context, (str, type(None))) or not isinstance(expected, (str, type(None))):
-        raise ValueError("context and response must be text")
+def _question(record: Record, settings: Settings) -> Question | str:
+    """The record as a question, or what is wrong with it, to follow the line's number."""
+    from stages.text.formats import Problem
+    from stages.text.rows import fault
+
+    if isinstance(record, Problem):
+        return f" {record}"
+    names = (settings.instruction_column, settings.context_column, settings.response_column)
+    instruction: Any
+    instruction, context, expected = (record.get(name) for name in names)
+    for name, text, required in zip(names, (instruction, context, expected), (True, False, False), strict=True):
+        if wrong := fault(text, name in record) if required or text is not None else "":
+            return f", column {name!r} {wrong}"
+    if not instruction.strip():
+        return f", column {names[0]!r} is empty."
     return Question(instruction, context or "", expected)
 
 

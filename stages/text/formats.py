@@ -10,6 +10,7 @@ import codecs
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
@@ -98,10 +99,9 @@ class _Window:
     def next_mark(self) -> str:
         """The next character that is no white space, "" at the end."""
         while True:
-            while self.at < len(self.text):
-                if not self.text[self.at].isspace():
-                    return self.text[self.at]
-                self.at += 1
+            self.at = _blanks(self.text, self.at).end()  # type: ignore[union-attr]  # matches the empty text too
+            if self.at < len(self.text):
+                return self.text[self.at]
             if not self.more():
                 return ""
 
@@ -135,6 +135,7 @@ def json_array(file: BinaryIO) -> Iterator[tuple[int, Record]]:
 
 _UNCLOSED = "is the last of an array that is not closed. The file seems cut off."
 _scan = json.JSONDecoder().raw_decode
+_blanks = re.compile(r"\s*").match
 
 
 def _item(window: _Window) -> Record:
@@ -154,16 +155,18 @@ def _item(window: _Window) -> Record:
 def csv_records(file: BinaryIO) -> tuple[list[str], Iterator[tuple[int, Record]]]:
     """The header and the records of a comma-separated file (RFC 4180: quotes doubled, line ends allowed within quotes)."""
     csv.field_size_limit(MOST_ROW_BYTES)
-    reader = csv.reader(_csv_lines(file), strict=True)
+    lines = _CsvLines(file)
+    reader = csv.reader(lines, strict=True)
     try:
         header = next(reader, [])
     except (csv.Error, _BadLine) as error:
         raise InputError(f"line 1: {error}") from None
-    return header, _csv_rows(reader, header)
+    return header, _csv_rows(lines, reader, header)
 
 
-def _csv_rows(reader: Any, header: list[str]) -> Iterator[tuple[int, Record]]:
+def _csv_rows(lines: _CsvLines, reader: Any, header: list[str]) -> Iterator[tuple[int, Record]]:
     while True:
+        lines.room = MOST_ROW_BYTES
         number = reader.line_num + 1
         try:
             fields = next(reader, None)
@@ -187,11 +190,21 @@ class _BadLine(ValueError):
     """A line that is no text, on its way through csv.reader."""
 
 
-def _csv_lines(file: BinaryIO) -> Iterator[str]:
-    for _, line in _lines(file):
-        if isinstance(line, Problem):
-            raise _BadLine(line)
-        yield line
+class _CsvLines:
+    """Lines for csv.reader. `room`: characters that the row may still take; within quotes it goes on over lines."""
+
+    def __init__(self, file: BinaryIO):
+        self._lines, self.room = _lines(file), MOST_ROW_BYTES
+
+    def __iter__(self) -> _CsvLines:
+        return self
+
+    def __next__(self) -> str:
+        _, line = next(self._lines)
+        self.room -= len(line)
+        if isinstance(line, Problem) or self.room < 0:
+            raise _BadLine(line if isinstance(line, Problem) else TOO_LONG)
+        return line
 
 
 def parquet_records(source: Any, wanted: Iterable[str]) -> tuple[list[str], Iterator[tuple[int, Record]]]:
@@ -201,9 +214,9 @@ def parquet_records(source: Any, wanted: Iterable[str]) -> tuple[list[str], Iter
 
     try:
         file = pq.ParquetFile(source)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        names = file.schema_arrow.names
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"this is not a Parquet file ({error}).") from None
-    names = file.schema_arrow.names
     columns = [name for name in names if name in set(wanted)]
     return names, table_records(file.iter_batches(batch_size=_BATCH_ROWS, columns=columns), columns)
 
@@ -214,9 +227,10 @@ def arrow_records(file: Any, wanted: Iterable[str]) -> tuple[list[str], Iterator
 
     try:
         stream = pa.ipc.open_stream(file)
-    except pa.ArrowInvalid as error:
+        names = stream.schema.names
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"this is not an Arrow stream ({error}).") from None
-    return stream.schema.names, table_records(stream, [name for name in stream.schema.names if name in set(wanted)])
+    return names, table_records(stream, [name for name in names if name in set(wanted)])
 
 
 def table_records(tables: Iterable[Any], columns: list[str]) -> Iterator[tuple[int, Record]]:
@@ -226,10 +240,12 @@ def table_records(tables: Iterable[Any], columns: list[str]) -> Iterator[tuple[i
     number = 0
     try:
         for table in tables:
-            for begin in range(0, table.num_rows, _BATCH_ROWS):
-                part = table.slice(begin, _BATCH_ROWS).select(columns)
-                for record in part.to_pylist():
+            named = table.select(columns)
+            named.validate(full=True)  # a stream is not checked as it is read: a wrong offset would read another's memory
+            for begin in range(0, named.num_rows, _BATCH_ROWS):
+                for record in named.slice(begin, _BATCH_ROWS).to_pylist():
                     number += 1
                     yield number, record
-    except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
-        yield number + 1, Problem(f"or one of the {_BATCH_ROWS} after it cannot be read ({error}). The file seems damaged.")
+    except (pa.ArrowException, UnicodeDecodeError, OSError, MemoryError) as error:
+        reason = str(error) or "it asks for more memory than there is"
+        yield number + 1, Problem(f"or one of the {_BATCH_ROWS} after it cannot be read ({reason}). The file seems damaged.")

@@ -45,7 +45,7 @@ class PromptTemplate:
         file = _file(path)
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{file}: the prompt's template cannot be read ({error}). Run the data stage again.") from None
         names = {f.name for f in fields(cls)}
         if not isinstance(saved, dict) or set(saved) != names or not all(isinstance(text, str) for text in saved.values()):

@@ -24,6 +24,8 @@ BATCH_ROWS = 1000
 # A batch of long rows ends earlier: tokenising takes some hundred bytes per character.
 BATCH_CHARACTERS = 4 * 2**20
 PROBLEMS_SHOWN = 10
+# What reading one of the JSON files of a saved dataset may raise where it is something else.
+_NOT_SAVED = (ValueError, KeyError, TypeError, RecursionError)
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
 
@@ -123,10 +125,12 @@ def _require(place: str, there: list[str], instruction: str, response: str, cont
     for setting, name in (("INSTRUCTION_COLUMN", instruction), ("CONTEXT_COLUMN", context), ("RESPONSE_COLUMN", response)):
         if name and name not in there:
             near = get_close_matches(name, there, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            have = f"it has {', '.join(map(repr, there[:20]))}" if there else "it has no columns"
+            hint = f" Did you mean {near[0][:60]!r}?" if near else ""
+            have = f"it has {', '.join(repr(column[:60]) for column in there[:20])}" if there else "it has no columns"
             none = ", or to nothing if there is none" if name == context else ""
             problems.append(f"{place}: there is no column {name!r}; {have}.{hint} Set {setting} to its name{none}.")
+        elif name and there.count(name) > 1:
+            problems.append(f"{place}: {there.count(name)} columns are called {name!r}. Rename all but one.")
     if problems:
         raise InputError(problems)
 
@@ -141,7 +145,7 @@ def _row(place: str, record: Record, columns: Columns) -> Row | list[str]:
         text: Any = record.get(name) if name else ""
         if text is None and not required:
             text = ""
-        problem = _fault(text, name in record)
+        problem = fault(text, name in record)
         if problem:
             problems.append(f"{place}, column {name!r} {problem}")
         texts.append(text)
@@ -150,7 +154,7 @@ def _row(place: str, record: Record, columns: Columns) -> Row | list[str]:
     return problems or Row(place, *texts)
 
 
-def _fault(text: object, present: bool) -> str:
+def fault(text: object, present: bool) -> str:
     """What is wrong with a column's value, "" for nothing."""
     if text is None:
         return "is null: every row needs a text here." if present else "is missing."
@@ -183,12 +187,22 @@ def _open_local(path: Path, split: str, wanted: list[str]) -> Source:
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            return open_saved(str(path), lambda name: (path / name).open("rb"), split, wanted)
+            return open_saved(str(path), lambda name: _opened_within(path, name), split, wanted)
         if not stat.S_ISREG(mode):
             raise InputError(f"{path} is neither a file nor a folder.")
         return open_file(str(path), lambda: path.open("rb"), wanted)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def _opened_within(folder: Path, name: str) -> Any:
+    """A file of a saved dataset, in binary. Whoever made the dataset may not choose files of this machine by a link."""
+    file = folder / name
+    if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
+        raise InputError(f"{file} is a link that leads out of its folder. Put the file itself there.")
+    if file.exists() and not file.is_file():
+        raise InputError(f"{file} is not a file.")
+    return file.open("rb")
 
 
 def open_file(name: str, opened: Callable[[], Any], wanted: list[str]) -> Source:
@@ -224,21 +238,21 @@ def open_saved(folder: str, opened: Callable[[str], Any], split: str, wanted: li
     inside = ""
     try:
         splits = content("dataset_dict.json")["splits"]
-        if split not in splits or Path(split).name != split:
+        if split not in splits or Path(split).name != split or split == "..":
             raise InputError(f"{folder} has no split {split!r}; it has {', '.join(splits)}. Set DATASET_SPLIT.")
         inside = f"{split}/"
     except FileNotFoundError:
         pass  # one dataset, without splits
-    except (ValueError, KeyError, TypeError) as error:
+    except _NOT_SAVED as error:
         raise InputError(f"{folder}/dataset_dict.json is not what `datasets` writes ({error!r}).") from None
     try:
         names = [entry["filename"] for entry in content(f"{inside}state.json")["_data_files"]]
     except FileNotFoundError:
         remedy = f"Name a file ({', '.join(FORMATS)}) or a folder made by save_to_disk."
         raise InputError(f"{folder} is a folder without state.json, so no dataset that `datasets` saved. {remedy}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except _NOT_SAVED as error:
         raise InputError(f"{folder}/{inside}state.json is not what `datasets` writes ({error!r}).") from None
-    if any(not isinstance(name, str) or Path(name).name != name for name in names):
+    if any(not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name for name in names):
         raise InputError(f"{folder}/{inside}state.json names data files outside its folder.")
     return _arrow_files(folder, [inside + name for name in names], opened, wanted)
 
@@ -246,9 +260,11 @@ def open_saved(folder: str, opened: Callable[[str], Any], split: str, wanted: li
 def _arrow_files(folder: str, names: list[str], opened: Callable[[str], Any], wanted: list[str]) -> Source:
     def stream(name: str) -> tuple[list[str], Iterator[tuple[int, Record]]]:
         try:
-            return formats.arrow_records(opened(name), wanted)
+            file = opened(name)
         except FileNotFoundError:
             raise InputError(f"{folder}/{name} is missing: the saved dataset is not whole.") from None
+        try:
+            return formats.arrow_records(file, wanted)
         except InputError as error:
             raise InputError(f"{folder}/{name}: {error}") from None
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,7 @@ from stages.run.record import TOKENIZER_FILES
 
 # Texts to put before a continuation, so that it is not taken for the start of a text: the first that no token reaches over.
 _ANCHORS = ("\n", "a", ".", "0", " a", "\u4e2d")
+_MOST_IDS = 2**24  # of a vocabulary; the largest of today hold 2**18
 
 
 class TextTokenizer:
@@ -49,11 +51,13 @@ class TextTokenizer:
         special = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         unknown = self._named(settings, "unk_token")
         self.controls = frozenset((special.keys() | {self.eos, *self.bos}) - {unknown})
-        spellings = sorted({tokenizer.id_to_token(id) for id in self.controls}, key=len, reverse=True)
+        spellings = {id: tokenizer.id_to_token(id) for id in self.controls}
+        if not all(spellings.values()):
+            raise InputError("The tokenizer puts tokens around a text that its vocabulary lacks. Correct its tokenizer.json.")
         self._mark_spaces = _marks_spaces(tokenizer)
         if self._mark_spaces:
             tokenizer.normalizer = None  # `_encode` does its work
-        self._spelling = re.compile("|".join(map(re.escape, spellings)))
+        self._spelling = re.compile("|".join(map(re.escape, sorted(spellings.values(), key=len, reverse=True))))
 
     @classmethod
     def load(cls, folder: Path) -> TextTokenizer:
@@ -61,16 +65,16 @@ class TextTokenizer:
         files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
         if "tokenizer.json" not in files:
             raise InputError(f"{folder} has no tokenizer.json. Name a model's folder, or run the data stage again.")
-        try:
+        with _refused(f"{folder}/tokenizer.json cannot be read"):
             tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
-        except Exception as error:  # the Rust side raises plain Exception
-            raise InputError(f"{folder}/tokenizer.json cannot be read: {error}") from None
         settings: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later one wins, as in transformers
             try:
                 read = json.loads(files.get(name, b"{}"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{folder}/{name} is not JSON: {error}") from None
+            if not isinstance(read, dict):
+                raise InputError(f"{folder}/{name} is not a JSON object but a {type(read).__name__}.")
             settings |= {key: value for key, value in read.items() if value is not None}
         try:
             return cls(tokenizer, settings, files)
@@ -123,12 +127,14 @@ class TextTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, control tokens left out."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        with _refused("An answer cannot be decoded with this tokenizer.json"):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if self._mark_spaces:
             texts = [text and "\u2581" + text.replace(" ", "\u2581") for text in texts]
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _refused("A text cannot be encoded with this tokenizer.json"):
+            return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _spelt(self, text: str, goes_on: bool = False) -> list[int] | None:
         """The ids of a text with control tokens' spellings cut in two, which keeps Unigram and WordLevel models, whose vocabulary
@@ -157,9 +163,12 @@ class TextTokenizer:
         content = token.get("content") if isinstance(token, dict) else token
         if not content:
             return None
-        id = self._tokenizer.token_to_id(content)
+        try:
+            id = self._tokenizer.token_to_id(content)
+        except (TypeError, UnicodeEncodeError):  # it is no text
+            id = None
         if id is None:
-            raise InputError(f"The tokenizer's {role} {content!r} is not in its vocabulary. Correct tokenizer_config.json.")
+            raise InputError(f"The tokenizer's {role} {str(content)[:60]!r} is not in its vocabulary. Correct tokenizer_config.json.")
         return id
 
     def _leading(self, settings: dict[str, Any]) -> tuple[int, ...]:
@@ -168,9 +177,21 @@ class TextTokenizer:
         if wanted is not None:
             bos = self._named(settings, "bos_token")
             return (bos,) if wanted and bos is not None else ()
-        whole, inner = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
+        with _refused("What tokenizer.json puts before a text cannot be found out"):
+            whole, inner = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
         places = [at for at in range(len(whole) - len(inner) + 1) if whole[at : at + len(inner)] == inner]
-        return tuple(whole[: places[0]])
+        return tuple(whole[: places[0]]) if places else ()
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """An InputError for what the Rust side raises of a wrong tokenizer.json: plain Exceptions, and panics, which are not even that."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise InputError(f"{what}: {error}") from None
 
 
 def _marks_spaces(tokenizer: Tokenizer) -> bool:
@@ -189,13 +210,16 @@ def find_tokenizer(model: str, revision: str = "") -> TextTokenizer:
     """The tokenizer of a model's folder or Hub id. Only one without tokenizer.json is converted by transformers (seconds)."""
     folder = Path(model)
     if not folder.is_dir():
-        if folder.exists() or model.startswith((".", "/", "~")):
+        if folder.exists() or folder.is_symlink() or model.startswith((".", "/", "~")):
             raise InputError(f"MODEL_ID={model}: there is no such folder.")
         from stages.model.hub import download_files
 
         folder = download_files(model, revision, TOKENIZER_FILES)
     if (folder / "tokenizer.json").is_file():
-        return TextTokenizer.load(folder)
+        tokenizer = TextTokenizer.load(folder)
+        if tokenizer.vocab_size > _MOST_IDS:
+            raise InputError(f"MODEL_ID={model}: its tokenizer.json has ids up to {tokenizer.vocab_size - 1:,}. Name another model.")
+        return tokenizer
     from transformers import AutoTokenizer
 
     with TemporaryDirectory() as converted:
@@ -203,5 +227,6 @@ def find_tokenizer(model: str, revision: str = "") -> TextTokenizer:
             AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False).save_pretrained(converted)
             return TextTokenizer.load(Path(converted))
         except (OSError, ValueError, ImportError, InputError) as error:
+            reason = str(error).partition("\n")[0]  # the rest advises to run what is there
             remedy = "Name a model whose folder has tokenizer.json."
-            raise InputError(f"MODEL_ID={model}: no tokenizer could be made of what is there ({error}). {remedy}") from None
+            raise InputError(f"MODEL_ID={model}: no tokenizer could be made of what is there ({reason}). {remedy}") from None

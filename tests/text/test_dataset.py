@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -18,6 +18,7 @@ from stages.text.dataset import Layout, build
 from stages.text.documents import encode
 from stages.text.prompt import PromptTemplate
 from stages.text.rows import Row
+from tests.torture.plugin import examples
 
 TEMPLATE = PromptTemplate()
 LENGTH = 48
@@ -59,7 +60,8 @@ def tokenizer(tokenizers):
     return tokenizers["byte_level"]  # has a padding token, so padding can be told from EOS
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.torture("fuzz")
+@examples(60, 120)
 @given(texts=datasets_of_rows, loss_on=st.sampled_from(["all", "response"]), fraction=st.sampled_from([0.0, 0.3]))
 def test_every_document_that_fits_stands_whole_in_one_row_of_one_split(tokenizers, tmp_path_factory, texts, loss_on, fraction):
     tokenizer, output, rows = tokenizers["byte_level"], tmp_path_factory.mktemp("out"), as_rows(texts)
@@ -74,7 +76,8 @@ def test_every_document_that_fits_stands_whole_in_one_row_of_one_split(tokenizer
     assert sorted(found) == sorted(masked)
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.torture("fuzz")
+@examples(60, 120)
 @given(texts=datasets_of_rows)
 def test_padding_is_ignored_by_the_loss_and_has_positions_of_its_own(tokenizers, tmp_path_factory, texts):
     tokenizer, output = tokenizers["byte_level"], tmp_path_factory.mktemp("out")
@@ -86,7 +89,8 @@ def test_padding_is_ignored_by_the_loss_and_has_positions_of_its_own(tokenizers,
         assert [at for at, label in enumerate(row["labels"]) if label == -100] == padding
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.torture("fuzz")
+@examples(60, 120)
 @given(texts=datasets_of_rows, batch=st.integers(1, 7))
 def test_concat_gives_the_tutorials_chunks(folders, tokenizers, tmp_path_factory, texts, batch):
     """Format, tokenise with the tokenizer's own rules, carry the remainder over batches, cut."""
@@ -213,7 +217,7 @@ def test_what_leaves_nothing_to_train_on_is_refused_with_numbers_and_a_remedy(to
 
 def test_a_full_disk_is_told_before_anything_is_written(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 100})())
-    with pytest.raises(StageFailure, match=r"needs 0\.0 MB for 1 rows"):
+    with pytest.raises(StageFailure, match=r"has room for 100 B, and 4\.8 kB are needed for the packed rows"):
         build([numbered(2)], tokenizer, TEMPLATE, output=tmp_path, layout=Layout(400))
     assert not list(tmp_path.rglob("*.arrow"))
 

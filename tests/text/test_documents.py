@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.text.documents import digest, held_out
+from tests.torture.plugin import examples
 
 fractions = st.floats(0, 0.99)
 
 
+@pytest.mark.torture("fuzz")
+@examples(100, 1_000)
 @given(st.sets(st.integers(0, 2**64 - 1), min_size=2), fractions)
 def test_as_many_documents_are_held_out_as_the_fraction_says_but_never_none_nor_all(digests, fraction):
     chosen = held_out(np.array(sorted(digests), np.uint64), fraction)
@@ -16,6 +20,8 @@ def test_as_many_documents_are_held_out_as_the_fraction_says_but_never_none_nor_
     assert chosen.sum() == wanted
 
 
+@pytest.mark.torture("fuzz")
+@examples(100, 1_000)
 @given(st.lists(st.integers(0, 5), min_size=1), fractions)
 def test_equal_documents_land_on_the_same_side_and_some_remain_for_training(digests, fraction):
     array = np.array(digests, np.uint64)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.text.packing import best_fit, concat
+from tests.torture.plugin import examples
 
 CAPACITY = 64
 fitting = st.lists(st.integers(1, CAPACITY), max_size=80)
@@ -20,29 +21,39 @@ def tokens(packing):
     return [[(d, at) for d, start, length in row for at in range(start, start + length)] for row in packing.rows()]
 
 
+@pytest.mark.torture("fuzz")
+@examples(100, 1_000)
 @given(fitting)
 def test_best_fit_keeps_every_token_exactly_once(lengths):
     everything = sorted(chain.from_iterable(tokens(best_fit(lengths, CAPACITY))))
     assert everything == [(document, at) for document, length in enumerate(lengths) for at in range(length)]
 
 
+@pytest.mark.torture("fuzz")
+@examples(100, 1_000)
 @given(fitting)
 def test_best_fit_cuts_no_document(lengths):
     for row in best_fit(lengths, CAPACITY).rows():
         assert all((start, length) == (0, lengths[document]) for document, start, length in row)
 
 
+@pytest.mark.torture("fuzz")
+@examples(100, 1_000)
 @given(fitting)
 def test_best_fit_overfills_no_row_and_leaves_none_empty(lengths):
     assert all(1 <= sum(segment.length for segment in row) <= CAPACITY for row in best_fit(lengths, CAPACITY).rows())
 
 
+@pytest.mark.torture("fuzz")
+@examples(100, 1_000)
 @given(fitting)
 def test_best_fit_orders_rows_by_their_first_document_and_documents_within_them(lengths):
     rows = [[segment.document for segment in row] for row in best_fit(lengths, CAPACITY).rows()]
     assert rows == sorted(sorted(row) for row in rows)
 
 
+@pytest.mark.torture("fuzz")
+@examples(100, 1_000)
 @given(fitting)
 def test_best_fit_uses_as_many_rows_as_the_textbook_algorithm(lengths):
     rooms: list[int] = []
@@ -58,6 +69,8 @@ def test_best_fit_refuses_lengths_that_fit_no_row(lengths):
         best_fit(lengths, CAPACITY)
 
 
+@pytest.mark.torture("fuzz")
+@examples(100, 1_000)
 @given(any_length)
 def test_concat_is_the_documents_end_to_end_cut_at_the_capacity(lengths):
     joined = [(document, at) for document, length in enumerate(lengths) for at in range(length)]
@@ -65,12 +78,16 @@ def test_concat_is_the_documents_end_to_end_cut_at_the_capacity(lengths):
     assert tokens(concat(lengths, CAPACITY)) == [joined[row * CAPACITY : (row + 1) * CAPACITY] for row in range(whole)]
 
 
+@pytest.mark.torture("fuzz")
+@examples(100, 1_000)
 @given(any_length)
 def test_a_row_of_concat_holds_each_document_in_one_segment(lengths):
     for row in concat(lengths, CAPACITY).rows():
         assert len({segment.document for segment in row}) == len(row)
 
 
+@pytest.mark.torture("fuzz")
+@examples(100, 1_000)
 @given(fitting, st.integers(0, 20), st.integers(0, 20))
 def test_a_range_of_rows_is_that_part_of_all(lengths, begin, count):
     packing = best_fit(lengths, CAPACITY)

@@ -6,14 +6,19 @@ from hypothesis import strategies as st
 
 from stages.run.errors import InputError
 from stages.text.prompt import PromptTemplate
+from tests.torture.plugin import examples
 
 
+@pytest.mark.torture("fuzz")
+@examples(100, 1_000)
 @given(st.text(), st.text(), st.text())
 def test_a_document_is_formatted_as_in_the_tutorial(instruction, context, response):
     parts = [f"### Instruction\n{instruction}", f"### Context\n{context}" if context.strip() else None, f"### Answer\n{response}"]
     assert PromptTemplate().text(instruction, context, response) == "\n\n".join(part for part in parts if part is not None)
 
 
+@pytest.mark.torture("fuzz")
+@examples(100, 1_000)
 @given(st.text(), st.text(), st.text())
 def test_a_prompt_is_what_stands_before_the_response(instruction, context, response):
     template = PromptTemplate()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.run.errors import InputError
 from stages.text import formats
 from stages.text.rows import BATCH_ROWS, Columns, read_rows
+from tests.torture.plugin import examples
 
 GOOD = {"instruction": "Why?", "context": "", "response": "Because."}
 LINE = json.dumps(GOOD).encode()
@@ -78,10 +81,22 @@ REFUSED = {
     "CSV header not in UTF-8": ("d.csv", b"\xff\n", ["d.csv", "line 1", "not UTF-8"]),
     "not Parquet": ("d.parquet", LINE, ["d.parquet", "not a Parquet file"]),
     "compressed": ("d.jsonl.gz", b"\x1f\x8b", ["d.jsonl.gz", "Unpack it first"]),
+    "compressed, under another name": ("d.jsonl", gzip.compress(LINE), ["line 1", "not UTF-8", "0x8b"]),
+    "compressed, as an array's file": ("d.json", gzip.compress(LINE), ["line 1", "not UTF-8"]),
+    "compressed, as CSV": ("d.csv", gzip.compress(LINE), ["line 1", "not UTF-8"]),
     "another format": ("d.txt", b"x", ["d.txt", ".jsonl, .json, .csv, .parquet"]),
+    "NUL bytes": ("d.jsonl", LINE + b"\n" + bytes(40), ["line 2", "not JSON"]),
+    "NUL within a text": ("d.jsonl", LINE.replace(b"Why", b"W\0y"), ["line 1", "not JSON (Invalid control character"]),
+    "true for text": ("d.jsonl", line(instruction=True), ["line 1, column 'instruction' is True, of type bool"]),
+    "an object for text": ("d.jsonl", line(response={"text": "x"}), ["line 1, column 'response'", "of type dict"]),
+    "not a number of JSON's": ("d.jsonl", line(instruction=float("nan")), ["line 1, column 'instruction' is nan, of type float"]),
+    "a row without columns": ("d.jsonl", b"{}", ["line 1", "no column 'instruction'", "it has no columns"]),
+    "columns called alike": ("d.csv", b"instruction,context,response,response\na,b,c,d\n", ["2 columns are called 'response'"]),
+    "CSV row too long, over lines": ("d.csv", HEADER + (b'"' + (b"x" * 2**20 + b"\n") * 6 + b'",') * 3, ["more than 16 MiB in one row"]),
 }  # fmt: skip
 
 
+@pytest.mark.torture("data")
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_bad_file_is_refused_by_place_and_reason(tmp_path, name):
     file, content, parts = REFUSED[name]
@@ -109,11 +124,12 @@ READ = {
     "null context": ("d.jsonl", line(context=None), 1),
     "context in some rows": ("d.jsonl", b'{"instruction": "Why?", "response": "Because."}\n' + LINE, 2),
     "CSV": ("d.csv", HEADER + b"Why?,,Because.\n", 1),
-    "CSV with CRLF, BOM and blank lines": ("d.csv", b"\xef\xbb\xbf" + HEADER[:-1] + b"\r\nWhy?,,Because.\r\n\r\nWhy?,,Because.\r\n", 2),
+    "CSV, CRLF, BOM, blank lines": ("d.csv", b"\xef\xbb\xbf" + HEADER[:-1] + b"\r\nWhy?,,Because.\r\n\r\nWhy?,,Because.\r\n", 2),
     "CSV in another order": ("d.csv", b"response,extra,context,instruction\nBecause.,1,,Why?\n", 1),
 }
 
 
+@pytest.mark.torture("data")
 @pytest.mark.parametrize("name", READ)
 def test_a_good_file_is_read_whatever_its_dialect(tmp_path, name):
     file, content, rows = READ[name]
@@ -121,7 +137,8 @@ def test_a_good_file_is_read_whatever_its_dialect(tmp_path, name):
     assert texts(tmp_path / file) == [("Why?", "", "Because.")] * rows
 
 
-@settings(deadline=None)
+@pytest.mark.torture("fuzz")
+@examples(100, 600)
 @given(st.lists(st.fixed_dictionaries({name: st.text() for name in GOOD}), min_size=1, max_size=8))
 def test_texts_come_out_as_they_went_in(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("same")
@@ -130,21 +147,6 @@ def test_texts_come_out_as_they_went_in(tmp_path_factory, rows):
     (folder / "array.json").write_text(json.dumps(rows), encoding="utf-8")
     pq.write_table(pa.Table.from_pylist(rows), folder / "table.parquet")
     assert all(texts(folder / name) == expected for name in ("lines.jsonl", "array.json", "table.parquet"))
-
-
-@settings(deadline=None)
-@given(
-    st.binary(max_size=300),
-    st.sampled_from(["d.jsonl", "d.json", "d.csv", "d.parquet"]),
-    st.sampled_from([b"", b"[", LINE + b"\n", HEADER]),
-)
-def test_no_bytes_break_a_reader_other_than_by_its_own_error(tmp_path_factory, content, name, start):
-    file = tmp_path_factory.mktemp("fuzz") / name
-    file.write_bytes(start + content)
-    try:
-        assert all(isinstance(text, str) for row in texts(file) for text in row)
-    except InputError as error:
-        assert str(file) in str(error)
 
 
 def test_control_characters_within_a_text_are_kept(tmp_path):
@@ -182,12 +184,40 @@ def test_a_batch_of_long_rows_ends_before_it_fills_the_memory(tmp_path):
     assert [len(batch) for batch in read_rows(str(tmp_path / "d.jsonl"))] == [2, 2]
 
 
+@pytest.mark.torture("data")
+@pytest.mark.parametrize("name, start", [("d.jsonl", b""), ("d.json", b"["), ("d.json", b'[{"instruction": "'), ("d.csv", HEADER + b'"')])
+def test_a_row_of_100_mb_is_refused_in_little_memory(tmp_path, name, start):
+    with (tmp_path / name).open("wb") as file:  # NUL bytes that take no room on the disk
+        file.write(start)
+        file.truncate(100_000_000)
+    tracemalloc.start()
+    told = message(tmp_path / name)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "more than 16 MiB in one row" in told
+    assert peak < 100_000_000
+
+
+@pytest.mark.torture("data")
+def test_a_parquet_row_of_100_mb_is_refused(tmp_path):
+    table = pa.table({**{name: [text] for name, text in GOOD.items()}, "response": ["x" * 100_000_000]})
+    pq.write_table(table, tmp_path / "d.parquet", use_dictionary=False, write_statistics=False)
+    assert "row 1 holds more than 16 MiB" in message(tmp_path / "d.parquet")
+
+
+@pytest.mark.torture("data")
+def test_blanks_between_rows_are_passed_over_however_many(tmp_path):
+    (tmp_path / "d.json").write_bytes(b"[" + b" " * 30_000_000 + LINE + b"\n" * 30_000_000 + b"]")
+    assert texts(tmp_path / "d.json") == [("Why?", "", "Because.")]
+
+
 def test_columns_may_have_other_names_and_a_dataset_no_context_or_response(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b'{"q": "Why?", "a": "Because."}')
     assert texts(tmp_path / "d.jsonl", columns=Columns("q", "", "a")) == [("Why?", "", "Because.")]
     assert texts(tmp_path / "d.jsonl", columns=Columns("q", "", "")) == [("Why?", "", "")]
 
 
+@pytest.mark.torture("data")
 @pytest.mark.parametrize("columns, told", [({"instruction": [1]}, "row 1, column 'instruction' is 1"), ({}, "no column 'instruction'")])
 def test_a_parquet_file_of_another_shape_is_refused(tmp_path, columns, told):
     pq.write_table(pa.table({"context": ["a"], "response": ["b"], **columns}), tmp_path / "d.parquet")
@@ -233,6 +263,46 @@ def test_a_saved_dataset_that_is_not_whole_or_points_elsewhere_is_refused(tmp_pa
     assert f"{last.name} is missing" in message(folder)
 
 
+STATES = ["[" * 100_000, '{"_data_files": 3}', '{"_data_files": [null]}', '{"_data_files": [{"filename": 3}]}', "\0"]
+
+
+@pytest.mark.torture("data")
+@pytest.mark.parametrize("name", ["../x.arrow", "/etc/passwd", "..", ".", "", "a/b", "a\0b"])
+def test_a_saved_dataset_may_not_name_files_outside_its_folder(tmp_path, name):
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    assert "names data files outside its folder" in message(tmp_path)
+
+
+@pytest.mark.torture("data")
+@pytest.mark.parametrize("split", ["../elsewhere", "..", "/", "a/../../b"])
+def test_a_split_may_not_lie_outside_a_saved_dataset(tmp_path, split):
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": [split]}))
+    assert "no split" in message(tmp_path, split=split)
+
+
+@pytest.mark.torture("data")
+@pytest.mark.parametrize("linked", ["data-00000-of-00002.arrow", "state.json"])
+def test_a_link_in_a_saved_dataset_may_not_lead_out_of_it(tmp_path, linked):
+    folder = save(tmp_path / "saved", None)
+    (folder / linked).rename(tmp_path / linked)
+    (folder / linked).symlink_to(tmp_path / linked)
+    assert f"{linked} is a link that leads out of its folder" in message(folder)
+
+
+@pytest.mark.torture("data")
+def test_a_saved_dataset_of_devices_and_pipes_is_refused_rather_than_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "state.json")
+    assert "state.json is not a file" in message(tmp_path)
+
+
+@pytest.mark.torture("data")
+@pytest.mark.parametrize("state", STATES, ids=lambda state: repr(state[:40]))
+def test_a_state_that_datasets_never_writes_is_refused(tmp_path, state):
+    (tmp_path / "state.json").write_text(state)
+    assert "state.json" in message(tmp_path)
+
+
+@pytest.mark.torture("data")
 def test_what_is_no_file_is_refused(tmp_path):
     os.symlink(tmp_path / "loop.jsonl", tmp_path / "loop.jsonl")
     os.symlink(tmp_path / "gone.jsonl", tmp_path / "dangling.jsonl")
@@ -242,8 +312,11 @@ def test_what_is_no_file_is_refused(tmp_path):
     assert "No such file" in message(tmp_path / "dangling.jsonl")
     assert "neither a file nor a folder" in message(tmp_path / "pipe.jsonl")
     assert "without state.json" in message(tmp_path / "folder")
+    (tmp_path / "folder.jsonl").mkdir()
+    assert "is a folder without state.json" in message(tmp_path / "folder.jsonl")
 
 
+@pytest.mark.torture("data")
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "/nowhere/at/all", "a/b/c", "", "two words", "-x", "../up/there"])
 def test_a_name_that_is_neither_a_path_nor_a_hub_id_is_refused_without_a_request(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -16,6 +16,7 @@ from stages.text.prompt import PromptTemplate
 from stages.text.rows import Row
 from stages.text.tokens import TextTokenizer, find_tokenizer
 from tests.text.conftest import KINDS
+from tests.torture.plugin import examples
 
 TEMPLATE = PromptTemplate()
 # Text with the pieces that go wrong: control tokens' spellings, white space at the border, the space mark, marks and emoji.
@@ -31,16 +32,18 @@ def document(tokenizer: TextTokenizer, instruction: str, context: str, response:
     return encode([Row("row 1", instruction, context, response)], tokenizer, TEMPLATE).ids.tolist()
 
 
+@pytest.mark.torture("fuzz")
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@examples(150, 300)
 @given(instruction=texts, context=texts, response=texts)
 def test_what_eval_gives_the_model_is_a_prefix_of_what_it_was_trained_on(tokenizers, kind, instruction, context, response):
     prompt = tokenizers[kind].encode_prompt(TEMPLATE.prompt(instruction, context))
     assert document(tokenizers[kind], instruction, context, response)[: len(prompt)] == prompt
 
 
+@pytest.mark.torture("fuzz")
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@examples(150, 300)
 @given(instruction=texts, response=texts)
 def test_a_document_has_one_bos_and_one_eos_and_no_other_control_token(tokenizers, kind, instruction, response):
     tokenizer = tokenizers[kind]
@@ -50,8 +53,9 @@ def test_a_document_has_one_bos_and_one_eos_and_no_other_control_token(tokenizer
     assert tokenizer.controls.isdisjoint(ids[len(tokenizer.bos) : -1])
 
 
+@pytest.mark.torture("fuzz")
 @pytest.mark.parametrize("kind", ["byte_level", "llama"])
-@settings(max_examples=150, deadline=None)
+@examples(150, 300)
 @given(instruction=texts, response=texts)
 def test_a_document_decodes_to_its_text(tokenizers, kind, instruction, response):
     text = TEMPLATE.text(instruction, "", response)
@@ -82,7 +86,8 @@ def test_a_response_whose_first_token_would_reach_into_the_prompt_is_split_there
     assert tokenizer.decode(encoded.ids[: encoded.lengths[0]]) == TEMPLATE.text("Why?", "", "\n\nBecause.")
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.torture("fuzz")
+@examples(300, 600)
 @given(text=texts)
 def test_marking_spaces_here_gives_the_ids_of_the_tokenizers_own_normaliser(folders, tokenizers, text):
     own = Tokenizer.from_file(str(folders["llama"] / "tokenizer.json"))

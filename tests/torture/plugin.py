@@ -34,6 +34,12 @@ class Torture:
         self.done = (self.done or 0) + number
 
 
+def examples(short: int, long: int) -> hypothesis.settings:
+    """For a property whose examples are dear: how many of them, in the two forms."""
+    in_long_form = hypothesis.settings.default.max_examples == LONG_EXAMPLES
+    return hypothesis.settings(max_examples=long if in_long_form else short, deadline=None)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--torture", type=int, metavar="SEED", help="the long forms of what is marked torture, from this seed")
 
@@ -82,6 +88,8 @@ def pytest_runtest_call(item: pytest.Item):
     try:
         return (yield)
     finally:
+        if handle is not None:
+            handle.inner_test = inner  # parameters share it
         item.user_properties.append(("seconds", time.monotonic() - started))
         given = getattr(item, "funcargs", {}).get("torture")
         done = given.done if given is not None and given.done is not None else examples or 1
