@@ -7,6 +7,8 @@ from pathlib import Path
 
 from stages.run.backend import backend_module
 from stages.run.command import stage_command
+from stages.run.errors import StageFailure
+from stages.run.manifest import damage, manifest_of, problem
 from stages.run.publish import Facts, publish, remove_published
 from stages.run.settings import Settings
 from stages.run.sizes import parse_size, show_size
@@ -21,17 +23,16 @@ def main(settings: Settings, train: Path, output: Path) -> None:
 
 def join(settings: Settings, train: Path, work: Path) -> Facts:
     """Write the whole model to `work` and hold it against its config.json; nothing is published that differs."""
-    from transformers import AutoConfig
-
     from stages.model.base import base_model_folder
-    from stages.model.check import check_model_folder, tied_weights
+    from stages.model.check import check_model_folder, read_config, tied_weights
 
+    require_published_shards(train)
     backend = backend_module("consolidate", settings)
     shutil.copytree(train / "tokenizer", work, dirs_exist_ok=True)
     for name in ("prompt.json", "generation_config.json"):
         if (train / name).is_file():
             shutil.copyfile(train / name, work / name)
-    config = AutoConfig.from_pretrained(train)
+    config = read_config(train)
     config.dtype = "bfloat16" if settings.bf16 else "float32"
     config.save_pretrained(work)
     found = backend.consolidate(
@@ -45,6 +46,21 @@ def join(settings: Settings, train: Path, work: Path) -> Facts:
     checked = check_model_folder(work)
     print(f"{checked['parameters']:,} parameters in {checked['dtype']}, {show_size(checked['bytes'])}: as config.json says", flush=True)
     return Facts(metrics={**checked, "bytes_read": found["bytes_read"]}, digests=found["files"])
+
+
+def require_published_shards(train: Path) -> None:
+    """Raise StageFailure unless the shards are those that train published, byte by byte.
+
+    A shard's own checksum finds a byte that was changed. It does not find shards of equal shape that were exchanged, nor a changed
+    number in what says where each belongs.
+    """
+    manifest = manifest_of(train)
+    if manifest is None:
+        raise StageFailure(f"{train}: {problem(train)}. Run `make train` again.")
+    shards = {name: facts for name, facts in manifest["outputs"].items() if name.startswith("shards/")}
+    found = [line for line in damage({**manifest, "outputs": shards}, train, read=True) if line.startswith("shards/")]
+    if found:
+        raise StageFailure("\n".join([f"{train} is not what was published. Run `make train VERIFY=1`, which makes it again.", *found[:5]]))
 
 
 if __name__ == "__main__":

@@ -1,64 +1,103 @@
 """Where the base model comes from: a local folder, the Hub, or random weights made from a config.
 
-Hands on a local folder in the Hugging Face layout with safetensors in it. Nothing downloaded is executed: no remote
-code, no pickles.
+Hands on a local folder in the Hugging Face layout with safetensors in it that fit its config.json. Nothing that was downloaded is executed:
+no code that a model brings, and no pickles but where ALLOW_PICKLE=1 asks for their tensors.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stages.model.check import base_model_problems, read_config, tied_weights
+from stages.model.from_pickles import PICKLE_INDEX, PICKLES, content_of, convert, pickled_files
 from stages.model.hub import download_files
-from stages.run.errors import InputError
+from stages.run.durable import flush_tree
+from stages.run.errors import InputError, StageFailure
 from stages.run.lock import locked
 from stages.run.settings import Settings
+from stages.run.space import room_for
 
-# Random base models live beside the runs that share them.
-RANDOM_MODELS = Path("outputs/.cache/models")
+# Base models that were made here, random or from pickles, lie beside the runs that share them.
+MADE_MODELS = Path("outputs/.cache/models")
+DESCRIPTION = ("config.json", "generation_config.json")
+
+
+def local_model(model: str) -> Path | None:
+    """The folder that MODEL_ID names, None where it is an id of the Hub; InputError for a path at which there is no folder."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if os.path.lexists(folder) or model.startswith((".", "/", "~")):
+        found = "is a link that leads nowhere" if folder.is_symlink() else "is not a folder" if folder.exists() else "is not there"
+        raise InputError(f"MODEL_ID={model} {found}. Name a folder in the Hugging Face layout, or OWNER/NAME on the Hub.")
+    return None
 
 
 def load_config(settings: Settings) -> Any:
     """The `PretrainedConfig` of MODEL_ID; raises InputError when there is none that can be read."""
-    from transformers import AutoConfig
-
-    folder = Path(settings.model_id)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(f"MODEL_ID={settings.model_id} has no config.json. Name a folder in the Hugging Face layout.")
-    else:
-        folder = download_files(settings.model_id, settings.model_revision, ("config.json",))
+    folder = local_model(settings.model_id)
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"MODEL_ID={settings.model_id}: its config.json cannot be used: {reason}") from None
+        return read_config(folder or download_files(settings.model_id, settings.model_revision, ("config.json",)))
+    except StageFailure as failure:
+        raise InputError(f"MODEL_ID={settings.model_id}: {failure} Name a folder in the Hugging Face layout.") from failure
 
 
 def base_model_folder(settings: Settings) -> Path:
-    """A local folder with config.json and the base model's safetensors, downloaded or made where it is not there yet."""
+    """A local folder with config.json and the base model's safetensors, downloaded or made where it is not there yet.
+
+    Raises InputError for weights that are not there, damaged, pickles, or not those of the model that config.json describes.
+    """
     if settings.init_weights == "random":
         return _random_model(settings)
-    folder = Path(settings.model_id)
-    if not folder.is_dir():
-        folder = download_files(settings.model_id, settings.model_revision, ("*.json", "*.safetensors"))
+    load_config(settings)  # for its refusals, before gigabytes of weights
+    folder = local_model(settings.model_id) or download_files(settings.model_id, settings.model_revision, ("*.json", "*.safetensors"))
     if not any(folder.glob("*.safetensors")):
-        pickles = any(folder.glob("*.bin"))
-        found = "has weights as pickles (.bin) alone, which can run code when opened" if pickles else "holds no weights"
-        remedy = "Convert them to safetensors" if pickles else "Name another model, or set INIT_WEIGHTS=random"
-        raise InputError(f"MODEL_ID={settings.model_id} {found}. {remedy}.")
+        folder = _from_pickles(settings, folder)
+    if problems := base_model_problems(folder):
+        raise InputError(f"MODEL_ID={settings.model_id}: {problem}" for problem in problems)
     return folder
 
 
 def copy_description(base: Path, data: Path, output: Path) -> None:
     """Put beside trained weights in `output` what describes them: the base model's config, the data's tokenizer and prompt."""
-    for name in ("config.json", "generation_config.json"):
+    for name in DESCRIPTION:
         if (base / name).is_file():
             shutil.copyfile(base / name, output / name)
     shutil.copytree(data / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
     shutil.copyfile(data / "prompt.json", output / "prompt.json")
+
+
+def _from_pickles(settings: Settings, folder: Path) -> Path:
+    """The folder with its pickled weights as safetensors, if there are such and ALLOW_PICKLE=1."""
+    model = f"MODEL_ID={settings.model_id}"
+    if not settings.allow_pickle:
+        if any(folder.glob(PICKLES)) or (folder / PICKLE_INDEX).is_file():
+            raise InputError(
+                f"{model} has weights as pickles (.bin) alone, which can run code when opened. Set ALLOW_PICKLE=1 to have the tensors read "
+                "from them and nothing else, or convert them to safetensors."
+            )
+        remedy = "Name another model, or set INIT_WEIGHTS=random; ALLOW_PICKLE=1 looks for pickled weights too"
+        raise InputError(f"{model} holds no weights (.safetensors). {remedy}.")
+    if local_model(settings.model_id) is None:
+        folder = download_files(settings.model_id, settings.model_revision, ("*.json", PICKLES))
+
+    def write(made: Path) -> None:
+        print(f"{model}: its pickles as safetensors, in {MADE_MODELS}", flush=True)
+        for path in described:
+            shutil.copyfile(path, made / path.name)
+        convert(files, tied_weights(folder), made)
+
+    try:
+        files = pickled_files(folder)
+        described = [folder / name for name in DESCRIPTION if (folder / name).is_file()]
+        return _made_once(content_of([*files, *described]), f"{model}, from pickles", write)
+    except StageFailure as failure:
+        raise InputError(f"{model}: {failure}") from failure
 
 
 def _random_model(settings: Settings) -> Path:
@@ -67,16 +106,34 @@ def _random_model(settings: Settings) -> Path:
     from transformers import AutoModelForCausalLM
 
     config = load_config(settings)
-    key = hashlib.sha256(f"{config.to_json_string()} {settings.seed}".encode()).hexdigest()[:16]
-    folder = RANDOM_MODELS / key
+    digest = hashlib.sha256(f"{config.to_json_string()} {settings.seed}".encode()).hexdigest()
+
+    def write(made: Path) -> None:
+        torch.manual_seed(settings.seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        with room_for(f"the random base model {made}", made, 4 * model.num_parameters()):
+            model.save_pretrained(made)
+
+    return _made_once(digest, "random base model", write)
+
+
+def _made_once(digest: str, what: str, write: Callable[[Path], None]) -> Path:
+    """The folder of the model that `digest` stands for; `write` fills it where no run has yet."""
+    folder = MADE_MODELS / digest[:16]
     if folder.is_dir():
         return folder
-    with locked(RANDOM_MODELS, "random base model"):
+    with locked(MADE_MODELS, what):
         if not folder.is_dir():  # else another run made it meanwhile
-            torch.manual_seed(settings.seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            beside = folder.with_name(f"{key}.making")
+            beside = folder.with_name(f"{folder.name}.making")
             shutil.rmtree(beside, ignore_errors=True)
-            model.save_pretrained(beside)
-            beside.rename(folder)
+            beside.mkdir()
+            try:
+                write(beside)
+                for weights in beside.glob("*.safetensors"):
+                    shutil.copymode(beside / "config.json", weights)  # safetensors lets only the owner read
+                flush_tree(beside)
+                beside.rename(folder)
+            except BaseException:
+                shutil.rmtree(beside, ignore_errors=True)
+                raise
     return folder

@@ -17,8 +17,8 @@ import torch.distributed.checkpoint as dcp
 from transformers import AutoModelForCausalLM
 
 from stages.backends.torch import consolidate as subject
-from stages.backends.torch.consolidate import METADATA_FILE, consolidate
-from stages.backends.torch.metadata import read_metadata
+from stages.backends.torch.consolidate import consolidate
+from stages.backends.torch.metadata import METADATA_FILE, read_metadata
 from stages.model import weights
 from stages.model.check import check_model_folder, tied_weights
 from stages.model.weights import INDEX_FILE

@@ -11,6 +11,7 @@ import collections
 import math
 import os
 import pickle
+import reprlib
 import struct
 import zipfile
 import zlib
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.model.inert_unpickler import InertUnpickler
 from stages.model.weights import DTYPES, PIECE_BYTES
 from stages.run.errors import StageFailure
 
@@ -38,6 +40,9 @@ STORAGES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
+
+
+LARGEST_TENSOR = 1 << 48  # elements
 
 
 @dataclass(frozen=True)
@@ -79,12 +84,18 @@ class _Storage:
     dtype: str
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(InertUnpickler):
     """Builds containers, numbers, text and the classes above. Every other name that a pickle asks for is an error."""
 
     def __init__(self, file: Any, records: Mapping[str, Record]):
         super().__init__(file)
         self._records = records
+
+    def fill(self, instance: Any, state: Any) -> None:
+        if isinstance(instance, TensorReference):
+            instance.tid = state["tid"]
+        elif not isinstance(instance, collections.OrderedDict):  # a state dict has the modules' versions as an attribute: not needed
+            super().fill(instance, state)
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in STORAGES:
@@ -93,23 +104,26 @@ class _Unpickler(pickle.Unpickler):
             return name
         if (module, name) in _NAMES:
             return _NAMES[module, name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which has no place in a checkpoint")
+        return super().find_class(module, name)
 
     def persistent_load(self, identity: Any) -> _Storage:
         kind, dtype, key, _, elements = identity
-        record = self._records.get(f"data/{key}")
+        record = self._records.get(f"data/{key}") if isinstance(key, str) else None
         if kind != "storage" or record is None or record.size != elements * DTYPES[dtype][1]:
-            raise pickle.UnpicklingError(f"the memory {key!r} of a tensor is not in it")
+            raise pickle.UnpicklingError(f"the memory {reprlib.repr(key)} of a tensor is not in it")
         return _Storage(record, dtype)
 
 
 def _tensor(storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> StoredTensor:
     """In place of torch._utils._rebuild_tensor_v2. XLA hands its tensors to the host in row-major order, so nothing else is met."""
+    if not all(type(number) is int for number in (offset, *shape, *strides)):
+        raise pickle.UnpicklingError("a tensor's shape is not made of whole numbers")
     row_major = tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
     if any(size > 1 and a != b for size, a, b in zip(shape, strides, row_major, strict=True)):
         raise pickle.UnpicklingError(f"a tensor of shape {list(shape)} has strides {list(strides)}: save it with .contiguous()")
     end = (offset + math.prod(shape)) * DTYPES[storage.dtype][1]
-    if min(offset, *shape, 0) < 0 or end > storage.record.size:
+    # Without elements a shape needs no memory, and can be larger than any tensor's.
+    if min(offset, *shape, 0) < 0 or end > storage.record.size or math.prod(max(1, size) for size in shape) > LARGEST_TENSOR:
         raise pickle.UnpicklingError(f"a tensor of shape {list(shape)} reaches beyond its memory")
     return StoredTensor(storage.record, storage.dtype, tuple(shape), offset)
 
@@ -134,9 +148,11 @@ def read_archive(path: Path) -> Any:
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+            if len(entries) < len(archive.infolist()):
+                raise zipfile.BadZipFile("it holds two records of one name")
+            records = {name: _record(path, file, info) for name, info in entries.items()}
             if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
                 raise zipfile.BadZipFile("it was written on a big-endian machine")
-            records = {name: _record(path, file, info) for name, info in entries.items() if name.startswith("data/")}
             with archive.open(entries["data.pkl"]) as described:  # checks the pickle's own CRC-32
                 return _Unpickler(described, records).load()
     except Exception as error:  # from damaged bytes, zipfile and pickle raise anything
@@ -145,8 +161,8 @@ def read_archive(path: Path) -> Any:
 
 
 def _record(path: Path, file: Any, info: zipfile.ZipInfo) -> Record:
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise zipfile.BadZipFile("its tensors are compressed, which torch.save never does")
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+        raise zipfile.BadZipFile(f"its record {info.filename} is compressed, which torch.save never does")
     # APPNOTE.TXT 4.3.7: a local header is 30 bytes, its last four the lengths of the name and of the extra field that follow it.
     header = os.pread(file.fileno(), 30, info.header_offset)
     start = info.header_offset + 30 + sum(struct.unpack("<26xHH", header))

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from stages.backends.neuron.compiled import PROGRAM, missing_files, missing_packages, read_description, weight_files
+from stages.model.size import weight_bytes
 from stages.run.errors import InputError, StageFailure
 from stages.run.launch import launch
 from stages.run.lock import locked
 from stages.run.settings import Settings
+from stages.run.space import require_space
 
 # What training on Neuron gives and optimum-neuron's inference takes (models/inference/auto_models.py).
 SUPPORTED = ("granite", "llama", "qwen3")
@@ -45,6 +47,7 @@ def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[
     """
     _refuse_unfit(model_dir, settings)
     output.mkdir(parents=True, exist_ok=True)
+    require_space("each core's part of the weights", output, weight_bytes(model_dir))
     scratch = SCRATCH.absolute()
     started = time.monotonic()
     with locked(scratch, "compile-inference"):

@@ -12,7 +12,8 @@ from pathlib import Path
 import click
 
 from stages.run.errors import StageFailure
-from stages.run.launch import die_with_parent, report_error
+from stages.run.launch import report_error
+from stages.run.space import disk_failure
 
 
 @click.command()
@@ -24,12 +25,12 @@ from stages.run.launch import die_with_parent, report_error
 @click.option("--sequence-length", type=int, required=True, help="Prompt and answer together, in tokens.")
 @click.option("--tensor-parallel-size", type=int, required=True, help="NeuronCores that share the model.")
 def main(model: Path, output: Path, error_file: Path, **sizes: int | str) -> None:
-    die_with_parent()
     try:
         export(model.absolute(), output.absolute(), **sizes)
     except Exception as error:
         traceback.print_exc()  # the compiler's own words stand in it
-        report_error(StageFailure(f"Compiling failed: {type(error).__name__}: {str(error)[:1000]}"), error_file)
+        failed = StageFailure(f"Compiling failed: {type(error).__name__}: {str(error)[:1000]}")
+        report_error(disk_failure(error, output) or failed, error_file)
         raise SystemExit(StageFailure.exit_status) from None
 
 
@@ -38,7 +39,7 @@ def export(model: Path, output: Path, **sizes: int | str) -> None:
     from optimum.neuron import NeuronModelForCausalLM
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     neuron_config = NeuronModelForCausalLM.get_neuron_config(str(model), config=config, **sizes)
     # Logits instead of ids: generate.py chooses on the host. The graph is the one that optimum-neuron itself uses where its
     # sampling on the device is at fault (Qwen with continuous batching on two cores), and for speculation.

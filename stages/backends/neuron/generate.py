@@ -87,4 +87,4 @@ def load(compiled: Path) -> CompiledModel:
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # optimum-neuron uses names that transformers calls deprecated
-    return CompiledModel(NeuronModelForCausalLM.from_pretrained(str(compiled.absolute())))
+    return CompiledModel(NeuronModelForCausalLM.from_pretrained(str(compiled.absolute()), trust_remote_code=False))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 PROBLEMS_SHOWN = 5
 DONE = "done"
 ADAPTER_CONFIG = "adapter_config.json"
+MOST_RANKS = 4096
 METADATA = "mp_metadata_pp_rank_{}.json"
 RANK_FILE = "dp_rank_00_tp_rank_{:02d}_pp_rank_{:02d}.pt"
 
@@ -125,6 +127,8 @@ def _stages(folder: Path) -> tuple[list[_Stage], list[str]]:
     if not (folder / DONE).is_file():
         return [], [f"{folder / DONE} is missing. It is written behind all weights, so this save was never finished."]
     stages, problems = [], []
+    if _pipeline_size(folder) > MOST_RANKS:
+        return [], [f"{folder} has files of {_pipeline_size(folder)} pipeline stages; no training has more than {MOST_RANKS}."]
     for rank in range(_pipeline_size(folder)):
         path = folder / METADATA.format(rank)
         try:
@@ -132,10 +136,13 @@ def _stages(folder: Path) -> tuple[list[_Stage], list[str]]:
         except FileNotFoundError:
             problems.append(f"{path} is missing.")
             continue
-        except (Misfit, ValueError) as error:
+        except (Misfit, ValueError, RecursionError) as error:
             problems.append(f"{path} cannot be used: {error}.")
             continue
         sizes = {partition.count for partition in parameters.values() if partition} | {spec.tp_size for spec in specs} or {1}
+        if max(sizes) > MOST_RANKS:
+            problems.append(f"{path} gives {max(sizes)} tensor-parallel ranks; no training has more than {MOST_RANKS}.")
+            continue
         files = [folder / "model" / RANK_FILE.format(tensor_rank, rank) for tensor_rank in range(max(sizes))]
         problems += [f"{file} is missing." for file in files if not file.is_file()]
         if len(sizes) > 1:
@@ -194,7 +201,7 @@ def _sharded_tensor(original: Original, stored: list[StoredTensor]) -> ShardedTe
 def _rank_tensors(file: Path, problems: list[str]) -> dict[str, StoredTensor]:
     """Name -> tensor for one rank's file and the files it refers to. What is wrong with the latter is added to `problems`."""
     entries = read_archive(file)
-    if not isinstance(entries, dict):
+    if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
         raise StageFailure(f"{file} holds no state dict.")
     beside = file.with_name(f"{file.name}.info.pt")
     information = read_archive(beside) if beside.is_file() else {}
@@ -219,7 +226,7 @@ def _rank_tensors(file: Path, problems: list[str]) -> dict[str, StoredTensor]:
 def _referred(file: Path, number: object, information: dict[Any, Any]) -> StoredTensor | Placeholder:
     """The tensor that lies in a file of its own, if it is as info.pt says (old versions of neuronx-distributed wrote no info.pt)."""
     if not isinstance(number, int):
-        raise StageFailure(f"{file} refers to a tensor {number!r}, and not by a number.")
+        raise StageFailure(f"{file} refers to a tensor {reprlib.repr(number)}, and not by a number.")
     path = file.with_name(f"{file.name}.tensors") / f"tensor_{number}.pt"
     if not path.is_file():
         raise StageFailure(f"{path} is missing.")
@@ -230,7 +237,8 @@ def _referred(file: Path, number: object, information: dict[Any, Any]) -> Stored
     if isinstance(stored, StoredTensor) and isinstance(described, dict):
         expected = (described.get("dtype"), described.get("shape"))
         if expected != (stored.dtype, stored.shape):
-            raise StageFailure(f"{path} holds {stored.dtype} {stored.shape}, {file.name}.info.pt says {expected[0]} {expected[1]}.")
+            says = " ".join(map(reprlib.repr, expected)).replace("'", "")
+            raise StageFailure(f"{path} holds {stored.dtype} {stored.shape}, {file.name}.info.pt says {says}.")
     return stored
 
 

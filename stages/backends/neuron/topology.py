@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from stages.backends.neuron.machine import Machine, device_name, find_machine, neuron_cores
+from stages.model.fit import undivided
 from stages.run.settings import Settings
 
 __all__ = ["device_name", "neuron_cores", "topology_problems"]
@@ -90,12 +91,7 @@ def size_problems(sizes: Sizes, machine: Machine, config: Any) -> Iterator[str]:
 
 
 def _indivisible(tp: int, config: Any) -> Iterator[str]:
-    heads = config.num_attention_heads
-    counts = {"attention heads": heads, "intermediate columns": config.intermediate_size}
-    if config.model_type != "granite":  # its embedding and head are whole in every process
-        counts["vocabulary entries"] = config.vocab_size
-    whole = [f"{count} {name}" for name, count in counts.items() if count % tp]
-    if whole:
+    if whole := undivided(tp, config):
         yield f"TENSOR_PARALLEL_SIZE={tp} does not divide the model's {', '.join(whole)}."
     kv_heads = kv_heads_of(config)
     if kv_heads % tp and tp % kv_heads:  # either each process has whole heads, or each head is in equally many processes

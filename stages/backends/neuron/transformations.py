@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any
+
+LARGEST_SIZE = 1 << 24  # of heads, rows, ranks
 
 Shape = tuple[int, ...]
 # A parameter of the trained model -> the shape of its shard on each tensor-parallel rank.
@@ -169,7 +171,7 @@ def parse_metadata(metadata: Any) -> tuple[dict[str, Partition | None], list[Spe
             for kind, fields in entry["specs"]
         ]
         return parameters, specs
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise Misfit(f"it is not the metadata of optimum-neuron's shards: {error!r}") from error
 
 
@@ -204,13 +206,26 @@ def _partition(fields: Mapping[str, Any]) -> Partition | None:
     return Partition(int(fields["partition_dim"]), int(fields["partition_stride"]), int(fields["num_partitions"]))
 
 
-def _spec(module: str, kind: str, fields: Mapping[str, Any]) -> Spec:
-    others = {name: value for name, value in fields.items() if name != "peft_type"}
+def _spec(module: str, kind: str, values: Mapping[str, Any]) -> Spec:
+    others = {name: value for name, value in values.items() if name != "peft_type"}
     if kind not in SPECS or set(others) != set(SPECS[kind].__dataclass_fields__) - {"module"}:
         raise Misfit(f"the transformation {kind} of {module} with {sorted(others)} is not one of optimum-neuron 0.4.5 ({', '.join(SPECS)})")
-    if fields.get("peft_type") not in (None, "lora"):
-        raise Misfit(f"{module}: adapters of type {fields['peft_type']} are not known here, only LoRA")
-    return SPECS[kind](module=module, **others)
+    if values.get("peft_type") not in (None, "lora"):
+        raise Misfit(f"{module}: adapters of type {values['peft_type']} are not known here, only LoRA")
+    spec = SPECS[kind](module=module, **others)
+    for field in fields(spec):
+        if not _is(str(field.type), getattr(spec, field.name)):
+            raise Misfit(f"{module}: {field.name} of its transformation {kind} is not what it is in optimum-neuron 0.4.5 ({field.type})")
+    return spec
+
+
+def _is(kind: str, value: Any) -> bool:
+    """Whether a value that was read from JSON is of the kind that a spec's field is annotated with. A size is a count of something."""
+    if kind.startswith("Sequence["):
+        return isinstance(value, list) and all(_is(kind[len("Sequence[") : -1], item) for item in value)
+    if kind == "int":
+        return type(value) is int and 0 <= value <= LARGEST_SIZE
+    return type(value).__name__ == kind
 
 
 def _joined(name: str, partition: Partition | None, shapes: Sequence[Shape]) -> Original:

@@ -26,7 +26,9 @@ from stages.backends.neuron.figures import FiguresCallback
 from stages.backends.neuron.trainer import make_trainer
 from stages.backends.rows import PackedRows, rows_of_step
 from stages.run.errors import InputError, StageFailure
-from stages.run.launch import die_with_parent, end_with_stage, report_error
+from stages.run.guard import die_with_parent
+from stages.run.launch import report_error
+from stages.run.space import disk_failure
 from stages.text.saved_rows import IGNORED_LABEL
 
 
@@ -47,7 +49,6 @@ class WorkerArguments:
 def main() -> None:
     """Train as the command line says; the exit status is 0, that of an InputError or StageFailure, or 1 with a traceback."""
     die_with_parent()
-    end_with_stage()  # torchrun and neuron_parallel_compile outlive a stage that is killed
     # Of the scheduler, whose optimizer is another one than it was made for: trainer.py says why.
     warnings.filterwarnings("ignore", "Seems like `optimizer.step|Detected call of `lr_scheduler.step")
     from optimum.neuron import NeuronTrainingArguments
@@ -61,8 +62,11 @@ def main() -> None:
     except (InputError, StageFailure) as error:
         report_error(error, Path(own.work) / "error")
         _leave(error.exit_status)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if full := disk_failure(error, Path(own.work)):
+            report_error(full, Path(own.work) / "error")
+        else:
+            traceback.print_exc()
         _leave(1)
 
 
@@ -88,7 +92,9 @@ def build_model(own: WorkerArguments, arguments: Any, length: int) -> Any:
     from optimum.neuron.models.training import NeuronModelForCausalLM
 
     attention = attention_implementation(length)
-    model = NeuronModelForCausalLM.from_pretrained(own.base, arguments.trn_config, dtype=torch.bfloat16, attn_implementation=attention)
+    model = NeuronModelForCausalLM.from_pretrained(
+        own.base, arguments.trn_config, dtype=torch.bfloat16, attn_implementation=attention, trust_remote_code=False
+    )
     if not own.lora_r:
         return model
     from optimum.neuron.peft import get_peft_model

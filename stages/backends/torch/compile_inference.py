@@ -27,9 +27,11 @@ from stages.backends.torch.export import LlamaStep, StepName, export_step
 from stages.backends.torch.generate import DESCRIPTION, WEIGHTS, constant_facts, load
 from stages.backends.torch.inductor import scratch_space
 from stages.backends.torch.machine import instruction_set
+from stages.model.size import weight_bytes
 from stages.run.errors import InputError, StageFailure
-from stages.run.launch import die_with_parent
+from stages.run.guard import end_marked, mark
 from stages.run.settings import Settings
+from stages.run.space import disk_failure, room_for
 
 STEPS: tuple[StepName, ...] = ("prefill", "decode")
 SHORTEST_SEQUENCE = 16
@@ -75,7 +77,8 @@ def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[
     _refuse_unfit(work)
     output.mkdir(parents=True, exist_ok=True)
     probe = _random_probe(work)
-    expected = _write_model(work, probe)
+    with room_for("the compiled model's weights", output, weight_bytes(model_dir)):
+        expected = _write_model(work, probe)
     started = time.monotonic()
     _compile_packages(work)
     seconds = time.monotonic() - started
@@ -134,7 +137,9 @@ def _load_llama(work: Compilation) -> Any:
     """The eager model in its own dtype. Built in that dtype, not converted: RoPE's frequencies stay float32."""
     from transformers import LlamaForCausalLM
 
-    llama, report = LlamaForCausalLM.from_pretrained(work.model_dir, dtype="auto", output_loading_info=True)
+    llama, report = LlamaForCausalLM.from_pretrained(
+        work.model_dir, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=False
+    )
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:5])
         raise InputError(f"{work.model_dir} lacks {len(report['missing_keys'])} of its weights ({missing}): run `make consolidate` again")
@@ -215,11 +220,14 @@ def _compile_packages(work: Compilation) -> None:
     sizes = f"{work.batch_size} prompt{'s' * (work.batch_size > 1)} of up to {work.sequence_length} tokens"
     print(f"compiling {' and '.join(STEPS)} for {instruction_set(work.device).name}, {sizes}", flush=True)
     workers = 1 if work.device == "cuda" else len(STEPS)
-    with scratch_space(work.output), ProcessPoolExecutor(workers, get_context("spawn"), initializer=die_with_parent) as pool:
+    with scratch_space(work.output), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         jobs = {step: pool.submit(_compile_step, step, work) for step in STEPS}
         for step, job in jobs.items():
             try:
                 job.result()
+            except KeyboardInterrupt:
+                end_marked(mark())  # else leaving the pool would wait until they have compiled
+                raise
             except BrokenProcessPool as error:
                 raise StageFailure(
                     f"A process that compiled was killed before {step} was ready, most often because memory ran out: "
@@ -243,10 +251,13 @@ def _compile_step(step: StepName, work: Compilation) -> None:
             aoti_compile_and_package(
                 program,
                 package_path=str(work.output / f"{step}.pt2"),
-                inductor_configs={"aot_inductor.package_constants_in_so": False},
+                # Compiled headers would take 280 MB of /tmp for each model, in a folder that any user can make first.
+                inductor_configs={"aot_inductor.package_constants_in_so": False, "aot_inductor.precompile_headers": False},
             )
     except Exception as error:
         # As text: some of the compiler's exceptions do not survive the way between processes.
+        if full := disk_failure(error, work.output):
+            raise full from None
         raise StageFailure(f"Compiling {step} failed: {type(error).__name__}: {error}") from error
 
 

@@ -13,50 +13,23 @@ import contextlib
 import io
 import itertools
 import math
-import operator
 import os
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.serialization import skip_data
 
-from stages.backends.torch.metadata import read_metadata
-from stages.model.weights import PIECE_BYTES, TensorSpec, write_safetensors
+from stages.backends.torch.metadata import Shard, ShardedTensor, sharded_tensors
+from stages.model.weights import PIECE_BYTES, write_safetensors
 from stages.run.errors import StageFailure
 
-METADATA_FILE = ".metadata"
 PROBLEMS_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A box of a tensor: `shape` elements from `start` on, archived in `length` bytes from `offset` on of `file`."""
-
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    length: int
-
-    @property
-    def end(self) -> tuple[int, ...]:
-        return tuple(map(operator.add, self.start, self.shape))
-
-
-@dataclass(frozen=True)
-class ShardedTensor:
-    """A tensor of the checkpoint, under the name that it has in the model, and the boxes that make it up."""
-
-    spec: TensorSpec
-    shards: list[Shard]
 
 
 def consolidate(
@@ -99,43 +72,6 @@ def consolidate(
         "bytes_read": sum(shard.length for tensor in tensors.values() for shard in tensor.shards),
         "files": digests,
     }
-
-
-def sharded_tensors(folder: Path, prefix: str) -> dict[str, ShardedTensor]:
-    """Name -> tensor for the entries of the DCP folder that begin with `prefix`, in the checkpoint's order."""
-    path = folder / METADATA_FILE
-    if not path.is_file():
-        raise StageFailure(f"{path} is missing. DCP writes it last, so this checkpoint was never finished; use an earlier one.")
-    try:
-        metadata = read_metadata(path)
-        tensors = {
-            key.removeprefix(prefix): _sharded_tensor(folder, key, key.removeprefix(prefix), metadata)
-            for key in metadata.state_dict_metadata
-            if key.startswith(prefix)
-        }
-    except StageFailure:
-        raise
-    except Exception as error:  # a damaged pickle raises anything, as pickle's documentation says
-        raise StageFailure(f"{path} cannot be read: {error!r}. Use an earlier checkpoint.") from error
-    if not tensors:
-        raise StageFailure(f"The checkpoint {folder} has no entry that begins with {prefix!r}.")
-    return tensors
-
-
-def _sharded_tensor(folder: Path, key: str, name: str, metadata: Metadata) -> ShardedTensor:
-    """The tensor that the checkpoint holds under `key`, as its metadata describes it."""
-    stored = metadata.state_dict_metadata[key]
-    if not isinstance(stored, TensorStorageMetadata):
-        raise StageFailure(f"{folder}: the entry {key} is not a tensor, so it cannot be one of a model's weights.")
-    shards = []
-    for chunk in stored.chunks:
-        place = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
-        if place is None:
-            raise StageFailure(f"{folder / METADATA_FILE} does not say where the shard of {key} at {list(chunk.offsets)} lies.")
-        if getattr(place, "transform_descriptors", None):
-            raise StageFailure(f"{folder / place.relative_path}: {key} went through {place.transform_descriptors}; save it plainly.")
-        shards.append(Shard(tuple(chunk.offsets), tuple(chunk.sizes), folder / place.relative_path, place.offset, place.length))
-    return ShardedTensor(TensorSpec(name, tuple(stored.size), str(stored.properties.dtype).removeprefix("torch.")), shards)
 
 
 def _problems(tensors: dict[str, ShardedTensor]) -> Iterator[str]:
@@ -194,12 +130,15 @@ class _ShardReader:
         self.crc = 0
         try:
             with io.BufferedReader(_Slice(file, shard.offset, shard.length)) as archive:
-                start, self.expected_crc = _stored_record(archive)
+                start, size, self.expected_crc = _stored_record(archive)
                 self.position = shard.offset + start
                 with skip_data():  # shape, strides and dtype; memory that is reserved but not touched
                     saved = torch.load(archive, map_location="cpu", weights_only=True)
+            if saved.untyped_storage().nbytes() != size:
+                raise ValueError(f"its pickle says {saved.untyped_storage().nbytes()} bytes, the archive has {size}")
         except Exception as error:  # from damaged bytes, zipfile and pickle raise anything
-            raise self._failure(str(error).partition("\n")[0]) from error
+            reason = error.__context__ or error  # torch's own words advise to open it without weights_only
+            raise self._failure(str(reason).partition("\n")[0].partition(". ")[0]) from error
         if not isinstance(saved, torch.Tensor) or (saved.shape, saved.dtype) != (torch.Size(shard.shape), dtype):
             raise self._failure("it is not what the metadata says")
         self.whole: torch.Tensor | None = None
@@ -272,14 +211,18 @@ class _Slice(io.RawIOBase):
         return count
 
 
-def _stored_record(archive: BinaryIO) -> tuple[int, int]:
-    """Where, in the archive that torch.save wrote, the bytes of its one storage begin, and their CRC-32."""
+def _stored_record(archive: BinaryIO) -> tuple[int, int, int]:
+    """Where, in the archive that torch.save wrote, the bytes of its one storage begin, how many they are, and their CRC-32."""
     with zipfile.ZipFile(archive) as records:
-        record = next((info for info in records.infolist() if info.filename.endswith("/data/0")), None)
-        if record is None or record.compress_type != zipfile.ZIP_STORED:
+        # A compressed record (torch.save writes none) can be a thousand times as large in memory.
+        if any(info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size for info in records.infolist()):
+            raise zipfile.BadZipFile("its records are compressed")
+        storages = [info for info in records.infolist() if info.filename.endswith("/data/0")]
+        if len(storages) != 1:
             raise zipfile.BadZipFile("it holds no plain tensor")
+        [record] = storages
     archive.seek(record.header_offset)
     # APPNOTE.TXT 4.3.7: a local header is 30 bytes, its last four the lengths of the name and of the extra field that follow it.
     name_length, extra_length = struct.unpack("<26xHH", archive.read(30))
     archive.seek(0)
-    return record.header_offset + 30 + name_length + extra_length, record.CRC
+    return record.header_offset + 30 + name_length + extra_length, record.file_size, record.CRC

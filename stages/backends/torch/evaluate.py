@@ -24,11 +24,19 @@ def validation_losses(settings: Settings, data: Path, tuned: Path) -> dict[str, 
 
 @torch.no_grad()
 def _mean_loss(folder: Path, rows: PackedRows, count: int, settings: Settings, progress: Progress) -> float:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        # Without one transformers 4.57 looks for custom_generate/generate.py in the folder, and runs it whatever it is told to trust.
+        generation_config=GenerationConfig(),
+        use_safetensors=True,
+        trust_remote_code=False,
+    ).eval()
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
     loss, tokens = 0.0, 0
     for indices in rows.in_order(1):

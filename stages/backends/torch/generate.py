@@ -15,7 +15,9 @@ import torch
 
 from stages.backends.decoding import Decoder, right_padded
 from stages.backends.torch.machine import instruction_set
+from stages.run.content import file_digest
 from stages.run.errors import InputError
+from stages.run.manifest import manifest_of
 
 DESCRIPTION, WEIGHTS = "compiled.json", "weights.safetensors"
 
@@ -73,14 +75,26 @@ def load(compiled: Path) -> CompiledModel:
 
     Raises InputError when `compiled` is no compiled model, was compiled for another device, instruction set or torch, or
     when a weight differs from what the packages were compiled for in name, dtype or shape: the packages trust the bytes
-    that they are given, and would answer with nonsense.
+    that they are given, and would answer with nonsense. Or when a package is not the one that was published.
     """
     if not (compiled / DESCRIPTION).is_file():
         raise InputError(f"{compiled} holds no compiled model ({DESCRIPTION} is missing): run `make compile-inference` first")
     description = json.loads((compiled / DESCRIPTION).read_text(encoding="utf-8"))
     _refuse_another_machines(compiled, description)
+    _refuse_other_code(compiled)
     weights = _read_weights(compiled, description)
     return CompiledModel(description, weights, _load_step(compiled / "prefill.pt2", weights), _load_step(compiled / "decode.pt2", weights))
+
+
+def _refuse_other_code(compiled: Path) -> None:
+    """A package is machine code that runs in this process: it is loaded as it was published, or not at all."""
+    published = manifest_of(compiled)  # None while the stage itself checks what it has just compiled
+    for name, facts in (published or {"outputs": {}})["outputs"].items():
+        if name.endswith(".pt2") and file_digest(compiled / name) != facts["sha256"]:
+            raise InputError(
+                f"{compiled / name} is not what was published. Remove {compiled} and run `make compile-inference`: it compiles again "
+                "from the consolidated model."
+            )
 
 
 def _refuse_another_machines(compiled: Path, description: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from stages.model.check import tied_weights
+from stages.model.check import read_config, tied_weights
 from stages.run.settings import Settings
 
 # Architectures whose modules have the names below.
@@ -41,11 +41,11 @@ def mesh_of(settings: Settings, device: torch.device) -> DeviceMesh:
 
 def build_model(base: Path, settings: Settings, mesh: DeviceMesh, device: torch.device) -> torch.nn.Module:
     """The base model, parallelised over `mesh`, with its weights read from `base`: each rank reads its part alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(base)
+    config = read_config(base)
     with torch.device("meta"):  # no rank ever holds the whole model
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
     model.train()
     if settings.tensor_parallel_size > 1:
         _split_layers(model, mesh["tensor"])

@@ -10,16 +10,18 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 from stages.backends.metrics import last_line
 from stages.backends.steps import derivation, rows_per_step, total_steps
 from stages.model.base import base_model_folder, copy_description, load_config
-from stages.model.fit import fit_problems
+from stages.model.fit import division_problems, fit_problems
+from stages.model.size import training_bytes
+from stages.run.content import files_below
 from stages.run.errors import InputError
 from stages.run.launch import launch
 from stages.run.publish import Facts
 from stages.run.settings import Settings
+from stages.run.space import room_for
 
 
 def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Facts:
@@ -30,13 +32,25 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Fact
     rows = prepare(settings, data)
     base = base_model_folder(settings)
     if not (work / "shards").is_dir():  # else a former call trained to the end and was killed before it published
-        launch(training_command(settings, base, data, work, max_steps=-1), environment(settings), work / "error")
+        _remove_half_written(work)  # of a training that was killed
+        kept = sum(file.stat().st_size for file in files_below(work / "checkpoints"))
+        needed = training_bytes(settings, "torch", total_steps(settings, rows)) - kept
+        try:
+            with room_for("the training's checkpoints and shards", work, max(0, needed)):
+                launch(training_command(settings, base, data, work, max_steps=-1), environment(settings), work / "error")
+        finally:
+            _remove_half_written(work)
     shutil.rmtree(work / "checkpoints", ignore_errors=True)
     copy_description(base, data, work)
     steps = total_steps(settings, rows)
     last = last_line(work / "metrics.jsonl")
     tokens = steps * settings.max_length * rows_per_step(settings)
     return Facts(device=device_name(), tokens=tokens, metrics=last, unkeyed=("metrics.jsonl", "shards/.metadata"))
+
+
+def _remove_half_written(work: Path) -> None:
+    for folder in (*work.glob("*.writing"), *(work / "checkpoints").glob("*.writing")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepare(settings: Settings, data: Path) -> int:
@@ -64,6 +78,7 @@ def environment(settings: Settings) -> dict[str, str]:
         **settings.environment(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "TORCHINDUCTOR_CACHE_DIR": str(COMPILE_CACHE.absolute()),
+        "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",  # they would lie in /tmp, where any user can plant its own
         "LOGLEVEL": os.environ.get("LOGLEVEL", "CRITICAL"),  # torchrun repeats a worker's failure at ERROR
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -83,7 +98,11 @@ def check(settings: Settings, vocabulary: int) -> None:
     problems = []
     if config.model_type not in SUPPORTED:
         problems.append(f"MODEL_ID={settings.model_id} is a {config.model_type}; the torch backend trains {', '.join(SUPPORTED)}.")
-    problems += _indivisible(settings, config)
+    else:
+        problems += division_problems(settings, config)
+        if config.num_key_value_heads % settings.tensor_parallel_size:
+            size, heads = settings.tensor_parallel_size, config.num_key_value_heads
+            problems.append(f"TENSOR_PARALLEL_SIZE={size} does not divide the model's {heads} KV heads. Set a divisor of it.")
     problems += fit_problems(settings, config, vocabulary)
     if settings.pipeline_parallel_size > 1:
         problems.append(f"PIPELINE_PARALLEL_SIZE={settings.pipeline_parallel_size}: the torch backend has no pipeline. Leave it 1.")
@@ -98,21 +117,6 @@ def check(settings: Settings, vocabulary: int) -> None:
         problems.append(f"NPROC_PER_NODE={settings.nproc_per_node} is above the {gpus} visible GPU(s). Lower it (CUDA_VISIBLE_DEVICES).")
     if problems:
         raise InputError(problems)
-
-
-def _indivisible(settings: Settings, config: Any) -> list[str]:
-    size = settings.tensor_parallel_size
-    counts = {
-        "attention heads": config.num_attention_heads,
-        "KV heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
-        "vocabulary entries": config.vocab_size,
-        "intermediate columns": config.intermediate_size,
-    }
-    return [
-        f"TENSOR_PARALLEL_SIZE={size} does not divide the model's {count} {name}. Set a divisor of it."
-        for name, count in counts.items()
-        if count % size
-    ]
 
 
 def device_name() -> str:
