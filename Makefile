@@ -24,12 +24,17 @@ endif
 before := $(subst %,\%,$(.VARIABLES))
 include recipes/$(RECIPE).mk
 RUN ?= $(RECIPE)
-ifneq (,$(or $(filter-out 1,$(words $(RUN))),$(findstring /,$(RUN)),$(filter .%,$(RUN))))
-  $(error RUN='$(RUN)' is to be a folder's name in outputs/: no spaces, no slash, no leading dot)
-endif
 given += $(filter-out before RUN,$(filter-out $(before),$(.VARIABLES)))
 export $(filter-out MAKE%,$(given))
 MAKEOVERRIDES :=
+
+# RUN stands in targets and in shell lines: it may hold nothing that either would read as more than a name.
+letters := a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z
+rest := $(RUN)
+$(foreach c,$(letters) 0 1 2 3 4 5 6 7 8 9 _ - .,$(eval rest := $$(subst $c,,$$(rest))))
+ifneq (,$(or $(rest),$(filter-out 1,$(words $(RUN))),$(filter .% -%,$(RUN))))
+  $(error RUN is to be a folder's name in outputs/ of letters, digits, dots, - and _, without a leading dot or dash)
+endif
 
 # The graph. What a stage is made from: a change of that content makes it stale.
 STAGES := data precompile train consolidate compile-inference eval
@@ -58,8 +63,8 @@ plan = env $(foreach v,$(given),$(call quoted,$v=$(value $v))) $(PYTHON) -I -S s
 answering := $(and $(filter eval,$(MAKECMDGOALS)),$(value PROMPT),$(wildcard $(out)/compile-inference/manifest.json))
 ifneq (,$(filter all demo outputs/% $(STAGES),$(MAKECMDGOALS)))
   stale := $(shell $(plan) $(if $(answering),--answer,$(if $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS)))),--dry-run)))
-  ifneq (,$(filter error,$(stale)))
-    $(error nothing was run)
+  ifneq (0,$(.SHELLSTATUS))
+    $(error nothing was run$(if $(filter-out 2,$(.SHELLSTATUS)),: asking what is stale ended with status $(.SHELLSTATUS)))
   endif
   # One prompt is answered by the model that is there, never by training another.
   stale := $(if $(answering),,$(stale))
@@ -76,7 +81,7 @@ tested := $(if $(VENV),$(VENV)/tests-requirements.txt)
 # PyPI holds placeholders for AWS's wheels.
 NEURON_PIP_INDEX ?= https://pip.repos.neuron.amazonaws.com
 
-.PHONY: help all demo status doctor cache-status cache-lookup cache-synchronize test torture lint clean FORCE $(STAGES)
+.PHONY: help all demo status verify doctor cache-status cache-lookup cache-synchronize test torture audit lint clean FORCE $(STAGES)
 
 help: ## Targets, and settings with their values
 	@$(PYTHON) -I -S stages/run/help.py $(MAKEFILE_LIST)
@@ -86,6 +91,9 @@ all: eval ## Every stage that is stale
 
 status: ## Which stages would run, and why
 	@$(plan) --show
+
+verify: ## Read every published file: is it still what was published?
+	@$(PYTHON) -I -S stages/run/verify.py $(out) $(STAGES)
 
 doctor: $(installed) ## Can every stage run here? A line for each thing that it needs: OK, or what to do
 	@$(python) -m stages.doctor
@@ -99,15 +107,17 @@ compile-inference: $(out)/compile-inference/manifest.json ## Model folder -> com
 # A stage's recipe runs when its manifest is missing or it is stale; time stamps decide nothing (order-only).
 define stage_rule
 $(out)/$1/manifest.json: $(if $(filter stale-$1,$(stale)),FORCE) | $(installed) $(foreach s,$($1.from) $($1.after),$(out)/$s/manifest.json)
-	@$(python) -m stages.$(subst -,_,$1) $(foreach s,$($1.from) $($1.after),--$s $(out)/$s) --output $(out)/$1
+	@TRN_TUNE_MAKE=$$$$PPID $(python) -m stages.$(subst -,_,$1) $(foreach s,$($1.from) $($1.after),--$s $(out)/$s) --output $(out)/$1
 endef
+# An interrupted make removes no target: what is published is whole.
+.PRECIOUS: $(STAGES:%=$(out)/%/manifest.json)
 $(foreach s,$(STAGES),$(eval $(call stage_rule,$s)))
 
 ifeq (,$(value PROMPT))
 eval: $(out)/eval/manifest.json ## Answers and validation losses; PROMPT="..." answers that alone
 else
 eval: | $(out)/compile-inference/manifest.json
-	@$(python) -m stages.eval $(foreach s,$(eval.from),--$s $(out)/$s) --output $(out)/eval
+	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.eval $(foreach s,$(eval.from),--$s $(out)/$s) --output $(out)/eval
 endif
 
 ifneq (,$(installed))
@@ -146,6 +156,9 @@ test: lint ## Lint, types, every test, and the demo from data to answers
 torture: $(installed) $(tested) ## The tests' damage at length, with a summary: kills, full disks, bad input ... TORTURE_SEED=7 repeats one
 	$(python) -m pytest --numprocesses 2 --dist loadfile -m torture --torture $(or $(TORTURE_SEED),$(shell echo $$RANDOM))
 
+audit: $(installed) $(tested) ## What is known against the pinned versions and what is installed (OSV, by pip-audit)
+	@$(python) -m tests.audit
+
 lint: $(installed) $(tested) ## ruff and mypy
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
@@ -160,6 +173,8 @@ build = $(DOCKER) build $(foreach v,$1,--build-arg $v)
 inside = env $(foreach v,$(given),$(if $(filter file,$(origin $v)),-u $v)) DOCKER=$(DOCKER) IMAGE=$(IMAGE) docker/run
 
 image: ## The container image; BASE_IMAGE=python:3.11-slim REQUIREMENTS=requirements.txt for CPUs
+	@[[ "$${NEURON_PIP_INDEX-}$${PIP_EXTRA_INDEX_URL-}" != *@* ]] || { \
+	  echo 'error: NEURON_PIP_INDEX or PIP_EXTRA_INDEX_URL holds a password, which would stay in the history of the image' >&2; exit 2; }
 	$(call build,BASE_IMAGE REQUIREMENTS NEURON_PIP_INDEX PIP_EXTRA_INDEX_URL) \
 	  --build-arg REVISION="$$(git describe --always --dirty 2> /dev/null)" --file docker/Dockerfile --tag $(IMAGE) .
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.torture.canaries import watched
+
 pytest_plugins = ["tests.torture.plugin"]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,9 +107,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture(scope="session")
 def built_once(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project whose six stages ran on the tiny recipe, in a folder with a space in its name."""
+    """A project whose six stages ran on the tiny recipe, in a folder with a space in its name, with secrets in the environment."""
     built = copy_project(tmp_path_factory.mktemp("built") / "my project")
-    built.make("-j4", "all", "RECIPE=tiny")
+    done = watched(["make", "-j4", "all", "RECIPE=tiny"], built.folder, clean_environment())
+    assert done.returncode == 0, done.stdout + done.stderr
     return built
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Project, clean_environment, copy_project
+from tests.torture.canaries import CANARIES, forms, held
 
 ENGINE = os.environ.get("DOCKER", "docker")
 NAME = "trn-tune-test"
@@ -42,14 +43,14 @@ pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 
 def engine(*words: str) -> str:
-    done = subprocess.run([ENGINE, *words], capture_output=True, text=True)
+    done = subprocess.run([ENGINE, *words], env={**os.environ, **CANARIES}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The project that the image was built from: with secrets and outputs beside what belongs into it."""
+    """The project that the image was built from: with secrets and outputs beside what belongs into it, and in the environment."""
     project = copy_project(tmp_path_factory.mktemp("image") / "project")
     for name in (".env", "key.pem", "stages/.env", "recipes/key.pem", "data/private.jsonl", "outputs/run/weights", ".git/config"):
         (project.folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +103,34 @@ def test_a_token_is_in_the_container_and_in_no_log_or_layer(image: Project) -> N
     assert "HF_TOKEN=hf_exported" in done.stdout
     assert "hf_exported" not in done.stderr
     assert not [word for word in ("hf_exported", "hf_planted") if word in engine("history", "--no-trunc", NAME)]
+
+
+def test_no_layer_and_nothing_that_describes_the_image_holds_a_secret(image: Project) -> None:
+    """Those of this build, and those that are in this environment, with which TEST_IMAGE may have been built."""
+    assert not held(engine("history", "--no-trunc", NAME).encode()) and not held(engine("image", "inspect", NAME).encode())
+    own = {name: os.environ[name].encode() for name in CANARIES if len(os.environ.get(name, "")) > 8}
+    sought = {form: name for name, canary in CANARIES.items() for form in forms(canary)} | {value: name for name, value in own.items()}
+    sought[b"hf_planted"] = "a file beside the project's own"
+    found, before, size = set(), b"", 0
+    with subprocess.Popen([ENGINE, "save", NAME], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        while block := process.stdout.read(2**24):
+            found |= {name for form, name in sought.items() if form in before + block}
+            before, size = block[-200:], size + len(block)
+    assert process.returncode == 0 and size > 2**20
+    assert found == set()
+
+
+def test_the_container_has_no_capability_and_can_gain_none(image: Project) -> None:
+    status = run(image, "shell", stdin="cat /proc/self/status\n").stdout
+    facts = dict(line.split(":\t") for line in status.splitlines() if line.startswith(("CapEff", "CapPrm", "NoNewPrivs", "Uid")))
+    assert facts["NoNewPrivs"] == "1" and facts["Uid"].split()[1] == str(USER)
+    assert int(facts["CapEff"], 16) == int(facts["CapPrm"], 16) == 0
+
+
+def test_the_image_runs_as_a_user_who_is_not_root(image: Project) -> None:
+    assert engine("image", "inspect", "--format", "{{.Config.User}}", NAME).strip() == "1000:1000"
+    assert engine("run", "--rm", "--entrypoint", "id", NAME, "-u").strip() == "1000"
 
 
 def test_the_exit_status_is_makes(image: Project) -> None:
