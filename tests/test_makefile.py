@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from stages.run.setting import STAGES
-from tests.conftest import ROOT, Project, clean_environment
+from tests.conftest import ROOT, Project
 
 TINY = ("RECIPE=tiny",)
 AFTER_DATA = ["train", "consolidate", "compile-inference", "eval"]
@@ -178,34 +175,6 @@ def test_a_bad_recipe_or_run_is_refused(project: Project, argument: str) -> None
     assert not (project.folder / "pwned").exists()
 
 
-def test_a_killed_training_leaves_no_process_and_the_next_make_finishes(built: Project) -> None:
-    change = ("LEARNING_RATE=4e-3", "MAX_STEPS=2000", "SAVE_STEPS=5", *TINY)
-    make = subprocess.Popen(["make", "train", *change], cwd=built.folder, env=clean_environment(), start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(built.folder.glob("outputs/tiny/.work/train-*/checkpoints/step-*")):
-        assert time.monotonic() < deadline and make.poll() is None
-        time.sleep(0.05)
-    make.kill()
-    make.wait()
-    deadline = time.monotonic() + 10
-    while _processes_below(built.folder):
-        assert time.monotonic() < deadline, _processes_below(built.folder)
-        time.sleep(0.1)
-    assert built.manifest("train")["record"]["settings"]["MAX_STEPS"] == 2
-    assert built.stages_to_run("all", *TINY) == []
-
-
-def test_two_makes_at_once_give_what_one_gives(built: Project) -> None:
-    command = ["make", "train", *TINY, "LEARNING_RATE=3e-3"]
-    two = [subprocess.Popen(command, cwd=built.folder, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-           for _ in range(2)]  # fmt: skip
-    outputs = [process.communicate()[0] for process in two]
-    assert [process.returncode for process in two] == [0, 0], outputs
-    assert sorted("train: published" in output for output in outputs) == [False, True]
-    assert any("waiting for" in output for output in outputs)
-
-
 # Values arrive as typed.
 
 AWKWARD = "It costs $5, $(shell touch pwned) `touch pwned`; \"double\" 'single' # not a comment\nand a second line \\ % $$"
@@ -283,15 +252,3 @@ def test_what_a_run_was_is_written_down(built_once: Project) -> None:
 def test_nothing_is_left_beside_the_outputs(built_once: Project) -> None:
     left = {path.name for path in (built_once.folder / "outputs/tiny").iterdir()}
     assert left == {*STAGES, ".lock"}
-
-
-def _processes_below(folder: Path) -> list[str]:
-    """Command lines of processes that work in `folder`."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.readlink(process / "cwd") == str(folder):
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue
-    return found

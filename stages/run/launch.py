@@ -1,21 +1,17 @@
-"""Starting the processes of a distributed run, and making sure that none outlives its stage.
+"""Starting the processes of a distributed run, and hearing from them why they failed.
 
 The launcher runs in a session of its own, so that Ctrl-C reaches the stage alone, which then ends the whole group.
-Should the stage itself be killed, the kernel kills the launcher (PR_SET_PDEATHSIG), and its workers in turn, which call
-`die_with_parent` when they start. Workers that other programs start in between call `end_with_stage` too.
+Should the stage itself be killed, its guard ends them (guard.py).
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import select
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,37 +20,8 @@ from typing import Any
 from stages.run.code import ROOT
 from stages.run.errors import InputError, StageFailure
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h; prctl(2)
-_STAGE = "TRN_TUNE_STAGE_PID"
+ERROR_FILE = "TRN_TUNE_ERROR_FILE"
 GRACE_SECONDS = 5.0
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent is gone (Linux; elsewhere the launcher's own care remains)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def end_with_stage() -> None:
-    """End this process when the stage that launched it is gone, however many programs stand between them (Linux).
-
-    A process that no stage has launched goes on by itself.
-    """
-    stage = os.environ.get(_STAGE)
-    if stage is None or not hasattr(os, "pidfd_open"):
-        return
-    try:
-        descriptor = os.pidfd_open(int(stage))
-    except ProcessLookupError:
-        os._exit(1)
-    except OSError:  # a kernel or a sandbox without it
-        return
-
-    def wait() -> None:
-        select.select([descriptor], [], [])  # readable when the process has ended
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def launch(command: list[str], environment: Mapping[str, str], error_file: Path, heard: Callable[[str], None] | None = None) -> None:
@@ -65,7 +32,7 @@ def launch(command: list[str], environment: Mapping[str, str], error_file: Path,
     line that the processes print, on either stream, after it is passed on.
     """
     error_file.unlink(missing_ok=True)
-    whole_environment = {**os.environ, **environment, _STAGE: str(os.getpid())}
+    whole_environment = {**os.environ, **environment, ERROR_FILE: str(error_file.absolute())}
     program = shutil.which(command[0], path=whole_environment.get("PATH"))
     if program is None:
         raise InputError(f"{command[0]} is not on the PATH. Install what brings it, or run in the container (docker/run).")
@@ -76,7 +43,6 @@ def launch(command: list[str], environment: Mapping[str, str], error_file: Path,
         env=whole_environment,
         cwd=ROOT,
         start_new_session=True,
-        preexec_fn=die_with_parent,  # noqa: PLW1509 (what it asks of the kernel stays; threads here hold no lock that it takes)
         text=True,
         errors="replace",
         **streams,
@@ -98,12 +64,15 @@ def launch(command: list[str], environment: Mapping[str, str], error_file: Path,
 
 
 def report_error(error: InputError | StageFailure, error_file: Path) -> None:
-    """For a worker: hand `error` to the stage that launched it. The first of several ranks is heard."""
+    """For a worker: hand `error` to the stage that launched it; print it where the disk does not take it. The first of several is heard."""
     try:
         with error_file.open("x", encoding="utf-8") as file:
             file.write(f"{type(error).__name__}\n{error}")
     except FileExistsError:
         pass
+    except OSError:
+        error_file.unlink(missing_ok=True)
+        print(f"failed: {error}", file=sys.stderr, flush=True)
 
 
 def _end(process: subprocess.Popen) -> None:

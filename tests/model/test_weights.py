@@ -140,7 +140,7 @@ def test_a_readers_failure_passes_through_and_nothing_is_left(tmp_path):
 
 def test_a_full_disk_is_reported_before_anything_is_written(tmp_path):
     spec = TensorSpec("w", (10**9, 10**9), "float32")
-    with pytest.raises(StageFailure, match="has room for .* are needed for the weights"):
+    with pytest.raises(StageFailure, match=r"has room for .* are needed for the weights"):
         write_safetensors([(spec, list)], tmp_path, max_shard_size=MEGABYTE)
     assert not list(tmp_path.iterdir())
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from stages.run.code import ROOT
 from stages.run.errors import InputError, StageFailure
 from stages.run.launch import launch, report_error
 
@@ -75,29 +73,3 @@ def test_each_line_is_passed_on_and_heard(tmp_path: Path, capfd: pytest.CaptureF
 def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="neuron_parallel_compile is not on the PATH"):
         launch(["neuron_parallel_compile"], {"PATH": str(tmp_path)}, tmp_path / "error")
-
-
-WORKER = """
-import os, sys, time
-from stages.run.launch import end_with_stage
-end_with_stage()
-open(sys.argv[1], "w").write(str(os.getpid()))
-time.sleep(60)
-"""
-PROGRAM = "import subprocess, sys; subprocess.call([sys.executable, '-c', *sys.argv[1:]], start_new_session=True)"
-STAGE = "import sys; from pathlib import Path; from stages.run.launch import launch; launch(sys.argv[2:], {}, Path(sys.argv[1]))"
-
-
-def test_a_worker_behind_other_programs_ends_with_a_stage_that_is_killed(tmp_path: Path) -> None:
-    pid = tmp_path / "pid"
-    stage = subprocess.Popen([*python(STAGE), str(tmp_path / "error"), *python(PROGRAM), WORKER, str(pid)], cwd=ROOT)
-    deadline = time.monotonic() + 20
-    while not (pid.exists() and pid.read_text()):
-        assert time.monotonic() < deadline and stage.poll() is None
-        time.sleep(0.05)
-    stage.kill()
-    stage.wait()
-    worker = Path("/proc") / pid.read_text()
-    while worker.exists() and (worker / "cmdline").read_bytes():  # a zombie has no command line
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -14,10 +14,10 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from stages.backends.torch.inductor import scratch_space
 from stages.backends.torch.machine import instruction_set
 from stages.model.size import weight_bytes
 from stages.run.errors import InputError, StageFailure
-from stages.run.guard import end_marked, mark
 from stages.run.settings import Settings
 from stages.run.space import disk_failure, room_for
 
@@ -221,18 +220,19 @@ def _compile_packages(work: Compilation) -> None:
     print(f"compiling {' and '.join(STEPS)} for {instruction_set(work.device).name}, {sizes}", flush=True)
     workers = 1 if work.device == "cuda" else len(STEPS)
     with scratch_space(work.output), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        jobs = {step: pool.submit(_compile_step, step, work) for step in STEPS}
-        for step, job in jobs.items():
-            try:
+        jobs = [pool.submit(_compile_step, step, work) for step in STEPS]
+        try:
+            for job in as_completed(jobs):
                 job.result()
-            except KeyboardInterrupt:
-                end_marked(mark())  # else leaving the pool would wait until they have compiled
+        except BaseException as error:
+            for process in active_children():  # else leaving the pool would wait until the other has compiled
+                process.kill()
+            if not isinstance(error, BrokenProcessPool):
                 raise
-            except BrokenProcessPool as error:
-                raise StageFailure(
-                    f"A process that compiled was killed before {step} was ready, most often because memory ran out: "
-                    "free some, or lower INFERENCE_BATCH_SIZE or INFERENCE_SEQUENCE_LENGTH"
-                ) from error
+            raise StageFailure(
+                f"A process that compiled was killed before {' and '.join(STEPS)} were ready, most often because memory ran out: "
+                "free some, or lower INFERENCE_BATCH_SIZE or INFERENCE_SEQUENCE_LENGTH"
+            ) from error
 
 
 def _compile_step(step: StepName, work: Compilation) -> None:
