@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -108,9 +109,15 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.fixture(scope="session")
 def built_once(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project whose six stages ran on the tiny recipe, in a folder with a space in its name, with secrets in the environment."""
-    built = copy_project(tmp_path_factory.mktemp("built") / "my project")
-    done = watched(["make", "-j4", "all", "RECIPE=tiny"], built.folder, clean_environment())
-    assert done.returncode == 0, done.stdout + done.stderr
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # the processes of one test run build it once
+    with open(shared / "built.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        built = Project(shared / "built" / "my project")
+        if not built.folder.exists():
+            copy_project(built.folder)
+            done = watched(["make", "-j4", "all", "RECIPE=tiny"], built.folder, clean_environment())
+            assert done.returncode == 0, done.stdout + done.stderr
     return built
 
 

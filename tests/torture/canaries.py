@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
 import os
 import subprocess
@@ -18,8 +19,9 @@ from secrets import token_hex
 from threading import Event, Thread
 
 NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY")
-# Drawn anew in each process: a file of the project cannot hold them.
-CANARIES = {name: f"canary{token_hex(16)}" for name in NAMES}
+# Drawn anew in each test run, whose processes share them: a file of the project cannot hold them.
+_RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID") or token_hex(16)
+CANARIES = {name: f"canary{hashlib.sha256(f'{_RUN} {name}'.encode()).hexdigest()[:32]}" for name in NAMES}
 UMASK = 0o027  # neither the usual one nor tempfile's
 
 

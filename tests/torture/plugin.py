@@ -27,6 +27,11 @@ class Torture:
     random: random.Random
     done: int | None = None
 
+    def require_long(self) -> None:
+        """Skip the test in the short form: it takes a minute and more."""
+        if not self.long:
+            pytest.skip("in the long form: make torture")
+
     def times(self, short: int, long: int) -> int:
         return long if self.long else short
 

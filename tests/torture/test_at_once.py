@@ -41,7 +41,7 @@ def require_same(project: Project, stages: tuple[str, ...], run: str, other: str
 
 
 def test_two_makes_in_one_run_give_what_one_gives(built: Project, torture: Torture) -> None:
-    stages = STAGES[: torture.times(4, 6)]
+    stages = STAGES[: torture.times(3, 6)]
     goal = stages[-1]
     two = [start(built, goal, "RECIPE=tiny", "RUN=shared") for _ in range(2)]
     statuses = [make.wait() for make in two]
@@ -69,7 +69,8 @@ def test_makes_in_two_runs_work_at_once_and_share_what_is_cached(built: Project,
 
 
 def test_a_make_that_waits_goes_on_when_the_other_is_killed(built: Project, torture: Torture) -> None:
-    stages = STAGES[: torture.times(3, 4)]
+    torture.require_long()
+    stages = STAGES[:4]
     settings = ("RECIPE=tiny", "RUN=shared")
     first = start(built, "train", *settings)
     assert processes.wait_for(lambda: "$ python" in said(first), 120, lambda: first.poll() is None), said(first)

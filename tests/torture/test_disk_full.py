@@ -111,8 +111,9 @@ def test_a_disk_that_runs_out_leaves_the_former_outputs_and_a_message(stage: str
     assert run_out(disk, stage, digests(outputs))
 
 
-def test_a_training_goes_on_from_its_checkpoint_once_there_is_room(disk: SmallDisk, outputs: Path) -> None:
+def test_a_training_goes_on_from_its_checkpoint_once_there_is_room(disk: SmallDisk, outputs: Path, torture: Torture) -> None:
     """The disk is filled by another behind the first checkpoint: no later one fits."""
+    torture.require_long()
     settings = STAGES["train"][0].split()
     with filled_when(disk, "tiny/.work/train-*/checkpoints/step-00000001", room=0):
         done = disk.make("train", *settings)
@@ -127,8 +128,7 @@ def test_a_training_goes_on_from_its_checkpoint_once_there_is_room(disk: SmallDi
 @pytest.mark.parametrize("stage", STAGES)
 def test_any_amount_of_room_is_enough_or_told(stage: str, disk: SmallDisk, outputs: Path, torture: Torture) -> None:
     """Random amounts of room, then, without cleaning by hand, enough of it."""
-    if not torture.long:
-        pytest.skip("the long form's: make torture")
+    torture.require_long()
     before, (_, most, number) = digests(outputs), STAGES[stage]
     for _ in range(number):
         disk.restore(outputs)

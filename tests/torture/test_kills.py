@@ -27,8 +27,8 @@ def test_a_run_that_is_killed_ends_as_an_undisturbed_one(torture: Torture, built
     """The short form: a kill in each stage but the last, and every kind of victim."""
     killing = Killing(built, ("RECIPE=tiny", "SAVE_STEPS=1"), "killed", torture.seed, UNDISTURBED_SECONDS)
     kills = every_kill(torture.random)
-    victims = [("data", "stage"), ("precompile", "make"), ("precompile", "launcher"), ("train", "rank"), ("train", "stage")]
-    for stage, victim in [*victims, ("consolidate", "make"), ("compile-inference", "compiling process")]:
+    victims = [("data", "stage"), ("precompile", "launcher"), ("train", "rank"), ("train", "make"), ("consolidate", "stage")]
+    for stage, victim in [*victims, ("compile-inference", "compiling process")]:
         if stage == "compile-inference":
             killing.make("consolidate")
         killing.kill(torture.random.choice([kill for kill in kills if (kill.stage, kill.victim) == (stage, victim)]))

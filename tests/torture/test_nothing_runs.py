@@ -21,6 +21,7 @@ from stages.text.rows import Columns, read_rows
 from stages.text.tokens import find_tokenizer
 from tests.conftest import Project
 from tests.tiny_llama import tiny_llama
+from tests.torture.plugin import Torture
 
 pytestmark = pytest.mark.torture("models")
 
@@ -132,8 +133,9 @@ def test_make_refuses_a_model_that_needs_its_code_and_asks_nothing(project: Proj
 
 
 def test_make_trains_and_asks_a_known_model_without_the_code_beside_it(
-    project: Project, tmp_path: Path, folder: Path, marker: Path
+    project: Project, tmp_path: Path, folder: Path, marker: Path, torture: Torture
 ) -> None:
+    torture.require_long()
     copy = Project(shutil.copytree(project.folder, tmp_path / "project", symlinks=True))
     tiny = copy.folder / "data" / "tiny"
     for path in folder.iterdir():

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,9 @@ AS_ANOTHER = (
 def test_another_users_run_is_all_that_users(tmp_path: Path, umask: int, torture: Torture) -> None:
     project = copy_project(tmp_path / "project")
     (tmp_path / "tmp").mkdir()
-    for folder in tmp_path.parents[:2]:
-        folder.chmod(0o755)
+    for folder in tmp_path.parents:
+        if folder.is_relative_to(tempfile.gettempdir()) and folder != Path(tempfile.gettempdir()):
+            folder.chmod(0o755)
     for path in [tmp_path, *tmp_path.rglob("*")]:
         os.chown(path, ANOTHER_USER, ANOTHER_USER, follow_symlinks=False)
     environment = clean_environment() | {"HOME": str(tmp_path), "TMPDIR": str(tmp_path / "tmp"), "USER": "another"}

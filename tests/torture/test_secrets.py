@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -29,12 +30,15 @@ print(json.dumps([sys.argv[1:], dict(os.environ)]), file=open({record!r}, "a"))
 
 
 @pytest.fixture(scope="module")
-def everything(built_once: Project) -> Project:
+def everything(built_once: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The run that all tests share, and whatever else one asks of make, with secrets in the environment."""
-    engine = built_once.folder.parent / "engine"
-    engine.write_text(ENGINE.format(python=sys.executable, record=str(built_once.folder.parent / "engine.jsonl")))
+    beside = tmp_path_factory.mktemp("secrets") / "built"  # with what the shared run left in its HOME and TMPDIR
+    shutil.copytree(built_once.folder.parent, beside, symlinks=True)
+    project = Project(beside / built_once.folder.name)
+    engine = project.folder.parent / "engine"
+    engine.write_text(ENGINE.format(python=sys.executable, record=str(project.folder.parent / "engine.jsonl")))
     engine.chmod(0o755)
-    (built_once.folder.parent / "bad.jsonl").write_text('{"instruction": 3}\n')
+    (project.folder.parent / "bad.jsonl").write_text('{"instruction": 3}\n')
     environment = clean_environment() | {"RECIPE": "tiny", "DOCKER": str(engine)}
     environment["NEURON_COMPILE_CACHE_URL"] = "/tmp/trn-tune-test-cache"
     asked = (
@@ -42,16 +46,16 @@ def everything(built_once: Project) -> Project:
         ("make", "status"),
         ("make", "-n", "all", "LEARNING_RATE=2e-3"),
         ("make", "doctor"),
-        ("make", "data", "RUN=fails", f"DATASET={built_once.folder.parent / 'bad.jsonl'}"),
+        ("make", "data", "RUN=fails", f"DATASET={project.folder.parent / 'bad.jsonl'}"),
         ("make", "data", "RUN=refused", "LEARNING_RATE=x"),
         ("make", "image"),
         ("make", "shell"),
         ("docker/run", "train", "BACKEND=torch"),
     )
     for words in asked:
-        watched(list(words), built_once.folder, environment)
-    watched(["make", "eval"], built_once.folder, environment | {"PROMPT": f"What is {CANARIES['HF_TOKEN']}?"})  # a private prompt
-    return built_once
+        watched(list(words), project.folder, environment)
+    watched(["make", "eval"], project.folder, environment | {"PROMPT": f"What is {CANARIES['HF_TOKEN']}?"})  # a private prompt
+    return project
 
 
 def seen(project: Project) -> list[dict]:
