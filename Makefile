@@ -154,7 +154,7 @@ test: lint ## Lint, types, every test, and the demo from data to answers
 	$(python) -m pytest --numprocesses 2 --dist loadfile
 
 torture: $(installed) $(tested) ## The tests' damage at length, with a summary: kills, full disks, bad input ... TORTURE_SEED=7 repeats one
-	$(python) -m pytest --numprocesses 2 --dist loadfile -m torture --torture $(or $(TORTURE_SEED),$(shell echo $$RANDOM))
+	$(python) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m torture --torture $(or $(TORTURE_SEED),$(shell echo $$RANDOM))
 
 audit: $(installed) $(tested) ## What is known against the pinned versions and what is installed (OSV, by pip-audit)
 	@$(python) -m tests.audit

@@ -37,9 +37,11 @@ MAX_NEW_TOKENS ?= 4
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: what trains, compiles or runs make comes last."""
+    """Fast tests first: what trains, compiles or runs make comes last. In the long form kills, the longest, come first."""
     slow = ("torture", "backends", "test_makefile.py", "test_demo.py")
     items.sort(key=lambda item: next((place for place, name in enumerate(slow) if name in item.path.parts), -1))
+    if items and items[0].config.getoption("--torture") is not None:
+        items.sort(key=lambda item: "kills" not in item.path.name)
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,8 @@ def test_make_finds_damage_in_every_stage_and_makes_it_again(built: Project, tor
 
     done = built.make("all", "RECIPE=tiny", "VERIFY=1").stdout
     for stage, expected in faults.items():
-        assert f"{stage}: {expected}" in done and f"{stage}: published" in done
+        reasons = next(line for line in done.splitlines() if line.startswith(f"{stage}: "))
+        assert expected in reasons and f"{stage}: published" in done
     assert {stage: built.manifest(stage)["content"] for stage in same} == before
     for stage in STAGES:
         assert stage in stages or f"{stage}: published" not in done
