@@ -16,7 +16,9 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import cycle
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
@@ -219,8 +221,10 @@ def _compile_packages(work: Compilation) -> None:
     sizes = f"{work.batch_size} prompt{'s' * (work.batch_size > 1)} of up to {work.sequence_length} tokens"
     print(f"compiling {' and '.join(STEPS)} for {instruction_set(work.device).name}, {sizes}", flush=True)
     workers = 1 if work.device == "cuda" else len(STEPS)
-    with scratch_space(work.output), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        jobs = [pool.submit(_compile_step, step, work) for step in STEPS]
+    with scratch_space(work.output), ExitStack() as started:
+        # A process each: of two in one pool, CPython may see that the second has ended only when the first is done.
+        pools = [started.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for _ in range(workers)]
+        jobs = [pool.submit(_compile_step, step, work) for step, pool in zip(STEPS, cycle(pools))]
         try:
             for job in as_completed(jobs):
                 job.result()
