@@ -40,12 +40,15 @@ def _tell(failure: StageFailure) -> None:
 
 if __name__ == "__main__":
     try:
-        main(["--log-dir", os.devnull, *sys.argv[1:]])  # else a folder of empty folders stays in /tmp
+        # Without --log-dir a folder of empty folders stays in /tmp. torchrun hands the signals that it handles on, and waits 30 seconds
+        # for ranks that outlive one: a rank that is importing torch can swallow SIGINT, none does SIGTERM.
+        main(["--log-dir", os.devnull, "--signals_to_handle", "SIGTERM", *sys.argv[1:]])
     except ChildFailedError as failure:
         if killed := _killed(failure):
             _tell(killed)
         _, first = failure.get_first_failure()
         sys.exit(first.exitcode if first.exitcode > 0 else 1)
-    except SignalException as failure:
-        _tell(StageFailure(f"The workers' launcher was ended by {failure.sigval.name}. Nothing was published."))
+    except (SignalException, KeyboardInterrupt) as failure:
+        name = failure.sigval.name if isinstance(failure, SignalException) else "SIGINT"
+        _tell(StageFailure(f"The workers' launcher was ended by {name}. Nothing was published."))
         sys.exit(1)
