@@ -70,7 +70,7 @@ def room_for(what: str, folder: Path, needed: int = 0) -> Iterator[None]:
     require_space(what, folder, needed)
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # DCP's CheckpointException is no Exception
         if failure := disk_failure(error, folder, f"{show_size(needed)} are needed for {what}" if needed else ""):
             raise failure from error
         raise
