@@ -221,6 +221,9 @@ def _stored_record(archive: BinaryIO) -> tuple[int, int, int]:
         if len(storages) != 1:
             raise zipfile.BadZipFile("it holds no plain tensor")
         [record] = storages
+        for info in records.infolist():
+            if info is not record:
+                records.read(info)  # raises where its CRC-32 is not the one written: torch itself does not look
     archive.seek(record.header_offset)
     # APPNOTE.TXT 4.3.7: a local header is 30 bytes, its last four the lengths of the name and of the extra field that follow it.
     name_length, extra_length = struct.unpack("<26xHH", archive.read(30))
