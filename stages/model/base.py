@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from stages.model.check import base_model_problems, read_config, tied_weights
-from stages.model.from_pickles import PICKLE_INDEX, PICKLES, content_of, convert, pickled_files
+from stages.model.from_pickles import PICKLE_INDEX, content_of, convert, pickled_files
 from stages.model.hub import download_files
 from stages.run.durable import flush_tree
 from stages.run.errors import InputError, StageFailure
 from stages.run.lock import locked
+from stages.run.record import PICKLES
 from stages.run.settings import Settings
 from stages.run.space import room_for
 

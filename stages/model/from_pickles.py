@@ -16,11 +16,11 @@ from stages.model.headers import weight_map
 from stages.model.weights import DTYPES, TensorSpec, write_safetensors
 from stages.run.content import combine, file_digest
 from stages.run.errors import StageFailure
+from stages.run.record import PICKLES
 
 if TYPE_CHECKING:
     import torch
 
-PICKLES = "pytorch_model*.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 MAX_SHARD_SIZE = 5 * 10**9
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from stages.model import hub_cache
-from stages.run.errors import InputError
+from stages.run.errors import InputError, causes
 
 T = TypeVar("T")
 PAUSES = (1.0, 4.0)  # seconds before the second and the third try
@@ -123,14 +123,7 @@ def _bound_requests() -> None:
 
 def _refusal(kind: str, name: str, revision: str, error: BaseException) -> Refusal:
     """Read off the chain of causes, by status and by class name: the classes moved between releases of the Hub's library."""
-    chain = [error]
-    while following := chain[-1].__cause__ or chain[-1].__context__:
-        if following in chain:
-            break
-        chain.append(following)
-    classes = {cls.__name__ for link in chain for cls in type(link).__mro__}
-    responses = [response for link in chain if (response := getattr(link, "response", None)) is not None]
-    status, headers = (responses[0].status_code, responses[0].headers) if responses else (0, {})
+    classes, status, headers = _evidence(error)
     offline = "OfflineModeIsEnabled" in classes
     setting = "DATASET" if kind == "dataset" else "MODEL_ID"
     which = f"{setting.removesuffix('_ID')}_REVISION"
@@ -174,6 +167,15 @@ def _refusal(kind: str, name: str, revision: str, error: BaseException) -> Refus
         remedy = "Check the network and HF_ENDPOINT, or name a local path: once fetched, it is read from the cache without a network."
         return Refusal("cannot be reached", f"{it}: the Hub cannot be reached and the cache does not hold it. {remedy}", not offline)
     return Refusal("refuses", f"{it} cannot be loaded from the Hub: {type(error).__name__}: {error}")
+
+
+def _evidence(error: BaseException) -> tuple[set[str], int, Mapping[str, str]]:
+    """Names of the classes in the chain of causes; status and headers of the answer in it, 0 and none where there was no answer."""
+    chain = list(causes(error))
+    classes = {cls.__name__ for link in chain for cls in type(link).__mro__}
+    responses = [response for link in chain if (response := getattr(link, "response", None)) is not None]
+    status, headers = (responses[0].status_code, responses[0].headers) if responses else (0, {})
+    return classes, status, headers
 
 
 def _asked_pause(headers: Mapping[str, str]) -> float:

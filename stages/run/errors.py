@@ -5,7 +5,7 @@ Every message names the problem, the numbers and the remedy; several problems ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class InputError(Exception):
@@ -22,3 +22,13 @@ class StageFailure(Exception):
     """What failed although the input was right: a worker that died, a loss that is no number. Exit status 1."""
 
     exit_status = 1
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what it was raised from or while handling."""
+    seen: set[int] = set()
+    following: BaseException | None = error
+    while following is not None and id(following) not in seen:
+        seen.add(id(following))
+        yield following
+        following = following.__cause__ or following.__context__

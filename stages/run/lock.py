@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stages.run.durable import make_folder
 from stages.run.errors import InputError
 from stages.run.guard import end_marked, mark
 
@@ -29,7 +30,7 @@ def locked(run_folder: Path, stage: str) -> Iterator[None]:
     The file tells of the holder until it lets go. What tells of one that has gone without was left by a kill, and
     whatever that holder had started is ended first: it may still write.
     """
-    run_folder.mkdir(parents=True, exist_ok=True)
+    make_folder(run_folder)
     with open(run_folder / ".lock", "a+", encoding="utf-8", opener=_no_link) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -59,7 +59,6 @@ def publish(
     """
     run_folder = output.parent
     require_place(run_folder)
-    make_folder(run_folder)
     with locked(run_folder, stage):
         _put_back(output)
         published = manifest_of(output)

@@ -48,6 +48,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+PICKLES = "pytorch_model*.bin"  # weights where a model has no safetensors
 # The part of a model folder that a stage reads, where it is not the weights and all that describes them.
 MODEL_FILES = {
     "data": TOKENIZER_FILES,
@@ -161,7 +162,7 @@ def _values(stage: str, settings: Settings, values_then: dict, signatures_then: 
         path = Path(str(values.get(name)))
         if name not in values or not path.exists():
             continue
-        patterns = MODEL_FILES.get(stage, ("*.json", "*.safetensors", "pytorch_model*.bin")) if name == "MODEL_ID" else ("*",)
+        patterns = MODEL_FILES.get(stage, ("*.json", "*.safetensors", PICKLES)) if name == "MODEL_ID" else ("*",)
         signatures[name] = content.signature(path, patterns)
         if signatures[name] == signatures_then.get(name) and name in values_then:
             values[name] = values_then[name]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stages.run.errors import InputError, StageFailure
+from stages.run.errors import InputError, StageFailure, causes
 from stages.run.sizes import show_size
 
 REMEDY = "Make room, or make outputs/ a link to a folder on a larger disk."
@@ -70,7 +70,7 @@ def room_for(what: str, folder: Path, needed: int = 0) -> Iterator[None]:
     require_space(what, folder, needed)
     try:
         yield
-    except BaseException as error:  # DCP's CheckpointException is no Exception
+    except Exception as error:
         if failure := disk_failure(error, folder, f"{show_size(needed)} are needed for {what}" if needed else ""):
             raise failure from error
         raise
@@ -84,7 +84,7 @@ def disk_failure(error: BaseException, folder: Path, needs: str = "") -> StageFa
     """
     if isinstance(error, (InputError, StageFailure)):  # said already
         return None
-    for part in _chain(error):
+    for part in causes(error):
         number = _number(part)
         if number is None:
             continue
@@ -97,16 +97,6 @@ def disk_failure(error: BaseException, folder: Path, needs: str = "") -> StageFa
             about = f"{name or _last_written(folder)}: the disk is full. {_free(folder)}{needs and f', and {needs}'}. {REMEDY}"
         return StageFailure(f"{about} Nothing was published; the former output is whole.")
     return None
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, and what it was raised from or while handling."""
-    seen: set[int] = set()
-    following: BaseException | None = error
-    while following is not None and id(following) not in seen:
-        seen.add(id(following))
-        yield following
-        following = following.__cause__ or following.__context__
 
 
 def _number(error: BaseException) -> int | None:

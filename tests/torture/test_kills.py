@@ -18,8 +18,7 @@ UNDISTURBED_SECONDS = {"data": 1.0, "precompile": 6.0, "train": 6.0, "consolidat
 
 
 def test_the_demo_killed_in_every_stage_ends_as_an_undisturbed_one(torture: Torture, tmp_path: Path) -> None:
-    if not torture.long:
-        pytest.skip("a part of make torture; the short form is the next test")
+    torture.require_long()
     killed_demo(torture, tmp_path, ("NPROC_PER_NODE=2",), half=0)
 
 

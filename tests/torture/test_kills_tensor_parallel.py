@@ -12,6 +12,5 @@ from tests.torture.plugin import Torture
 
 @pytest.mark.torture("kills")
 def test_the_demo_killed_in_every_stage_ends_as_an_undisturbed_one(torture: Torture, tmp_path: Path) -> None:
-    if not torture.long:
-        pytest.skip("a part of make torture; test_kills.py has the short form")
+    torture.require_long()
     killed_demo(torture, tmp_path, ("NPROC_PER_NODE=2", "TENSOR_PARALLEL_SIZE=2"), half=1)

@@ -80,8 +80,7 @@ def test_another_users_run_is_all_that_users(tmp_path: Path, umask: int, torture
 
 
 def test_all_six_stages_leave_a_groups_files_to_the_group(tmp_path: Path, torture: Torture) -> None:
-    if not torture.long:
-        pytest.skip("all six stages once more: `make torture`")
+    torture.require_long()
     project = copy_project(tmp_path / "project")
     words = ["make", "all", "RECIPE=tiny"]
     done = subprocess.run(words, cwd=project.folder, env=clean_environment(), umask=0o002, capture_output=True, text=True)

@@ -132,8 +132,7 @@ def test_a_secret_in_a_command_line_is_seen() -> None:
 
 
 def test_no_stage_on_neuron_leaves_a_secret(tmp_path: Path, torture: Torture) -> None:
-    if not torture.long:
-        pytest.skip("all six stages on Neuron's backend: `make torture`")
+    torture.require_long()
     pytest.importorskip("optimum.neuron", reason="optimum-neuron has no release for this Python")
     project = copy_project(tmp_path / "project")
     done = watched(["make", "all", *NEURON_RUN], project.folder, clean_environment() | machine(project))

@@ -77,7 +77,10 @@ def _write(folder: Path, state: dict[str, Any], listed: bool) -> None:
         make_folder(folder.parent)
     dist.barrier()
     with room_for(folder.name, beside, _bytes(state)):
-        dcp.save(state, checkpoint_id=beside)
+        try:
+            dcp.save(state, checkpoint_id=beside)
+        except dcp.CheckpointException as error:  # no Exception: nothing above would catch it
+            raise RuntimeError(str(error)) from error
     dist.barrier()
     files = _facts(beside, sorted(path.name for path in beside.iterdir())) if listed else {}
     if dist.get_rank() == 0:

@@ -33,7 +33,7 @@ def run_rank(work: Callable[[torch.device], None], error_file: Path) -> NoReturn
     except (InputError, StageFailure) as error:
         report_error(error, error_file)
         status = error.exit_status
-    except BaseException as error:  # DCP's CheckpointException is no Exception
+    except Exception as error:
         status = 1
         if full := disk_failure(error, error_file.parent):
             report_error(full, error_file)
