@@ -10,10 +10,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.torture.canaries import watched
+
+if TYPE_CHECKING:
+    from tests.backends.neuron.stand_in_machine import StandIn
 
 pytest_plugins = ["tests.torture.plugin"]
 
@@ -128,3 +132,11 @@ def built(built_once: Project, tmp_path: Path) -> Project:
     """A copy of the built project, to change at will: other times, other inodes, another path."""
     shutil.copytree(built_once.folder, tmp_path / "copy of it", symlinks=True, copy_function=shutil.copy)
     return Project(tmp_path / "copy of it")
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """A Neuron machine made of files."""
+    from tests.backends.neuron.stand_in_machine import StandIn
+
+    return StandIn(tmp_path / "machine", monkeypatch)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from stages import doctor
-from stages.backends.neuron import doctor as neuron
-from stages.backends.neuron import machine
 from stages.backends.torch import doctor as torch
 from stages.run import instance
 from stages.run.backend import Choice
@@ -23,11 +20,6 @@ from stages.run.settings import Settings
 from tests.backends.neuron.stand_in_machine import StandIn
 from tests.conftest import Project, clean_environment
 from tests.torture.hub import FOR_EVER, Hub
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    return StandIn(tmp_path / "machine", monkeypatch)
 
 
 def only(findings: object) -> Finding:
@@ -249,93 +241,3 @@ def test_what_train_would_refuse_is_refused_here(project: Project, monkeypatch: 
     monkeypatch.chdir(project.folder)
     settings = Settings(model_id="data/tiny", tensor_parallel_size=3, nproc_per_node=3, max_length=66)
     assert any("TENSOR_PARALLEL_SIZE=3" in finding.text and finding.state == "FAIL" for finding in torch.training(settings))
-
-
-# The Neuron backend.
-
-
-def test_all_devices_of_the_instance_in_a_row_are_fine(stand_in: StandIn) -> None:
-    stand_in.is_a("trn1.32xlarge")
-    finding = only(neuron.devices(Settings()))
-    assert (finding.state, "neuron0 to neuron15 of 32 GiB" in finding.text) == ("OK", True)
-
-
-def test_no_device_is_what_keeps_training_from_running(stand_in: StandIn) -> None:
-    finding = only(neuron.devices(Settings()))
-    assert (finding.state, "--device=/dev/neuron0" in finding.text) == ("FAIL", True)
-
-
-def test_a_gap_between_the_devices_is_named(stand_in: StandIn) -> None:
-    stand_in.is_a("trn1.32xlarge")
-    for number in (0, 3):
-        (stand_in.dev / f"neuron{number}").unlink()
-    assert any("neuron{0,3} not there" in finding.text and finding.state == "FAIL" for finding in neuron.devices(Settings()))
-
-
-def test_fewer_devices_than_the_instance_has_are_advice(stand_in: StandIn) -> None:
-    stand_in.is_a("trn1.32xlarge", devices=4)
-    finding = only(neuron.devices(Settings()))
-    assert (finding.state, "4 of the 16" in finding.text) == ("note", True)
-
-
-def test_devices_that_this_user_may_not_use_are_named(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in.is_a("trn1.2xlarge", devices=0)
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own may not be entered by others
-        Path(folder).chmod(0o755)
-        (Path(folder) / "neuron0").touch()
-        (Path(folder) / "neuron0").chmod(0o600 if os.getuid() == 0 else 0o000)
-        monkeypatch.setattr(machine, "DEVICE_NODES", Path(folder))
-        assert as_an_ordinary_user(lambda: "may not read and write" in only(neuron.devices(Settings())).text)
-
-
-@pytest.mark.parametrize(
-    ("version", "state"),
-    [
-        ("2.24.7.0", "OK"),
-        ("2.28.0.0", "OK"),
-        ("2.29.0.0", "FAIL"),
-        ("2.31.1.0", "FAIL"),
-        ("3.0", "FAIL"),
-        ("2.19.64.0", "note"),
-        ("", "note"),
-    ],
-)
-def test_a_driver_that_the_image_cannot_work_with_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, state: str
-) -> None:
-    (tmp_path / "version").write_text(f"{version}\n")
-    monkeypatch.setattr(neuron, "DRIVER_FILES", (tmp_path / "none", tmp_path / "version"))
-    assert only(neuron.driver(Settings())).state == state
-
-
-def test_the_tools_must_be_there_and_should_be_this_pythons(tmp_path: Path, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = tmp_path / "ours"
-    ours.mkdir()
-    monkeypatch.setattr(sys, "executable", str(ours / "python"))
-    monkeypatch.setenv("PATH", str(stand_in.bin))
-    stand_in.program("torchrun", "").write_text("#!/opt/conda/bin/python3.11\n")
-    (ours / "neuronx-cc").write_text(f"#!{ours}/python\n")
-    (ours / "neuronx-cc").chmod(0o755)
-    assert [(finding.about, finding.state) for finding in neuron.tools(Settings())] == [
-        ("torchrun", "note"),
-        ("neuron_parallel_compile", "FAIL"),
-        ("neuronx-cc", "OK"),
-    ]
-
-
-def test_poisoned_graphs_in_the_cache_are_shown_with_their_remedy(tmp_path: Path) -> None:
-    module = tmp_path / "neuronxcc-2.21+82" / "MODULE_1+aa"
-    module.mkdir(parents=True)
-    (module / "model.neff").write_text("compiled")
-    settings = Settings(neuron_compile_cache_url=str(tmp_path))
-    assert [finding.state for finding in neuron.compile_cache(settings)] == ["OK", "OK"]
-    (module / "model.neff").write_text("")
-    writable, poisoned = neuron.compile_cache(settings)
-    assert (writable.state, poisoned.state) == ("OK", "note")
-    assert f"rm -r '{module}'" in poisoned.text
-
-
-def test_on_neuron_the_cores_are_counted_against_the_processes(stand_in: StandIn) -> None:
-    stand_in.is_a("trn1.32xlarge")
-    text = only(neuron.cores(Settings(nproc_per_node=32))).text
-    assert text.startswith("32 for NPROC_PER_NODE=32")

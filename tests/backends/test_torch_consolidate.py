@@ -9,7 +9,6 @@ import pickle
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ from stages.model.weights import INDEX_FILE
 from stages.run.code import ROOT
 from stages.run.errors import StageFailure
 from tests.conftest import torchrun
+from tests.pickled import Call
 from tests.saved_weights import assert_equal, written
 from tests.tiny_llama import tiny_llama
 
@@ -234,14 +234,9 @@ def test_an_entry_that_is_not_a_tensor_is_refused(tmp_path, output):
     refuse(save(tmp_path / "shards", {"w": torch.ones(2), "note": "text"}), output, r"the entry model\.note is not a tensor")
 
 
-class Command:
-    def __reduce__(self):
-        return os.mkdir, ("run-by-a-pickle",)
-
-
 def test_metadata_that_calls_a_function_is_refused_and_nothing_is_called(one_process, output, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (one_process / METADATA_FILE).write_bytes(pickle.dumps(Command()))
+    (one_process / METADATA_FILE).write_bytes(pickle.dumps(Call(os.mkdir, "run-by-a-pickle")))
     refuse(one_process, output, r"\.mkdir has no place in a checkpoint's metadata")
     assert not Path("run-by-a-pickle").exists()
 
@@ -252,23 +247,14 @@ def test_digests_are_those_of_the_files(one_process, output):
     assert json.loads((output / INDEX_FILE).read_text())["weight_map"].keys() == {"first", "last"}
 
 
-class LookedUp:
-    """Pickled as a call of getattr, which Python 3.11.0 to 3.11.3 do with the members of an Enum."""
-
-    def __init__(self, holder: Any, name: str):
-        self.holder, self.name = holder, name
-
-    def __reduce__(self) -> Any:
-        return getattr, (self.holder, self.name)
-
-
 def test_an_enum_that_an_older_python_pickled_is_read(tmp_path: Path) -> None:
+    """Python 3.11.0 to 3.11.3 pickle the members of an Enum as calls of getattr."""
     kind = type(next(iter(torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING)))
-    (tmp_path / METADATA_FILE).write_bytes(pickle.dumps(LookedUp(kind, next(iter(kind)).name)))
+    (tmp_path / METADATA_FILE).write_bytes(pickle.dumps(Call(getattr, kind, next(iter(kind)).name)))
     assert read_metadata(tmp_path / METADATA_FILE) is next(iter(kind))
 
 
 def test_nothing_but_an_enum_is_looked_up(tmp_path: Path) -> None:
-    (tmp_path / METADATA_FILE).write_bytes(pickle.dumps(LookedUp(torch.Size, "mro")))
+    (tmp_path / METADATA_FILE).write_bytes(pickle.dumps(Call(getattr, torch.Size, "mro")))
     with pytest.raises(pickle.UnpicklingError, match="no Enum"):
         read_metadata(tmp_path / METADATA_FILE)

@@ -2,116 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import os
-import struct
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from stages.backends.torch import train as torch_train
-from stages.model import base
-from stages.model.base import base_model_folder
 from stages.model.weights import INDEX_FILE, SINGLE_FILE
 from stages.run.errors import InputError
-from stages.run.settings import Settings
 from tests.conftest import Project
-from tests.saved_weights import assert_equal, written
-from tests.tiny_llama import tiny_llama
+from tests.torture.model_damage import (
+    DIFFERS,
+    NORM,
+    PICKLE,
+    SOMETHING,
+    TABLE,
+    Damage,
+    and_then,
+    config,
+    cut,
+    entry,
+    file,
+    header,
+    in_parts,
+    in_place_of_weights,
+    index,
+    placed_at,
+    tensors,
+    train,
+    twice,
+)
 
 pytestmark = pytest.mark.torture("models")
 
-Damage = Callable[[Path], object]
-NORM = "model.norm.weight"
-TABLE = "model.layers.0.self_attn.rotary_emb.inv_freq"
-PICKLE = "pytorch_model.bin"
-SOMETHING = b"not what it should be"
-
-
-def config(**changes: Any) -> Damage:
-    """The config with other values; None removes one."""
-
-    def damage(folder: Path) -> None:
-        values = {**json.loads((folder / "config.json").read_text()), **changes}
-        (folder / "config.json").write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
-
-    return damage
-
-
-def file(name: str, content: bytes) -> Damage:
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
-    def damage(folder: Path) -> None:
-        found = load_file(folder / SINGLE_FILE)
-        change(found)
-        save_file(found, folder / SINGLE_FILE, metadata={"format": "pt"})
-
-    return damage
-
-
-def cut(bytes_left: int) -> Damage:
-    return lambda folder: os.truncate(folder / SINGLE_FILE, bytes_left)
-
-
-def header(text: str | dict, length: int | None = None, data: int = 8) -> Damage:
-    """A file of weights with this header, which says that it has this length, and some bytes of data."""
-    encoded = (text if isinstance(text, str) else json.dumps(text)).encode()
-    return file(SINGLE_FILE, struct.pack("<Q", len(encoded) if length is None else length) + encoded + bytes(data))
-
-
-def entry(**changes: Any) -> dict[str, Any]:
-    return {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}
-
-
-def twice(first: dict[str, Any], second: dict[str, Any]) -> str:
-    """A header with two entries of one name, which no dict has."""
-    return f'{{"a": {json.dumps(first)}, "a": {json.dumps(second)}}}'
-
-
-def in_parts(folder: Path) -> None:
-    (folder / SINGLE_FILE).unlink()
-    tiny_llama().save_pretrained(folder, max_shard_size="30KB")
-
-
-def index(change: Callable[[dict[str, Any]], object]) -> Damage:
-    def damage(folder: Path) -> None:
-        in_parts(folder)
-        content = json.loads((folder / INDEX_FILE).read_text())
-        change(content)
-        (folder / INDEX_FILE).write_text(json.dumps(content))
-
-    return damage
-
-
-def placed_at(place: str) -> Damage:
-    return index(lambda content: content["weight_map"].update({NORM: place}))
-
-
-def in_place_of_weights(make: Callable[[Path], object]) -> Damage:
-    def damage(folder: Path) -> None:
-        (folder / SINGLE_FILE).unlink()
-        make(folder / SINGLE_FILE)
-
-    return damage
-
-
-def and_then(*damages: Damage) -> Damage:
-    def damage(folder: Path) -> None:
-        for each in damages:
-            each(folder)
-
-    return damage
-
-
-DIFFERS = r"the weights are not those of the model that its config\.json describes\. Fetch both again from one place\.\n"
 DAMAGED = r"model\.safetensors is damaged: "
 REFUSED: dict[str, tuple[Damage, str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), r"has no config\.json.*Name a folder in the Hugging Face layout"),
@@ -212,32 +136,6 @@ REFUSED: dict[str, tuple[Damage, str]] = {
 }
 
 
-@pytest.fixture
-def no_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A process of a training that starts is a failure. Models that are made go to a folder of the test's own."""
-
-    def started(*_: Any) -> None:
-        raise AssertionError("a process of the training was started")
-
-    monkeypatch.setattr(torch_train, "launch", started)
-    monkeypatch.setattr(base, "MADE_MODELS", tmp_path / "made")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    tiny_llama().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def train(folder: Path | str, vocabulary: int = 67, **changes: Any) -> None:
-    """The stage's work up to its first process, on rows that need `vocabulary` ids."""
-    data = Path(folder).parent / "data"
-    data.mkdir(exist_ok=True)
-    (data / "manifest.json").write_text(json.dumps({"metrics": {"vocabulary": vocabulary, "train": {"rows": 8}}}))
-    settings = replace(Settings(), model_id=str(folder), max_length=32, **changes)
-    torch_train.train(settings, data, data, Path(folder).parent / "work")
-
-
 @pytest.mark.parametrize(("damage", "message"), REFUSED.values(), ids=REFUSED)
 def test_a_damaged_model_is_refused_before_a_process_starts(folder: Path, no_rank: None, damage: Damage, message: str) -> None:
     damage(folder)
@@ -292,132 +190,6 @@ def test_what_published_models_look_like_is_accepted(folder: Path, no_rank: None
     change(folder)
     with pytest.raises(AssertionError, match="a process of the training was started"):
         train(folder)
-
-
-def as_pickles(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
-    """The folder with its weights as one pickle; returns them."""
-    state = load_file(folder / SINGLE_FILE)
-    (folder / SINGLE_FILE).unlink()
-    torch.save(state, folder / PICKLE, **options)
-    return state
-
-
-def as_two_pickles(folder: Path) -> dict[str, torch.Tensor]:
-    state = load_file(folder / SINGLE_FILE)
-    (folder / SINGLE_FILE).unlink()
-    tiny_llama().save_pretrained(folder, max_shard_size="30KB", safe_serialization=False)
-    return state
-
-
-def allowed(folder: Path) -> Path:
-    return base_model_folder(replace(Settings(), model_id=str(folder), allow_pickle=True))
-
-
-@pytest.mark.parametrize("pickled", [as_pickles, as_two_pickles])
-def test_pickles_are_refused_unless_they_are_allowed(folder: Path, no_rank: None, pickled: Damage) -> None:
-    pickled(folder)
-    with pytest.raises(InputError, match=r"as pickles \(\.bin\) alone, which can run code when opened\. Set ALLOW_PICKLE=1"):
-        train(folder)
-
-
-@pytest.mark.parametrize(
-    "pickled",
-    [as_pickles, as_two_pickles, lambda folder: as_pickles(folder, _use_new_zipfile_serialization=False)],
-    ids=["one", "parts", "of before 2020"],
-)
-def test_allowed_pickles_become_the_same_weights_once(folder: Path, no_rank: None, pickled: Callable, capsys) -> None:
-    state = pickled(folder)
-    made = allowed(folder)
-    assert_equal(written(made), state)
-    assert_equal(AutoModelForCausalLM.from_pretrained(made, dtype="auto").state_dict(), state)
-    assert made.parent == base.MADE_MODELS and not list(base.MADE_MODELS.glob("*.making"))
-    assert allowed(folder) == made
-    assert capsys.readouterr().out.count("its pickles as safetensors") == 1
-    with pytest.raises(AssertionError, match="a process of the training was started"):
-        train(folder, allow_pickle=True)
-
-
-@pytest.mark.parametrize("left_out", [None, "lm_head.weight", "model.embed_tokens.weight"])
-def test_a_tied_tensor_of_a_pickle_is_written_once_under_the_name_that_loaders_read(tmp_path: Path, no_rank: None, left_out: str) -> None:
-    model = tiny_llama(tie_word_embeddings=True)
-    model.config.save_pretrained(tmp_path / "model")
-    state = {name: tensor for name, tensor in model.state_dict().items() if name != left_out}
-    torch.save(state, tmp_path / "model" / PICKLE)
-    made = allowed(tmp_path / "model")
-    assert set(written(made)) == set(model.state_dict()) - {"lm_head.weight"}
-    assert_equal(AutoModelForCausalLM.from_pretrained(made).state_dict(), model.state_dict())
-
-
-class Command:
-    """A pickle of it calls `function` when it is opened."""
-
-    def __init__(self, function: Callable, *arguments: Any):
-        self.call = function, arguments
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-def pickle_of(value: Any) -> Damage:
-    return and_then(as_pickles, lambda folder: torch.save(value, folder / PICKLE))
-
-
-def pickle_index(place: str) -> Damage:
-    def damage(folder: Path) -> None:
-        as_two_pickles(folder)
-        path = folder / "pytorch_model.bin.index.json"
-        content = json.loads(path.read_text())
-        content["weight_map"][NORM] = place
-        path.write_text(json.dumps(content))
-
-    return damage
-
-
-BAD_PICKLES: dict[str, tuple[Damage, str]] = {
-    "a command": (pickle_of(Command(os.mkdir, "run-by-a-pickle")), r"asks for more than tensors, and that is never run.*mkdir"),
-    "a command beside a tensor": (pickle_of({NORM: Command(eval, "open('run-by-a-pickle', 'w')")}), r"asks for more than tensors.*eval"),
-    "a command in an old file": (
-        and_then(
-            as_pickles,
-            lambda folder: torch.save(Command(os.system, "touch run-by-a-pickle"), folder / PICKLE, _use_new_zipfile_serialization=False),
-        ),
-        r"asks for more than tensors.*system",
-    ),
-    "bytes": (and_then(as_pickles, file(PICKLE, SOMETHING)), r"is damaged"),
-    "nothing": (and_then(as_pickles, file(PICKLE, b"")), r"is damaged"),
-    "half of it": (and_then(as_pickles, lambda folder: os.truncate(folder / PICKLE, 20_000)), r"is damaged"),
-    "a list": (pickle_of([torch.ones(2)]), r"holds no state dict"),
-    "a tensor": (pickle_of(torch.ones(2)), r"holds no state dict"),
-    "a training's whole state": (pickle_of({"model": {NORM: torch.ones(32)}, "step": 3}), r"model and 1 more of 2 entries are no tensors"),
-    "complex numbers": (pickle_of({NORM: torch.ones(32, dtype=torch.complex64)}), r"are no tensors of a known dtype"),
-    "one number as a terabyte": (pickle_of({NORM: torch.ones(1).expand(2**38)}), r"are no tensors of a known dtype"),
-    "a sparse tensor": (pickle_of({NORM: torch.ones(4, 8).to_sparse()}), r"are no tensors of a known dtype"),
-    "a number that is none": (pickle_of({NORM: torch.full((32,), torch.nan)}), r"model\.norm\.weight: 32 of 32 values are not finite"),
-    "another model": (pickle_of({NORM: torch.ones(32)}), DIFFERS + r"missing \(20\)"),
-    "an index that leaves the folder": (pickle_index("../pytorch_model.bin"), r"names files that are not beside it"),
-    "an index that names another file": (pickle_index("config.json"), r"names config\.json"),
-    "an index that names a missing file": (pickle_index("pytorch_model-9.bin"), r"names pytorch_model-9\.bin, and .* has no such"),
-    "parts without index": (
-        and_then(as_two_pickles, lambda folder: (folder / "pytorch_model.bin.index.json").unlink()),
-        r"and no pytorch_model\.bin\.index\.json",
-    ),
-    "a tensor in two parts": (
-        and_then(as_two_pickles, lambda folder: [torch.save({NORM: torch.ones(32)}, path) for path in folder.glob("pytorch_model-*.bin")]),
-        r"model\.norm\.weight is in another file too",
-    ),
-}
-
-
-@pytest.mark.parametrize(("damage", "message"), BAD_PICKLES.values(), ids=BAD_PICKLES)
-def test_an_allowed_pickle_that_is_not_weights_is_refused_and_nothing_in_it_runs(
-    folder: Path, no_rank: None, monkeypatch: pytest.MonkeyPatch, damage: Damage, message: str
-) -> None:
-    damage(folder)
-    monkeypatch.chdir(folder.parent)
-    with pytest.raises(InputError, match=f"(?s){message}"):
-        train(folder, allow_pickle=True)
-    assert not Path("run-by-a-pickle").exists()
-    assert not list(base.MADE_MODELS.glob("*[!g]/model.safetensors")) or "missing" in message
 
 
 def test_make_refuses_a_damaged_model_and_a_pickle_with_exit_2_and_takes_an_allowed_one(built: Project, torture, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from stages.consolidate import join
 from stages.run.errors import StageFailure
 from stages.run.publish import Facts, publish
 from stages.run.settings import Settings
+from tests.pickled import Call
 from tests.tiny_llama import tiny_llama
-from tests.torture.test_fuzz_shards import SHARD, Pickled, change
+from tests.torture.shard_damage import SHARD, change
 
 pytestmark = [pytest.mark.torture("fuzz"), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
@@ -104,7 +105,7 @@ def test_a_checkpoint_is_resumed_with_its_numbers(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("place", ["the metadata", "a number"])
 def test_a_checkpoint_with_a_command_in_it_is_not_resumed_and_nothing_runs(checkpoint: Path, place: str) -> None:
-    command = Pickled(os.system, "touch ran")
+    command = Call(os.system, "touch ran")
     if place == "the metadata":
         (checkpoint / METADATA_FILE).write_bytes(pickle.dumps(command))
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,11 +95,6 @@ REFUSED = [
     ("trn1.32xlarge", "llama 2 7B", {"NPROC_PER_NODE": 8, "TENSOR_PARALLEL_SIZE": 8, "MAX_LENGTH": 2052}, "MAX_LENGTH=2052 is not a", 1),
     ("trn1.2xlarge", "llama 3.2 3B", {"NPROC_PER_NODE": 16, "TENSOR_PARALLEL_SIZE": 16}, "above the 2 cores", 3),
 ]
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    return StandIn(tmp_path, monkeypatch)
 
 
 def refusals(config: Any, given: dict[str, Any]) -> list[str]:
