@@ -62,14 +62,15 @@ def opened(shards: Path) -> metadata.Metadata:
     return pickle.loads((shards / METADATA_FILE).read_bytes())
 
 
-def placed(shards: Path, name: str) -> filesystem._StorageInfo:
-    return next(place for index, place in opened(shards).storage_data.items() if index.fqn == f"model.{name}")
+def placed(found: metadata.Metadata, name: str) -> filesystem._StorageInfo:
+    """Where the metadata says that a tensor lies."""
+    return next(place for index, place in found.storage_data.items() if index.fqn == f"model.{name}")
 
 
 def change(shards: Path, name: str, **changes: Any) -> None:
     """Change where the metadata says that a tensor lies, or its shape."""
     found = opened(shards)
-    place = next(place for index, place in found.storage_data.items() if index.fqn == f"model.{name}")
+    place = placed(found, name)
     tensor = found.state_dict_metadata[f"model.{name}"]
     for key, value in changes.items():
         if key == "shape":

@@ -20,7 +20,7 @@ from stages.backends.neuron.archive import read_archive
 from stages.backends.torch.metadata import METADATA_FILE
 from stages.run.errors import StageFailure
 from tests.pickled import Call
-from tests.torture.shard_damage import MEGABYTES_FOR_DAMAGE, SHARD, change, most_memory, outcome, placed
+from tests.torture.shard_damage import MEGABYTES_FOR_DAMAGE, SHARD, change, most_memory, opened, outcome, placed
 
 pytestmark = [pytest.mark.torture("fuzz"), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
@@ -43,7 +43,7 @@ def test_a_pickle_that_asks_for_more_is_refused(shards: Path, place: str, value:
     else:
         stored = io.BytesIO()
         torch.save(value, stored)
-        at = placed(shards, "first")
+        at = placed(opened(shards), "first")
         (shards / SHARD).write_bytes(stored.getvalue() + bytes(at.length))
         change(shards, "first", offset=0, length=len(stored.getvalue()))
     assert outcome(shards) is None
@@ -149,7 +149,7 @@ ARCHIVES: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("change_archive", ARCHIVES.values(), ids=ARCHIVES)
 def test_archives_that_lie_are_refused_and_take_no_memory(shards: Path, change_archive: Callable[[bytes], bytes]) -> None:
-    place = placed(shards, "first")
+    place = placed(opened(shards), "first")
     stored = change_archive((shards / SHARD).read_bytes()[place.offset : place.offset + place.length])
     memory = most_memory()
     (shards.parent / "shard.pt").write_bytes(stored)

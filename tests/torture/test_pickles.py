@@ -27,17 +27,22 @@ from tests.torture.model_damage import DIFFERS, NORM, PICKLE, SOMETHING, Damage,
 pytestmark = pytest.mark.torture("models")
 
 
-def as_pickles(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
-    """The folder with its weights as one pickle; returns them."""
+def taken_out(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the folder, which it then no longer has."""
     state = load_file(folder / SINGLE_FILE)
     (folder / SINGLE_FILE).unlink()
+    return state
+
+
+def as_pickles(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
+    """The folder with its weights as one pickle; returns them."""
+    state = taken_out(folder)
     torch.save(state, folder / PICKLE, **options)
     return state
 
 
 def as_two_pickles(folder: Path) -> dict[str, torch.Tensor]:
-    state = load_file(folder / SINGLE_FILE)
-    (folder / SINGLE_FILE).unlink()
+    state = taken_out(folder)
     tiny_llama().save_pretrained(folder, max_shard_size="30KB", safe_serialization=False)
     return state
 
