@@ -1,6 +1,6 @@
 # Fine-tune an open LLM on AWS Trainium with make. `make help` lists targets and settings, `make demo` runs all of it
 # here. This file is the graph: which stage reads which, and nothing else knows the order. Whether a stage is stale is
-# asked of stages/run/plan.py, which compares what it was made from with what it would be made from now.
+# asked of stages/make/plan.py, which compares what it was made from with what it would be made from now.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .SUFFIXES:
@@ -58,7 +58,7 @@ comma := ,
 empty :=
 graph := $(foreach s,$(STAGES),$s:$(subst $(empty) ,$(comma),$($s.from)):$($s.after))
 out := outputs/$(RUN)
-plan = env $(foreach v,$(given),$(call quoted,$v=$(value $v))) $(PYTHON) -I -S stages/run/plan.py $(out) $(graph) \
+plan = env $(foreach v,$(given),$(call quoted,$v=$(value $v))) $(PYTHON) -I -S stages/make/plan.py $(out) $(graph) \
   --given $(call quoted,$(given)) --goals $(call quoted,$(MAKECMDGOALS))
 answering := $(and $(filter eval,$(MAKECMDGOALS)),$(value PROMPT),$(wildcard $(out)/compile-inference/manifest.json))
 ifneq (,$(filter all demo outputs/% $(STAGES),$(MAKECMDGOALS)))
@@ -84,7 +84,7 @@ NEURON_PIP_INDEX ?= https://pip.repos.neuron.amazonaws.com
 .PHONY: help all demo status verify doctor cache-status cache-lookup cache-synchronize test torture audit lint clean FORCE $(STAGES)
 
 help: ## Targets, and settings with their values
-	@$(PYTHON) -I -S stages/run/help.py $(MAKEFILE_LIST)
+	@$(PYTHON) -I -S stages/make/help.py $(MAKEFILE_LIST)
 
 demo: eval ## The whole run on this machine: a tiny model learns data/demo by heart and answers
 all: eval ## Every stage that is stale
@@ -93,7 +93,7 @@ status: ## Which stages would run, and why
 	@$(plan) --show
 
 verify: ## Read every published file: is it still what was published?
-	@$(PYTHON) -I -S stages/run/verify.py $(out) $(STAGES)
+	@$(PYTHON) -I -S stages/make/verify.py $(out) $(STAGES)
 
 doctor: $(installed) ## Can every stage run here? A line for each thing that it needs: OK, or what to do
 	@$(python) -m stages.doctor

@@ -6,25 +6,31 @@ import shutil
 from pathlib import Path
 
 from stages.run.backend import backend_module
-from stages.run.command import stage_command
-from stages.run.content import files_below
-from stages.run.publish import Facts, publish
-from stages.run.record import TOKENIZER_FILES
+from stages.run.cli import stage_command
+from stages.run.digests import files_below
+from stages.run.provenance import TOKENIZER_FILES
+from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
 
 
 @stage_command("compile-inference", consolidate="Folder that consolidate published.")
 def main(settings: Settings, consolidate: Path, output: Path) -> None:
-    publish("compile-inference", settings, {"consolidate": consolidate}, output, lambda work: compiled(settings, consolidate, work))
+    publish(
+        "compile-inference",
+        settings,
+        {"consolidate": consolidate},
+        output,
+        lambda work: compiled(settings, consolidate, work),
+    )
 
 
-def compiled(settings: Settings, model: Path, work: Path) -> Facts:
+def compiled(settings: Settings, model: Path, work: Path) -> StageResult:
     """Compile the model folder into `work`, with the tokenizer and the prompt's text that it carries."""
     backend = backend_module("compile_inference", settings)
     found = backend.compile_model(model, work, settings=settings)
     for file in files_below(model, (*TOKENIZER_FILES, "prompt.json")):
         shutil.copyfile(file, work / file.name)
-    return Facts(device=found["device"], metrics=found)
+    return StageResult(device=found["device"], metrics=found)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.run.command import stage_command
+from stages.run.cli import stage_command
 from stages.run.progress import Progress
-from stages.run.publish import Facts, publish
+from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
 
 if TYPE_CHECKING:
-    from stages.text.rows import Row
+    from stages.text.examples import Example
 
 
 @stage_command("data")
@@ -23,27 +23,46 @@ def main(settings: Settings, output: Path) -> None:
     publish("data", settings, {}, output, lambda work: pack(settings, work))
 
 
-def pack(settings: Settings, work: Path) -> Facts:
+def pack(settings: Settings, work: Path) -> StageResult:
     """Read, format, tokenise, split and pack DATASET into `work`; print the accounts and one sample."""
     from stages.text.dataset import Layout, build
+    from stages.text.examples import Columns, read_examples
     from stages.text.prompt import PromptTemplate
-    from stages.text.rows import Columns, read_rows
     from stages.text.tokens import find_tokenizer
 
     s = settings
     template, tokenizer = PromptTemplate(), find_tokenizer(s.model_id, s.model_revision)
     columns = Columns(s.instruction_column, s.context_column, s.response_column)
-    rows = read_rows(s.dataset, columns=columns, revision=s.dataset_revision, config=s.dataset_config, split=s.dataset_split)
+    rows = read_examples(
+        s.dataset,
+        columns=columns,
+        revision=s.dataset_revision,
+        config=s.dataset_config,
+        split=s.dataset_split,
+    )
     rows = counted(rows)
     layout = Layout(s.max_length, packing=s.packing, overlong=s.overlong, loss_on=s.loss_on)
-    account = build(rows, tokenizer, template, output=work, layout=layout, validation_fraction=s.validation_fraction, seed=s.seed)
+    account = build(
+        rows,
+        tokenizer,
+        template,
+        output=work,
+        layout=layout,
+        validation_fraction=s.validation_fraction,
+        seed=s.seed,
+    )
     tokenizer.save(work / "tokenizer")
     template.save(work / "prompt.json")
-    print(f"one sample of {account.tokens_in:,} tokens:\n\n{account.sample}\n\n{account.table()}", flush=True)
-    return Facts(tokens=account.tokens_in, metrics={**account.figures(), "vocabulary": tokenizer.vocab_size})
+    print(
+        f"one sample of {account.tokens_in:,} tokens:\n\n{account.sample}\n\n{account.table()}",
+        flush=True,
+    )
+    return StageResult(
+        tokens=account.tokens_in, metrics={**account.figures(), "vocabulary": tokenizer.vocab_size}
+    )
 
 
-def counted(batches: Iterator[list[Row]]) -> Iterator[list[Row]]:
+def counted(batches: Iterator[list[Example]]) -> Iterator[list[Example]]:
     """The same batches of rows, while their number is shown: how many are to come is not known."""
     with Progress("data", None, "rows") as progress:
         for batch in batches:

@@ -22,15 +22,15 @@ os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
 os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "5")
 
 from stages.model.hub import from_hub
-from stages.model.size import bytes_written, parameters, read_config
+from stages.model.size import bytes_written, config_values, parameters
 from stages.run.backend import backend_module, choose
+from stages.run.check_result import FAIL, Check, CheckResult, fail, folder_result, note
+from stages.run.cost import hourly_price, instance_type
+from stages.run.disk import REMEDY, free_space
 from stages.run.errors import InputError
-from stages.run.finding import FAIL, Check, Finding, fail, folder_finding, note
-from stages.run.instance import hourly_price, instance_type
-from stages.run.record import REQUIREMENTS, installed_version, pinned_versions
+from stages.run.provenance import REQUIREMENTS, installed_version, pinned_versions
 from stages.run.settings import Settings
 from stages.run.sizes import show_size
-from stages.run.space import REMEDY, free_space
 
 PYTHONS = {"torch": ((3, 10), (3, 12)), "neuron": ((3, 10), (3, 11))}
 OLDEST_MAKE = (4, 2)  # the first that reads a file with $(file <NAME)
@@ -39,33 +39,44 @@ MEMINFO = Path("/proc/meminfo")
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def python_version(settings: Settings) -> Iterator[Finding]:
+def python_version(settings: Settings) -> Iterator[CheckResult]:
     oldest, newest = PYTHONS[choose(settings).name]
     found = f"{sys.version.split()[0]}, {sys.executable}"
     if oldest <= sys.version_info[:2] <= newest:
-        yield Finding("Python", found)
+        yield CheckResult("Python", found)
     else:
-        yield fail("Python", f"{found}. Use {_dotted(oldest)} to {_dotted(newest)}: remove .venv and set PYTHON.")
+        yield fail(
+            "Python",
+            f"{found}. Use {_dotted(oldest)} to {_dotted(newest)}: remove .venv and set PYTHON.",
+        )
 
 
-def make_version(settings: Settings) -> Iterator[Finding]:
+def make_version(settings: Settings) -> Iterator[CheckResult]:
     tool = shutil.which("make")
-    said = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout if tool else ""
+    said = (
+        subprocess.run([tool, "--version"], capture_output=True, text=True).stdout if tool else ""
+    )
     match = re.match(r"GNU Make (\d+)\.(\d+)", said)
     if match and (int(match[1]), int(match[2])) >= OLDEST_MAKE:
-        yield Finding("make", match[0])
+        yield CheckResult("make", match[0])
     else:
         found = match[0] if match else f"{tool} is not GNU make" if tool else "not on the PATH"
-        yield fail("make", f"{found}. Install GNU make {_dotted(OLDEST_MAKE)} or newer (Debian, Ubuntu: apt install make).")
+        yield fail(
+            "make",
+            f"{found}. Install GNU make {_dotted(OLDEST_MAKE)} or newer (Debian, Ubuntu: apt install make).",
+        )
 
 
-def backend_choice(settings: Settings) -> Iterator[Finding]:
+def backend_choice(settings: Settings) -> Iterator[CheckResult]:
     chosen, price = choose(settings), hourly_price(settings)
     cost = f", {price:g} USD/h" if price else ""
-    yield Finding("backend", f"{chosen.name} ({chosen.reason}); {instance_type() or 'not an EC2 instance'}{cost}")
+    yield CheckResult(
+        "backend",
+        f"{chosen.name} ({chosen.reason}); {instance_type() or 'not an EC2 instance'}{cost}",
+    )
 
 
-def packages(settings: Settings) -> Iterator[Finding]:
+def packages(settings: Settings) -> Iterator[CheckResult]:
     """Installed versions against the pins of the backend's requirements; what a build adds behind a `+` does not count."""
     file = REQUIREMENTS[choose(settings).name]
     pins, wrong = pinned_versions(choose(settings).name), 0
@@ -73,92 +84,133 @@ def packages(settings: Settings) -> Iterator[Finding]:
         found = installed_version(name) or ""
         if pinned != (found if "+" in pinned else found.partition("+")[0]):
             wrong += 1
-            yield fail(name, f"{found or 'not installed'}, pinned is {pinned}. Install {file} (make does, into .venv).")
+            yield fail(
+                name,
+                f"{found or 'not installed'}, pinned is {pinned}. Install {file} (make does, into .venv).",
+            )
     if not wrong:
-        yield Finding("packages", f"{len(pins)} as pinned for {file}")
+        yield CheckResult("packages", f"{len(pins)} as pinned for {file}")
 
 
-def writable(settings: Settings) -> Iterator[Finding]:
-    yield folder_finding("outputs", OUTPUTS)
+def writable(settings: Settings) -> Iterator[CheckResult]:
+    yield folder_result("outputs", OUTPUTS)
     caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    yield folder_finding("Hub's cache", Path(os.environ.get("HF_HOME", caches / "huggingface")), "HF_HOME")
+    yield folder_result(
+        "Hub's cache", Path(os.environ.get("HF_HOME", caches / "huggingface")), "HF_HOME"
+    )
 
 
-def disk(settings: Settings) -> Iterator[Finding]:
+def disk(settings: Settings) -> Iterator[CheckResult]:
     """Free space against what the stages write of this model, as if nothing of it were there yet."""
     free, count = free_space(OUTPUTS), _parameters(settings)
     if count is None:
-        yield Finding("disk", f"{show_size(free)} free; what the model takes is not known")
+        yield CheckResult("disk", f"{show_size(free)} free; what the model takes is not known")
         return
     sizes = bytes_written(settings, count, choose(settings).name)
     needed = sum(sizes.values())
     sums = " + ".join(f"{stage} {show_size(size)}" for stage, size in sizes.items() if size)
     found = f"{show_size(free)} free of {show_size(needed)} that {count:,} parameters take ({sums})"
     if free >= needed:
-        yield Finding("disk", found)
+        yield CheckResult("disk", found)
     else:
         yield fail("disk", f"{found}. {REMEDY}")
 
 
-def memory(settings: Settings) -> Iterator[Finding]:
+def memory(settings: Settings) -> Iterator[CheckResult]:
     """Host memory against the model in float32, the most that one process holds of it: random weights, or the merged model."""
     if not MEMINFO.exists():
         return
     match = re.search(r"MemTotal:\s*(\d+) kB", MEMINFO.read_text(encoding="utf-8"))
     total = int(match[1]) * 1024 if match else 0
-    limit = CONTAINER_LIMIT.read_text(encoding="utf-8").strip() if CONTAINER_LIMIT.exists() else "max"
+    limit = (
+        CONTAINER_LIMIT.read_text(encoding="utf-8").strip() if CONTAINER_LIMIT.exists() else "max"
+    )
     total = min(total, int(limit)) if limit.isdigit() else total
     needed = 4 * (_parameters(settings) or 0)
-    found = f"{show_size(total)}, the model in float32 is {show_size(needed)}" if needed else show_size(total)
+    found = (
+        f"{show_size(total)}, the model in float32 is {show_size(needed)}"
+        if needed
+        else show_size(total)
+    )
     if total >= needed:
-        yield Finding("host memory", found)
+        yield CheckResult("host memory", found)
     else:
-        yield note("host memory", f"{found}. A stage that loads all of it would be killed: take a larger machine or a smaller model.")
+        yield note(
+            "host memory",
+            f"{found}. A stage that loads all of it would be killed: take a larger machine or a smaller model.",
+        )
 
 
-def model_source(settings: Settings) -> Iterator[Finding]:
+def model_source(settings: Settings) -> Iterator[CheckResult]:
     name, folder = settings.model_id, Path(settings.model_id)
     if _is_local(name) and not folder.is_dir():
-        yield fail("MODEL_ID", f"{name} is no folder here. Name one that is, or a model of the Hub (OWNER/NAME).")
+        yield fail(
+            "MODEL_ID",
+            f"{name} is no folder here. Name one that is, or a model of the Hub (OWNER/NAME).",
+        )
         return
     try:
-        read_config(settings)
+        config_values(settings)
     except InputError as error:
         yield fail("MODEL_ID", str(error).removeprefix("MODEL_ID="))
         return
-    if folder.is_dir() and settings.init_weights == "pretrained" and not any(folder.glob("*.safetensors")):
-        yield fail("MODEL_ID", f"{name} has no *.safetensors. Put the weights into it, or set INIT_WEIGHTS=random.")
+    if (
+        folder.is_dir()
+        and settings.init_weights == "pretrained"
+        and not any(folder.glob("*.safetensors"))
+    ):
+        yield fail(
+            "MODEL_ID",
+            f"{name} has no *.safetensors. Put the weights into it, or set INIT_WEIGHTS=random.",
+        )
     else:
-        yield Finding("MODEL_ID", f"{name}, a folder" if folder.is_dir() else f"{name} at {settings.model_revision}, {_hub()}")
+        yield CheckResult(
+            "MODEL_ID",
+            f"{name}, a folder"
+            if folder.is_dir()
+            else f"{name} at {settings.model_revision}, {_hub()}",
+        )
 
 
-def dataset_source(settings: Settings) -> Iterator[Finding]:
+def dataset_source(settings: Settings) -> Iterator[CheckResult]:
     name = settings.dataset
     if Path(name).exists():
-        yield Finding("DATASET", f"{name}, a {'folder' if Path(name).is_dir() else 'file'}")
+        yield CheckResult("DATASET", f"{name}, a {'folder' if Path(name).is_dir() else 'file'}")
     elif name.startswith("s3://"):
-        yield Finding("DATASET", f"{name}, in S3: not looked at here")
+        yield CheckResult("DATASET", f"{name}, in S3: not looked at here")
     elif _is_local(name):
-        yield fail("DATASET", f"{name} is not here. Name a file or folder that is, or a dataset of the Hub (OWNER/NAME).")
+        yield fail(
+            "DATASET",
+            f"{name} is not here. Name a file or folder that is, or a dataset of the Hub (OWNER/NAME).",
+        )
     elif _offline():
         yield note(
-            "DATASET", f"{name}: HF_HUB_OFFLINE is set, so the Hub was not asked. It is read from the cache if it was fetched before."
+            "DATASET",
+            f"{name}: HF_HUB_OFFLINE is set, so the Hub was not asked. It is read from the cache if it was fetched before.",
         )
     else:
         from huggingface_hub import HfApi
 
         try:
-            from_hub("dataset", name, settings.dataset_revision, lambda: HfApi().auth_check(name, repo_type="dataset"))
-            yield Finding("DATASET", f"{name} at {settings.dataset_revision}, {_hub()}")
+            from_hub(
+                "dataset",
+                name,
+                settings.dataset_revision,
+                lambda: HfApi().auth_check(name, repo_type="dataset"),
+            )
+            yield CheckResult("DATASET", f"{name} at {settings.dataset_revision}, {_hub()}")
         except InputError as error:
             yield fail("DATASET", str(error).removeprefix("DATASET="))
 
 
-def prompts_source(settings: Settings) -> Iterator[Finding]:
+def prompts_source(settings: Settings) -> Iterator[CheckResult]:
     if Path(settings.prompts).is_file():
-        yield Finding("PROMPTS", settings.prompts)
+        yield CheckResult("PROMPTS", settings.prompts)
     else:
-        yield fail("PROMPTS", f"{settings.prompts} is no file here. Name one of JSON lines with the dataset's columns.")
+        yield fail(
+            "PROMPTS",
+            f"{settings.prompts} is no file here. Name one of JSON lines with the dataset's columns.",
+        )
 
 
 CHECKS: list[Check] = [
@@ -166,7 +218,7 @@ CHECKS: list[Check] = [
 ]  # fmt: skip
 
 
-def examine(settings: Settings) -> list[Finding]:
+def examine(settings: Settings) -> list[CheckResult]:
     """All findings in the order of the checks, which run side by side: some wait for the Hub, some import PyTorch."""
     checks = list(CHECKS)
     lost = []
@@ -182,14 +234,16 @@ def examine(settings: Settings) -> list[Finding]:
     return [finding for findings in found for finding in findings] + lost
 
 
-def _findings(check: Check, settings: Settings) -> list[Finding]:
+def _findings(check: Check, settings: Settings) -> list[CheckResult]:
     """What a check yields; that it could not look is a finding as well."""
     about = getattr(check, "__name__", "check").replace("_", " ")
     try:
         return list(check(settings))
     except InputError as error:
         return [fail(about, problem) for problem in error.problems]
-    except Exception as error:  # a library that does not load, a tool that is broken: the other checks go on
+    except (
+        Exception
+    ) as error:  # a library that does not load, a tool that is broken: the other checks go on
         return [fail(about, f"{type(error).__name__}: {error}. See to what it names.")]
 
 
@@ -204,20 +258,29 @@ def main() -> int:
     for finding in findings:
         print(finding.line(width))
     stopped = sum(finding.state == FAIL for finding in findings)
-    print(f"{stopped} thing{'' if stopped == 1 else 's'} to mend" if stopped else "every stage can run here")
+    print(
+        f"{stopped} thing{'' if stopped == 1 else 's'} to mend"
+        if stopped
+        else "every stage can run here"
+    )
     return 1 if stopped else 0
 
 
 def _parameters(settings: Settings) -> int | None:
     try:
-        return parameters(read_config(settings))
+        return parameters(config_values(settings))
     except InputError:
         return None  # said by `model_source`
 
 
 def _is_local(name: str) -> bool:
     """Whether a name means a file or folder even where there is none: no model or dataset of the Hub is called so."""
-    return Path(name).exists() or name.startswith(("/", ".")) or name.count("/") > 1 or Path(name).suffix in (".jsonl", ".json", ".csv")
+    return (
+        Path(name).exists()
+        or name.startswith(("/", "."))
+        or name.count("/") > 1
+        or Path(name).suffix in (".jsonl", ".json", ".csv")
+    )
 
 
 def _offline() -> bool:

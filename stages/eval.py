@@ -10,9 +10,9 @@ import math
 from pathlib import Path
 
 from stages.run.backend import backend_module
-from stages.run.command import stage_command
+from stages.run.cli import stage_command
 from stages.run.progress import Progress
-from stages.run.publish import Facts, publish
+from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
 from stages.text.answer import Answer, Answerer, Question, read_questions, write_answers
 
@@ -27,17 +27,23 @@ SHOWN = 10  # answers printed; all are in answers.jsonl
     consolidate="Folder that consolidate published.",
     compile_inference="Folder that compile-inference published.",
 )
-def main(settings: Settings, data: Path, consolidate: Path, compile_inference: Path, output: Path) -> None:
+def main(
+    settings: Settings, data: Path, consolidate: Path, compile_inference: Path, output: Path
+) -> None:
     if settings.prompt:
         answer_one(settings, compile_inference)
         return
     inputs = {"data": data, "consolidate": consolidate, "compile-inference": compile_inference}
 
-    def build(work: Path) -> Facts:
+    def build(work: Path) -> StageResult:
         answers = answer_all(settings, compile_inference)
         write_answers(work / "answers.jsonl", answers)
-        metrics = {"answers": len(answers), **exact_matches(answers), **compare_losses(settings, data, consolidate)}
-        return Facts(metrics=metrics, tokens=sum(answer.tokens for answer in answers))
+        metrics = {
+            "answers": len(answers),
+            **exact_matches(answers),
+            **compare_losses(settings, data, consolidate),
+        }
+        return StageResult(metrics=metrics, tokens=sum(answer.tokens for answer in answers))
 
     publish("eval", settings, inputs, output, build)
 
@@ -45,7 +51,9 @@ def main(settings: Settings, data: Path, consolidate: Path, compile_inference: P
 def answer_one(settings: Settings, compiled: Path) -> None:
     """Stream the answer to PROMPT to the terminal."""
     model = backend_module("generate", settings).load(compiled)
-    for piece in Answerer(compiled, model, settings).stream(Question(settings.prompt, settings.context)):
+    for piece in Answerer(compiled, model, settings).stream(
+        Question(settings.prompt, settings.context)
+    ):
         print(piece, end="", flush=True)
     print(flush=True)
 
@@ -86,7 +94,10 @@ def compare_losses(settings: Settings, data: Path, tuned: Path) -> dict[str, dic
     losses = backend_module("evaluate", settings).validation_losses(settings, data, tuned)
     print(f"\nheld-out rows      {'base':>10} {'fine-tuned':>12}")
     print(f"  loss (nats)      {losses['base']:>10.4f} {losses['fine_tuned']:>12.4f}")
-    print(f"  perplexity       {perplexity(losses['base']):>10.2f} {perplexity(losses['fine_tuned']):>12.2f}", flush=True)
+    print(
+        f"  perplexity       {perplexity(losses['base']):>10.2f} {perplexity(losses['fine_tuned']):>12.2f}",
+        flush=True,
+    )
     return {name: {"loss": loss, "perplexity": perplexity(loss)} for name, loss in losses.items()}
 
 

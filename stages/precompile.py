@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stages.run.backend import backend_module
-from stages.run.command import stage_command
+from stages.run.cli import stage_command
 from stages.run.publish import publish
 from stages.run.settings import Settings
 
@@ -14,7 +14,9 @@ from stages.run.settings import Settings
 def main(settings: Settings, data: Path, output: Path) -> None:
     backend = backend_module("precompile", settings)
     # Shapes decide what is compiled, not the rows: other data does not make this stage stale.
-    publish("precompile", settings, {}, output, lambda work: backend.precompile(settings, data, work))
+    publish(
+        "precompile", settings, {}, output, lambda work: backend.precompile(settings, data, work)
+    )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,9 @@ def pins(root: Path) -> dict[Pin, list[str]]:
 
 def installed() -> dict[Pin, list[str]]:
     """What this Python imports, what the pins brought along included; a local build (2.13.0+cpu) by its release."""
-    return {(_plain(one.name), one.version.partition("+")[0]): [INSTALLED] for one in distributions()}
+    return {
+        (_plain(one.name), one.version.partition("+")[0]): [INSTALLED] for one in distributions()
+    }
 
 
 def known(asked: set[Pin]) -> dict[Pin, list[dict]]:
@@ -73,7 +75,9 @@ def _ask(versions: dict[str, str]) -> dict[Pin, list[dict]]:
     except ValueError:  # it ends with a traceback and status 1, the status of something found
         raise ConnectionError((done.stderr.strip().splitlines() or ["no answer"])[-1]) from None
     if len(checked) != len(versions):
-        raise ConnectionError(f"{len(versions) - len(checked)} of {len(versions)} versions were left out")
+        raise ConnectionError(
+            f"{len(versions) - len(checked)} of {len(versions)} versions were left out"
+        )
     return {(_plain(one["name"]), one["version"]): one["vulns"] for one in checked}
 
 
@@ -87,16 +91,29 @@ def main() -> int:
         places[pin] = places.get(pin, []) + place
     left_out = {pin for pin in places if pin[0] in AWS}
     try:
-        found = {pin: vulnerabilities for pin, vulnerabilities in known(set(places) - left_out).items() if vulnerabilities}
+        found = {
+            pin: vulnerabilities
+            for pin, vulnerabilities in known(set(places) - left_out).items()
+            if vulnerabilities
+        }
     except ConnectionError as error:
-        print(f"audit: nothing was checked. {OSV} has to answer for every version; repeat it with a network.\n{error}", file=sys.stderr)
+        print(
+            f"audit: nothing was checked. {OSV} has to answer for every version; repeat it with a network.\n{error}",
+            file=sys.stderr,
+        )
         return 2
     for (name, version), vulnerabilities in sorted(found.items()):
         for one in vulnerabilities:
             mended = " or ".join(one["fix_versions"]) or "no version yet"
-            print(f"{name:<24} {version:<12} {one['id']:<22} fixed in {mended:<16} {', '.join(places[name, version])}")
-    print(f"audit: {len(places) - len(left_out)} versions checked, something is known of {len(found)}.")
-    print(f"Not checked, since they are AWS's alone: {', '.join(f'{name} {version}' for name, version in sorted(left_out))}.")
+            print(
+                f"{name:<24} {version:<12} {one['id']:<22} fixed in {mended:<16} {', '.join(places[name, version])}"
+            )
+    print(
+        f"audit: {len(places) - len(left_out)} versions checked, something is known of {len(found)}."
+    )
+    print(
+        f"Not checked, since they are AWS's alone: {', '.join(f'{name} {version}' for name, version in sorted(left_out))}."
+    )
     return 1 if found else 0
 
 

@@ -17,7 +17,7 @@ import pytest
 from tests.torture.canaries import watched
 
 if TYPE_CHECKING:
-    from tests.backends.neuron.stand_in_machine import StandIn
+    from tests.fakes.neuron_machine import FakeMachine
 
 pytest_plugins = ["tests.torture.plugin"]
 
@@ -43,7 +43,11 @@ MAX_NEW_TOKENS ?= 4
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first: what trains, compiles or runs make comes last. In the long form kills, the longest, come first."""
     slow = ("torture", "backends", "test_makefile.py", "test_demo.py")
-    items.sort(key=lambda item: next((place for place, name in enumerate(slow) if name in item.path.parts), -1))
+    items.sort(
+        key=lambda item: next(
+            (place for place, name in enumerate(slow) if name in item.path.parts), -1
+        )
+    )
     if items and items[0].config.getoption("--torture") is not None:
         items.sort(key=lambda item: "kills" not in item.path.name)
 
@@ -54,50 +58,98 @@ class Project:
 
     folder: Path
 
-    def make(self, *arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    def make(
+        self, *arguments: str, check: bool = True, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         command = ["make", *arguments]
-        done = subprocess.run(command, cwd=self.folder, env={**clean_environment(), **environment}, capture_output=True, text=True)
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env={**clean_environment(), **environment},
+            capture_output=True,
+            text=True,
+        )
         if check and done.returncode:
-            raise AssertionError(f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+            raise AssertionError(
+                f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+            )
         return done
 
     def stages_to_run(self, *arguments: str, **environment: str) -> list[str]:
         """The stages that `make -n` says it would run."""
         lines = self.make("-n", *(arguments or ("all",)), **environment).stdout.splitlines()
-        return [line.split("stages.")[1].split()[0].replace("_", "-") for line in lines if " -m stages." in line]
+        return [
+            line.split("stages.")[1].split()[0].replace("_", "-")
+            for line in lines
+            if " -m stages." in line
+        ]
 
     def manifest(self, stage: str, run: str = "tiny") -> dict:
         return json.loads((self.folder / "outputs" / run / stage / "manifest.json").read_text())
 
     def snapshot(self) -> dict[str, tuple[int, int]]:
         """Every file of the project and its outputs with size and time: what must not change when one only asks."""
-        files = (path for path in self.folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-        return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files if ".venv" not in path.parts}
+        files = (
+            path
+            for path in self.folder.rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        )
+        return {
+            str(path): (path.stat().st_size, path.stat().st_mtime_ns)
+            for path in files
+            if ".venv" not in path.parts
+        }
 
 
 def clean_environment() -> dict[str, str]:
     """This process's environment without make's variables and the project's settings; Hugging Face stays off-line."""
     from stages.run.settings import Settings
 
-    names = {name.upper() for name in Settings.__dataclass_fields__} | {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "RECIPE", "RUN"}
-    return {name: value for name, value in os.environ.items() if name not in names} | {"HF_HUB_OFFLINE": "1"}
+    names = {name.upper() for name in Settings.__dataclass_fields__} | {
+        "MAKEFLAGS",
+        "MAKELEVEL",
+        "MFLAGS",
+        "RECIPE",
+        "RUN",
+    }
+    return {name: value for name, value in os.environ.items() if name not in names} | {
+        "HF_HUB_OFFLINE": "1"
+    }
 
 
 def torchrun(processes: int, module: str) -> list[str]:
     """The command that runs a module of the tests in several processes, as the torch backend starts its own; from ROOT."""
-    return [sys.executable, "-m", "stages.backends.torch.torchrun", "--standalone", "--nproc-per-node", str(processes), "-m", module]
+    return [
+        sys.executable,
+        "-m",
+        "stages.backends.torch.torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        "-m",
+        module,
+    ]
 
 
 def copy_project(folder: Path) -> Project:
     """The project's files (not its outputs) in `folder`, sharing the installed environment."""
-    ignored = shutil.ignore_patterns("outputs", ".venv", ".git", "__pycache__", ".*_cache", ".hypothesis")
+    ignored = shutil.ignore_patterns(
+        "outputs", ".venv", ".git", "__pycache__", ".*_cache", ".hypothesis"
+    )
     shutil.copytree(ROOT, folder, ignore=ignored)
     if (ROOT / ".venv").exists():
         (folder / ".venv").symlink_to(ROOT / ".venv")
     tiny = folder / "data" / "tiny"
     shutil.copytree(folder / "data" / "demo" / "model", tiny)
     config = json.loads((tiny / "config.json").read_text())
-    config.update(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    config.update(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
     (tiny / "config.json").write_text(json.dumps(config))
     rows = (folder / "data" / "demo" / "demo.jsonl").read_text().splitlines(keepends=True)[:20]
     (tiny / "rows.jsonl").write_text("".join(rows))
@@ -116,7 +168,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def built_once(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project whose six stages ran on the tiny recipe, in a folder with a space in its name, with secrets in the environment."""
     base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # the processes of one test run build it once
+    shared = (
+        base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    )  # the processes of one test run build it once
     with open(shared / "built.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         built = Project(shared / "built" / "my project")
@@ -130,13 +184,15 @@ def built_once(tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.fixture
 def built(built_once: Project, tmp_path: Path) -> Project:
     """A copy of the built project, to change at will: other times, other inodes, another path."""
-    shutil.copytree(built_once.folder, tmp_path / "copy of it", symlinks=True, copy_function=shutil.copy)
+    shutil.copytree(
+        built_once.folder, tmp_path / "copy of it", symlinks=True, copy_function=shutil.copy
+    )
     return Project(tmp_path / "copy of it")
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+def fake_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
     """A Neuron machine made of files."""
-    from tests.backends.neuron.stand_in_machine import StandIn
+    from tests.fakes.neuron_machine import FakeMachine
 
-    return StandIn(tmp_path / "machine", monkeypatch)
+    return FakeMachine(tmp_path / "machine", monkeypatch)

@@ -11,7 +11,11 @@ from safetensors.torch import load_file, save_file
 
 def written(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the folder's safetensors files."""
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

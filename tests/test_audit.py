@@ -34,7 +34,12 @@ class Answer(BaseHTTPRequestHandler):
         self.server.asked.add(pin)
         answer = {}
         if pin in self.server.known:
-            fixed = [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": self.server.known[pin]}]}]
+            fixed = [
+                {
+                    "type": "ECOSYSTEM",
+                    "events": [{"introduced": "0"}, {"fixed": self.server.known[pin]}],
+                }
+            ]
             affected = [{"package": {"name": pin[0], "ecosystem": "PyPI"}, "ranges": fixed}]
             answer = {"vulns": [{"id": "PYSEC-2026-1", "summary": "bad", "affected": affected}]}
         content = json.dumps(answer).encode()
@@ -53,31 +58,58 @@ def osv(monkeypatch: pytest.MonkeyPatch) -> Iterator[Osv]:
     with Osv() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(audit, "OSV", server.url)
-        monkeypatch.setattr(audit, "pins", lambda _: {("click", "8.5.1"): ["stages/requirements.txt"], ("neuronx-cc", "2.1"): ["docker"]})
+        monkeypatch.setattr(
+            audit,
+            "pins",
+            lambda _: {
+                ("click", "8.5.1"): ["stages/requirements.txt"],
+                ("neuronx-cc", "2.1"): ["docker"],
+            },
+        )
         monkeypatch.setattr(audit, "installed", lambda: {("click", "8.0.0"): [audit.INSTALLED]})
         yield server
         server.shutdown()
 
 
-def test_make_audit_asks_for_every_pin_and_all_that_is_installed_and_tells_what_is_known(project: Project) -> None:
+def test_make_audit_asks_for_every_pin_and_all_that_is_installed_and_tells_what_is_known(
+    project: Project,
+) -> None:
     with Osv() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         server.known = {("torch", "2.8.0"): "2.8.1", ("pytest", version("pytest")): "99"}
         done = project.make("audit", check=False, PIP_AUDIT_OSV_URL=server.url)
         server.shutdown()
     assert done.returncode == 2 and "Error 1" in done.stderr  # make's own status, and the program's
-    pinned = {("torch", "2.8.0"), ("numpy", "1.26.4"), ("numpy", "2.2.6"), ("jupyterlab", "4.6.6"), ("optimum-neuron", "0.4.5")}
+    pinned = {
+        ("torch", "2.8.0"),
+        ("numpy", "1.26.4"),
+        ("numpy", "2.2.6"),
+        ("jupyterlab", "4.6.6"),
+        ("optimum-neuron", "0.4.5"),
+    }
     assert pinned | {("pip", version("pip"))} <= server.asked
     assert not {name for name, _ in server.asked} & audit.AWS
     lines = [line.split() for line in done.stdout.splitlines() if "PYSEC" in line]
     assert lines == [
-        ["pytest", version("pytest"), "PYSEC-2026-1", "fixed", "in", "99", "tests/requirements.txt,", "installed", "here"],
+        [
+            "pytest",
+            version("pytest"),
+            "PYSEC-2026-1",
+            "fixed",
+            "in",
+            "99",
+            "tests/requirements.txt,",
+            "installed",
+            "here",
+        ],
         ["torch", "2.8.0", "PYSEC-2026-1", "fixed", "in", "2.8.1", "docker/requirements.txt"],
     ]
     assert f"{len(server.asked)} versions checked, something is known of 2." in done.stdout
 
 
-def test_nothing_known_passes_and_names_what_was_not_checked(osv: Osv, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_known_passes_and_names_what_was_not_checked(
+    osv: Osv, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert audit.main() == 0
     assert osv.asked == {("click", "8.5.1"), ("click", "8.0.0")}
     said = capsys.readouterr().out
@@ -85,7 +117,9 @@ def test_nothing_known_passes_and_names_what_was_not_checked(osv: Osv, capsys: p
 
 
 @pytest.mark.parametrize("fault", ["unreachable", "503"])
-def test_without_an_answer_nothing_was_checked_which_is_not_a_pass(osv: Osv, capsys: pytest.CaptureFixture[str], fault: str) -> None:
+def test_without_an_answer_nothing_was_checked_which_is_not_a_pass(
+    osv: Osv, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
     osv.status = 503
     if fault == "unreachable":
         osv.server_close()
@@ -94,5 +128,9 @@ def test_without_an_answer_nothing_was_checked_which_is_not_a_pass(osv: Osv, cap
 
 
 def test_every_list_of_requirements_is_audited() -> None:
-    files = {str(path.relative_to(ROOT)) for folder in ("docker", "stages", "tests") for path in (ROOT / folder).rglob("*requirements.txt")}
+    files = {
+        str(path.relative_to(ROOT))
+        for folder in ("docker", "stages", "tests")
+        for path in (ROOT / folder).rglob("*requirements.txt")
+    }
     assert files | {"requirements.txt"} == set(audit.REQUIREMENTS)

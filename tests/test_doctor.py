@@ -12,17 +12,17 @@ import pytest
 
 from stages import doctor
 from stages.backends.torch import doctor as torch
-from stages.run import instance
+from stages.run import cost
 from stages.run.backend import Choice
-from stages.run.code import ROOT
-from stages.run.finding import Finding, folder_finding
+from stages.run.check_result import CheckResult, folder_result
+from stages.run.fingerprint import ROOT
 from stages.run.settings import Settings
-from tests.backends.neuron.stand_in_machine import StandIn
 from tests.conftest import Project, clean_environment
-from tests.torture.hub import FOR_EVER, Hub
+from tests.fakes.hub import FOR_EVER, Hub
+from tests.fakes.neuron_machine import FakeMachine
 
 
-def only(findings: object) -> Finding:
+def only(findings: object) -> CheckResult:
     (finding,) = findings  # type: ignore[misc]
     return finding
 
@@ -34,7 +34,12 @@ def examined(folder: Path, **given: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_where_all_is_well_every_line_is_ok(project: Project) -> None:
-    tiny = {"MODEL_ID": "data/tiny", "INIT_WEIGHTS": "random", "DATASET": "data/tiny/rows.jsonl", "PROMPTS": "data/tiny/prompts.jsonl"}
+    tiny = {
+        "MODEL_ID": "data/tiny",
+        "INIT_WEIGHTS": "random",
+        "DATASET": "data/tiny/rows.jsonl",
+        "PROMPTS": "data/tiny/prompts.jsonl",
+    }
     before = project.snapshot()
     done = examined(project.folder, BACKEND="torch", MAX_LENGTH="64", **tiny)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -45,7 +50,13 @@ def test_where_all_is_well_every_line_is_ok(project: Project) -> None:
 
 
 def test_everything_that_is_wrong_is_said_at_once_and_the_exit_status_is_1(tmp_path: Path) -> None:
-    done = examined(tmp_path, BACKEND="torch", MODEL_ID="./no-model", DATASET="./rows.jsonl", PROMPTS="prompts.jsonl")
+    done = examined(
+        tmp_path,
+        BACKEND="torch",
+        MODEL_ID="./no-model",
+        DATASET="./rows.jsonl",
+        PROMPTS="prompts.jsonl",
+    )
     assert done.returncode == 1
     failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAIL")]
     assert failed[:3] == ["MODEL_ID", "DATASET", "PROMPTS"]
@@ -61,20 +72,31 @@ def test_settings_that_cannot_be_read_are_what_it_says(tmp_path: Path) -> None:
     ]
 
 
-def test_a_check_that_breaks_does_not_keep_the_others_from_looking(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(settings: Settings) -> list[Finding]:
+def test_a_check_that_breaks_does_not_keep_the_others_from_looking(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(settings: Settings) -> list[CheckResult]:
         raise RuntimeError("libnrt.so is missing")
 
     monkeypatch.setattr(doctor, "CHECKS", [broken, doctor.make_version])
     monkeypatch.setattr(torch, "CHECKS", [])
     findings = doctor.examine(Settings(backend="torch"))
-    assert [(finding.about, finding.state) for finding in findings] == [("broken", "FAIL"), ("make", "OK")]
+    assert [(finding.about, finding.state) for finding in findings] == [
+        ("broken", "FAIL"),
+        ("make", "OK"),
+    ]
     assert "libnrt.so is missing" in findings[0].text
 
 
 @pytest.mark.parametrize(
     ("version", "backend", "state"),
-    [((3, 9), "torch", "FAIL"), ((3, 10), "torch", "OK"), ((3, 12), "torch", "OK"), ((3, 12), "neuron", "FAIL"), ((3, 11), "neuron", "OK")],
+    [
+        ((3, 9), "torch", "FAIL"),
+        ((3, 10), "torch", "OK"),
+        ((3, 12), "torch", "OK"),
+        ((3, 12), "neuron", "FAIL"),
+        ((3, 11), "neuron", "OK"),
+    ],
 )
 def test_a_python_that_the_pins_do_not_know_is_refused(
     monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], backend: str, state: str
@@ -84,14 +106,24 @@ def test_a_python_that_the_pins_do_not_know_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("said", "state"), [("GNU Make 4.3", "OK"), ("GNU Make 4.2.1", "OK"), ("GNU Make 3.81", "FAIL"), ("bmake", "FAIL")]
+    ("said", "state"),
+    [
+        ("GNU Make 4.3", "OK"),
+        ("GNU Make 4.2.1", "OK"),
+        ("GNU Make 3.81", "FAIL"),
+        ("bmake", "FAIL"),
+    ],
 )
-def test_a_make_without_what_the_makefile_uses_is_refused(stand_in: StandIn, said: str, state: str) -> None:
-    stand_in.program("make", f"echo '{said}'")
+def test_a_make_without_what_the_makefile_uses_is_refused(
+    fake_machine: FakeMachine, said: str, state: str
+) -> None:
+    fake_machine.program("make", f"echo '{said}'")
     assert only(doctor.make_version(Settings())).state == state
 
 
-def test_without_make_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_make_it_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     finding = only(doctor.make_version(Settings()))
     assert (finding.state, "apt install make" in finding.text) == ("FAIL", True)
@@ -115,7 +147,9 @@ def test_a_package_of_another_version_than_pinned_is_named(
 
 
 def test_what_a_build_adds_to_a_version_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "pinned_versions", lambda backend: {"torch": "2.13.0", "other": "1.0+cu12"})
+    monkeypatch.setattr(
+        doctor, "pinned_versions", lambda backend: {"torch": "2.13.0", "other": "1.0+cu12"}
+    )
     installed = {"torch": "2.13.0+cpu", "other": "1.0+cu11"}
     monkeypatch.setattr("importlib.metadata.version", installed.__getitem__)
     assert [finding.about for finding in doctor.packages(Settings(backend="torch"))] == ["other"]
@@ -123,8 +157,8 @@ def test_what_a_build_adds_to_a_version_does_not_count(monkeypatch: pytest.Monke
 
 def test_a_folder_that_is_a_file_or_has_one_above_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert folder_finding("cache", tmp_path / "file" / "below", "HF_HOME").state == "FAIL"
-    assert folder_finding("cache", tmp_path / "not" / "yet").state == "OK"
+    assert folder_result("cache", tmp_path / "file" / "below", "HF_HOME").state == "FAIL"
+    assert folder_result("cache", tmp_path / "not" / "yet").state == "OK"
     assert not (tmp_path / "not").exists()
 
 
@@ -146,7 +180,7 @@ def as_an_ordinary_user(check: Callable[[], bool]) -> bool:
 
 def test_a_folder_that_may_not_be_written_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    assert as_an_ordinary_user(lambda: folder_finding("cache", tmp_path / "below").state == "FAIL")
+    assert as_an_ordinary_user(lambda: folder_result("cache", tmp_path / "below").state == "FAIL")
 
 
 def llama_7b(folder: Path) -> Settings:
@@ -157,7 +191,9 @@ def llama_7b(folder: Path) -> Settings:
     return Settings(model_id=str(folder), backend="neuron")
 
 
-def test_the_disk_must_hold_what_the_stages_write_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_must_hold_what_the_stages_write_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = llama_7b(tmp_path)
     usage = doctor.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: usage._replace(free=100 * 10**9))
@@ -170,7 +206,8 @@ def test_the_disk_must_hold_what_the_stages_write_of_the_model(tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
-    ("kilobytes", "limit", "state"), [(64_000_000, "max", "OK"), (16_000_000, "max", "note"), (64_000_000, "8000000000", "note")]
+    ("kilobytes", "limit", "state"),
+    [(64_000_000, "max", "OK"), (16_000_000, "max", "note"), (64_000_000, "8000000000", "note")],
 )
 def test_memory_that_cannot_hold_the_model_is_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kilobytes: int, limit: str, state: str
@@ -197,14 +234,23 @@ def test_a_dataset_that_can_only_be_a_file_is_not_looked_for_on_the_hub(dataset:
 
 
 def test_offline_what_is_on_the_hub_is_said_to_be_unasked(tmp_path: Path) -> None:
-    done = examined(tmp_path, BACKEND="torch", MODEL_ID="me/model", DATASET="me/rows", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "empty"))
+    done = examined(
+        tmp_path,
+        BACKEND="torch",
+        MODEL_ID="me/model",
+        DATASET="me/rows",
+        HF_HUB_OFFLINE="1",
+        HF_HOME=str(tmp_path / "empty"),
+    )
     lines = {line.split()[1]: line for line in done.stdout.splitlines() if len(line.split()) > 1}
     assert lines["DATASET"].startswith("note")
     assert lines["MODEL_ID"].startswith("FAIL")
     assert "the Hub cannot be reached and the cache does not hold it" in lines["MODEL_ID"]
 
 
-def test_a_gated_model_and_a_dataset_that_is_not_there_are_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_gated_model_and_a_dataset_that_is_not_there_are_refused_with_what_to_do(
+    tmp_path: Path,
+) -> None:
     hub = Hub(tmp_path)
     hub.misbehave("gated/model", "gated", FOR_EVER)
     asked = {
@@ -220,11 +266,15 @@ def test_a_gated_model_and_a_dataset_that_is_not_there_are_refused_with_what_to_
     assert "unknown/rows: the Hub shows no such dataset" in lines["DATASET"]
 
 
-def test_the_price_of_the_machine_is_said(monkeypatch: pytest.MonkeyPatch, stand_in: StandIn) -> None:
-    stand_in.is_a("trn1.32xlarge")
-    monkeypatch.setattr(doctor, "choose", lambda settings: Choice("neuron", "16 Neuron devices in /dev"))
+def test_the_price_of_the_machine_is_said(
+    monkeypatch: pytest.MonkeyPatch, fake_machine: FakeMachine
+) -> None:
+    fake_machine.is_a("trn1.32xlarge")
+    monkeypatch.setattr(
+        doctor, "choose", lambda settings: Choice("neuron", "16 Neuron devices in /dev")
+    )
     assert "trn1.32xlarge, 21.5 USD/h" in only(doctor.backend_choice(Settings())).text
-    monkeypatch.setattr(instance, "DMI", stand_in.dev)
+    monkeypatch.setattr(cost, "DMI", fake_machine.dev)
     assert "not an EC2 instance" in only(doctor.backend_choice(Settings())).text
 
 
@@ -237,7 +287,14 @@ def test_without_a_compiler_it_says_how_to_get_one(monkeypatch: pytest.MonkeyPat
     assert (finding.state, "no-such-compiler is not on the PATH" in finding.text) == ("FAIL", True)
 
 
-def test_what_train_would_refuse_is_refused_here(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_train_would_refuse_is_refused_here(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(project.folder)
-    settings = Settings(model_id="data/tiny", tensor_parallel_size=3, nproc_per_node=3, max_length=66)
-    assert any("TENSOR_PARALLEL_SIZE=3" in finding.text and finding.state == "FAIL" for finding in torch.training(settings))
+    settings = Settings(
+        model_id="data/tiny", tensor_parallel_size=3, nproc_per_node=3, max_length=66
+    )
+    assert any(
+        "TENSOR_PARALLEL_SIZE=3" in finding.text and finding.state == "FAIL"
+        for finding in torch.training(settings)
+    )

@@ -58,7 +58,9 @@ def test_a_comment_or_a_blank_line_reruns_nothing(built: Project) -> None:
         ("LEARNING_RATE=0.001", []),  # as it was, written in another way
     ],
 )
-def test_a_setting_reruns_the_stages_that_it_concerns(built_once: Project, change: str, stages: list[str]) -> None:
+def test_a_setting_reruns_the_stages_that_it_concerns(
+    built_once: Project, change: str, stages: list[str]
+) -> None:
     assert built_once.stages_to_run("all", *TINY, change) == stages
 
 
@@ -68,11 +70,13 @@ def test_a_setting_reruns_the_stages_that_it_concerns(built_once: Project, chang
         ("stages/text/packing.py", ["data", *AFTER_DATA]),
         ("stages/backends/torch/optimizer.py", AFTER_DATA),
         ("stages/backends/torch/generate.py", ["compile-inference", "eval"]),
-        ("stages/backends/torch/evaluate.py", ["eval"]),
+        ("stages/backends/evaluate.py", ["eval"]),
         ("stages/run/progress.py", []),
     ],
 )
-def test_an_edit_reruns_the_stages_that_run_the_code(built: Project, file: str, stages: list[str]) -> None:
+def test_an_edit_reruns_the_stages_that_run_the_code(
+    built: Project, file: str, stages: list[str]
+) -> None:
     path = built.folder / file
     path.write_text(path.read_text() + "\n\nADDED = 1\n")
     assert [stage for stage in built.stages_to_run("all", *TINY) if stage != "precompile"] == stages
@@ -112,19 +116,30 @@ def test_a_stage_remade_with_the_same_content_stops_there(built: Project) -> Non
 
 
 def test_eval_alone_runs_again_for_another_temperature(built: Project) -> None:
-    before = {stage: (built.folder / f"outputs/tiny/{stage}/manifest.json").stat().st_mtime_ns for stage in STAGES}
+    before = {
+        stage: (built.folder / f"outputs/tiny/{stage}/manifest.json").stat().st_mtime_ns
+        for stage in STAGES
+    }
     done = built.make("eval", *TINY, "TEMPERATURE=0.5", "DO_SAMPLE=1")
     assert "eval: DO_SAMPLE False -> True; TEMPERATURE 1.0 -> 0.5" in done.stdout
-    after = {stage: (built.folder / f"outputs/tiny/{stage}/manifest.json").stat().st_mtime_ns for stage in STAGES}
+    after = {
+        stage: (built.folder / f"outputs/tiny/{stage}/manifest.json").stat().st_mtime_ns
+        for stage in STAGES
+    }
     assert [stage for stage in STAGES if before[stage] != after[stage]] == ["eval"]
 
 
-def test_shards_that_were_removed_are_trained_again_only_when_they_are_needed(built: Project) -> None:
+def test_shards_that_were_removed_are_trained_again_only_when_they_are_needed(
+    built: Project,
+) -> None:
     built.make("consolidate", *TINY, "KEEP_SHARDS=0", "MAX_SHARD_SIZE=20kB")
     assert not (built.folder / "outputs/tiny/train/shards").exists()
     assert len(list((built.folder / "outputs/tiny/consolidate").glob("*.safetensors"))) > 1
     assert built.stages_to_run("consolidate", *TINY, "MAX_SHARD_SIZE=20kB") == []
-    assert built.stages_to_run("consolidate", *TINY, "MAX_SHARD_SIZE=30kB") == ["train", "consolidate"]
+    assert built.stages_to_run("consolidate", *TINY, "MAX_SHARD_SIZE=30kB") == [
+        "train",
+        "consolidate",
+    ]
 
 
 # Asking changes nothing.
@@ -133,19 +148,33 @@ def test_shards_that_were_removed_are_trained_again_only_when_they_are_needed(bu
 def test_dry_runs_and_questions_change_nothing(built: Project) -> None:
     before = built.snapshot()
     assert built.make("-q", "all", *TINY, "LEARNING_RATE=5e-3", check=False).returncode == 1
-    for arguments in (("-n", "all"), ("-n", "all", "LEARNING_RATE=5e-3"), ("-q", "all"), ("status",), ("help",)):
+    for arguments in (
+        ("-n", "all"),
+        ("-n", "all", "LEARNING_RATE=5e-3"),
+        ("-q", "all"),
+        ("status",),
+        ("help",),
+    ):
         built.make(*arguments, *TINY)
     assert built.snapshot() == before
 
 
 def test_a_dry_run_on_a_fresh_clone_lists_the_stages_in_order(project: Project) -> None:
     assert project.stages_to_run("all", *TINY) == list(STAGES)
-    assert project.stages_to_run("consolidate", *TINY) == ["data", "precompile", "train", "consolidate"]
+    assert project.stages_to_run("consolidate", *TINY) == [
+        "data",
+        "precompile",
+        "train",
+        "consolidate",
+    ]
     assert not (project.folder / "outputs").exists()
 
 
 def test_a_dry_run_says_why(built_once: Project) -> None:
-    assert "# train: LEARNING_RATE 0.001 -> 0.002" in built_once.make("-n", "all", *TINY, "LEARNING_RATE=2e-3").stderr
+    assert (
+        "# train: LEARNING_RATE 0.001 -> 0.002"
+        in built_once.make("-n", "all", *TINY, "LEARNING_RATE=2e-3").stderr
+    )
 
 
 # Failures.
@@ -162,13 +191,28 @@ def test_a_failing_stage_leaves_the_former_output(built: Project) -> None:
 
 
 def test_all_bad_settings_are_refused_together_before_anything_runs(project: Project) -> None:
-    done = project.make("train", *TINY, "LEARNING_RATE=-1", "TOP_P=2", "LEARNIG_RATE=1", check=False)
+    done = project.make(
+        "train", *TINY, "LEARNING_RATE=-1", "TOP_P=2", "LEARNIG_RATE=1", check=False
+    )
     assert done.returncode == 2
-    assert all(part in done.stderr for part in ("LEARNING_RATE=-1 must be above 0", "TOP_P=2", "Did you mean LEARNING_RATE?"))
+    assert all(
+        part in done.stderr
+        for part in ("LEARNING_RATE=-1 must be above 0", "TOP_P=2", "Did you mean LEARNING_RATE?")
+    )
     assert not (project.folder / "outputs").exists()
 
 
-@pytest.mark.parametrize("argument", ["RECIPE=nowhere", "RECIPE=../x", "RUN=a b", "RUN=../x", "RUN=.hidden", "RECIPE=$(shell touch pwned)"])
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "RECIPE=nowhere",
+        "RECIPE=../x",
+        "RUN=a b",
+        "RUN=../x",
+        "RUN=.hidden",
+        "RECIPE=$(shell touch pwned)",
+    ],
+)
 def test_a_bad_recipe_or_run_is_refused(project: Project, argument: str) -> None:
     done = project.make("status", argument, check=False)
     assert done.returncode == 2 and argument.split("=")[0] in done.stderr
@@ -185,9 +229,13 @@ def test_a_prompt_arrives_as_typed(built_once: Project, by: str) -> None:
     spy = built_once.folder / "spy"
     spy.write_text('#!/bin/bash\nprintf %s "$PROMPT" > "$0.out"\n')
     spy.chmod(0o755)
-    arguments, environment = ([f"PROMPT={AWKWARD}"], {}) if by == "command line" else ([], {"PROMPT": AWKWARD})
+    arguments, environment = (
+        ([f"PROMPT={AWKWARD}"], {}) if by == "command line" else ([], {"PROMPT": AWKWARD})
+    )
     # VENV= runs the stages with PYTHON itself; plan.py needs the real one, so the spy passes on what is not a stage.
-    spy.write_text(f'#!/bin/bash\n[[ $* == *stages.* ]] && printf %s "$PROMPT" > "$0.out" || exec {shutil.which("python3")} "$@"\n')
+    spy.write_text(
+        f'#!/bin/bash\n[[ $* == *stages.* ]] && printf %s "$PROMPT" > "$0.out" || exec {shutil.which("python3")} "$@"\n'
+    )
     built_once.make("eval", *TINY, "VENV=", "PYTHON=./spy", *arguments, **environment)
     assert (built_once.folder / "spy.out").read_text() == AWKWARD
     assert not (built_once.folder / "pwned").exists()
@@ -199,10 +247,15 @@ def test_one_prompt_is_answered_without_touching_the_stages(built: Project) -> N
     assert done.stdout.strip()
     assert "train would run again: SEED 42 -> 7" in done.stderr
     assert built.snapshot() == before
-    assert built.make("eval", *TINY, "PROMPT=What is $5?", "SEED=7", "DO_SAMPLE=1").stdout == done.stdout
+    assert (
+        built.make("eval", *TINY, "PROMPT=What is $5?", "SEED=7", "DO_SAMPLE=1").stdout
+        == done.stdout
+    )
 
 
-def test_a_prompt_longer_than_the_compiled_length_is_refused_with_both_numbers(built_once: Project) -> None:
+def test_a_prompt_longer_than_the_compiled_length_is_refused_with_both_numbers(
+    built_once: Project,
+) -> None:
     done = built_once.make("eval", *TINY, f"PROMPT={'word ' * 100}", check=False)
     assert done.returncode == 2 and "64" in done.stderr and "Traceback" not in done.stderr
 
@@ -220,7 +273,9 @@ def test_command_line_beats_environment_beats_recipe_beats_default(project: Proj
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("*.mk")))
 def test_every_setting_of_a_shipped_recipe_takes_effect(project: Project, recipe: str) -> None:
-    said = re.findall(r"^(\w+) \?= (.*)$", (ROOT / f"recipes/{recipe}.mk").read_text(), re.MULTILINE)
+    said = re.findall(
+        r"^(\w+) \?= (.*)$", (ROOT / f"recipes/{recipe}.mk").read_text(), re.MULTILINE
+    )
     shown = {line.strip() for line in project.make("help", f"RECIPE={recipe}").stdout.splitlines()}
     assert said and {f"{name}={value}" for name, value in said} <= shown
     assert project.stages_to_run("all", f"RECIPE={recipe}") == list(STAGES)
@@ -243,8 +298,19 @@ def test_runs_lie_side_by_side(built_once: Project) -> None:
 def test_what_a_run_was_is_written_down(built_once: Project) -> None:
     for stage in STAGES:
         manifest = built_once.manifest(stage)
-        assert {"record", "outputs", "content", "seconds", "device", "versions", "metrics"} <= manifest.keys()
-        assert not any(str(built_once.folder) in json.dumps(part) for part in (manifest["record"], manifest["outputs"]))
+        assert {
+            "provenance",
+            "outputs",
+            "content",
+            "seconds",
+            "device",
+            "versions",
+            "metrics",
+        } <= manifest.keys()
+        assert not any(
+            str(built_once.folder) in json.dumps(part)
+            for part in (manifest["provenance"], manifest["outputs"])
+        )
     losses = built_once.manifest("eval")["metrics"]
     assert losses["base"]["loss"] > 0 and losses["fine_tuned"]["perplexity"] > 1
 

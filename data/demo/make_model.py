@@ -24,20 +24,34 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     begin = [(BOS, tokenizer.token_to_id(BOS))]
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=begin)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=begin
+    )
     return tokenizer
 
 
 def main() -> None:
-    rows = [json.loads(line) for line in (HERE / "demo.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in (HERE / "demo.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     headers = ["### Instruction\n", "\n\n### Context\n", "\n\n### Answer\n"]
     tokenizer = train_tokenizer(headers + [text for row in rows for text in row.values()])
     folder = HERE / "model"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD).save_pretrained(folder)
-    ids = {name: tokenizer.token_to_id(token) for name, token in (("bos", BOS), ("eos", EOS), ("pad", PAD))}
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD
+    ).save_pretrained(folder)
+    ids = {
+        name: tokenizer.token_to_id(token)
+        for name, token in (("bos", BOS), ("eos", EOS), ("pad", PAD))
+    }
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=tokenizer.get_vocab_size(),
@@ -51,7 +65,9 @@ def main() -> None:
         **{f"{name}_token_id": number for name, number in ids.items()},
     )
     config.save_pretrained(folder)
-    GenerationConfig(**{f"{name}_token_id": number for name, number in ids.items()}).save_pretrained(folder)
+    GenerationConfig(
+        **{f"{name}_token_id": number for name, number in ids.items()}
+    ).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ class Decoder(ABC):
         """
 
     @abstractmethod
-    def decode_one_token(self, ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+    def decode_one_token(
+        self, ids: torch.Tensor, positions: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
         """Read one token per row, ids [batch] at positions [batch]; the logits of what follows it [batch, vocab]."""
 
     def generate(
@@ -67,12 +69,18 @@ class Decoder(ABC):
         def choose(logits: torch.Tensor) -> torch.Tensor:
             if not do_sample:
                 return logits.argmax(-1)
-            return sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            return sample(
+                logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+            )
 
         return self._answers(prompts, max_new_tokens, choose, eos_token_id)
 
     def _answers(
-        self, prompts: list[list[int]], max_new_tokens: int, choose: Callable[[torch.Tensor], torch.Tensor], eos_token_id: int
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        choose: Callable[[torch.Tensor], torch.Tensor],
+        eos_token_id: int,
     ) -> Iterator[list[int | None]]:
         cache, going = self.new_cache(), set(range(len(prompts)))
         logits, positions = self.prefill(prompts, cache)
@@ -109,7 +117,9 @@ class Decoder(ABC):
                 )
 
 
-def right_padded(prompts: list[list[int]], *, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def right_padded(
+    prompts: list[list[int]], *, rows: int, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts as ids [rows, length], zeros behind each, and their lengths [rows]; a row without a prompt counts as one token."""
     ids, lengths = torch.zeros(rows, length, dtype=torch.int64), torch.ones(rows, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
@@ -122,14 +132,23 @@ def with_empty_rows(logits: torch.Tensor, rows: int) -> torch.Tensor:
     return F.pad(logits, (0, 0, 0, rows - len(logits)))
 
 
-def sample(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> torch.Tensor:
+def sample(
+    logits: torch.Tensor,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    generator: torch.Generator,
+) -> torch.Tensor:
     """Draw an id per row of logits [batch, vocab]: the `top_k` likeliest, then the fewest of them that hold `top_p`.
 
     top_k=0 and top_p=1.0 leave everything in. top_p is nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751); as in
     transformers it comes after temperature and top_k. temperature and top_p are above 0, so the likeliest id always stays.
     """
     size = logits.shape[-1]
-    likeliest, ids = torch.topk(logits.float() / temperature, min(top_k, size) if top_k else size, sorted=True)
+    likeliest, ids = torch.topk(
+        logits.float() / temperature, min(top_k, size) if top_k else size, sorted=True
+    )
     probabilities = likeliest.softmax(-1)
     if top_p < 1.0:
         before = probabilities.cumsum(-1) - probabilities  # 0 for the likeliest

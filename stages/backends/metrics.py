@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stages.run.durable import flush
 from stages.run.errors import StageFailure
+from stages.run.fsync import flush
 
 
 class Metrics:
@@ -26,7 +26,11 @@ class Metrics:
     def __init__(self, path: Path, first: int, writes: bool):
         self._path, self._writes = path, writes
         if writes:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+            lines = (
+                path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+                if path.exists()
+                else []
+            )
             read = [(line, _figures(line)) for line in lines if line.endswith("\n")]
             kept = [line for line, figures in read if figures and figures["step"] <= first]
             path.write_text("".join(kept), encoding="utf-8")
@@ -42,7 +46,9 @@ class Metrics:
             flush(self._path)
 
 
-def require_finite(step: int, figures: dict[str, float], last_checkpoint: Callable[[], int]) -> None:
+def require_finite(
+    step: int, figures: dict[str, float], last_checkpoint: Callable[[], int]
+) -> None:
     """Raise StageFailure when step `step`'s loss or gradient is not finite; `last_checkpoint` gives a step, 0 for none."""
     if math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"]):
         return
@@ -57,10 +63,14 @@ def require_finite(step: int, figures: dict[str, float], last_checkpoint: Callab
 
 def last_line(path: Path) -> dict[str, Any]:
     """The figures of the last step logged; raises StageFailure when the file has none."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    )
     figures = _figures(lines[-1]) if lines else None
     if figures is None:
-        raise StageFailure(f"{path} does not end with a step's figures. Remove {path.parent} and train again.")
+        raise StageFailure(
+            f"{path} does not end with a step's figures. Remove {path.parent} and train again."
+        )
     return figures
 
 

@@ -13,19 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stages.model.check import base_model_problems, read_config, tied_weights
+from stages.model.check import base_model_problems, pretrained_config, tied_weights
 from stages.model.from_pickles import PICKLE_INDEX, content_of, convert, pickled_files
 from stages.model.hub import download_files
-from stages.run.durable import flush_tree
+from stages.run.disk import disk_guard
 from stages.run.errors import InputError, StageFailure
+from stages.run.fsync import fsync_tree
 from stages.run.lock import locked
-from stages.run.record import PICKLES
+from stages.run.provenance import PICKLES
 from stages.run.settings import Settings
-from stages.run.space import room_for
 
 # Base models that were made here, random or from pickles, lie beside the runs that share them.
 MADE_MODELS = Path("outputs/.cache/models")
-DESCRIPTION = ("config.json", "generation_config.json")
+CONFIG_FILES = ("config.json", "generation_config.json")
 
 
 def local_model(model: str) -> Path | None:
@@ -34,18 +34,30 @@ def local_model(model: str) -> Path | None:
     if folder.is_dir():
         return folder
     if os.path.lexists(folder) or model.startswith((".", "/", "~")):
-        found = "is a link that leads nowhere" if folder.is_symlink() else "is not a folder" if folder.exists() else "is not there"
-        raise InputError(f"MODEL_ID={model} {found}. Name a folder in the Hugging Face layout, or OWNER/NAME on the Hub.")
+        found = (
+            "is a link that leads nowhere"
+            if folder.is_symlink()
+            else "is not a folder"
+            if folder.exists()
+            else "is not there"
+        )
+        raise InputError(
+            f"MODEL_ID={model} {found}. Name a folder in the Hugging Face layout, or OWNER/NAME on the Hub."
+        )
     return None
 
 
-def load_config(settings: Settings) -> Any:
+def base_config(settings: Settings) -> Any:
     """The `PretrainedConfig` of MODEL_ID; raises InputError when there is none that can be read."""
     folder = local_model(settings.model_id)
     try:
-        return read_config(folder or download_files(settings.model_id, settings.model_revision, ("config.json",)))
+        return pretrained_config(
+            folder or download_files(settings.model_id, settings.model_revision, ("config.json",))
+        )
     except StageFailure as failure:
-        raise InputError(f"MODEL_ID={settings.model_id}: {failure} Name a folder in the Hugging Face layout.") from failure
+        raise InputError(
+            f"MODEL_ID={settings.model_id}: {failure} Name a folder in the Hugging Face layout."
+        ) from failure
 
 
 def base_model_folder(settings: Settings) -> Path:
@@ -55,8 +67,10 @@ def base_model_folder(settings: Settings) -> Path:
     """
     if settings.init_weights == "random":
         return _random_model(settings)
-    load_config(settings)  # for its refusals, before gigabytes of weights
-    folder = local_model(settings.model_id) or download_files(settings.model_id, settings.model_revision, ("*.json", "*.safetensors"))
+    base_config(settings)  # for its refusals, before gigabytes of weights
+    folder = local_model(settings.model_id) or download_files(
+        settings.model_id, settings.model_revision, ("*.json", "*.safetensors")
+    )
     if not any(folder.glob("*.safetensors")):
         folder = _from_pickles(settings, folder)
     if problems := base_model_problems(folder):
@@ -64,9 +78,9 @@ def base_model_folder(settings: Settings) -> Path:
     return folder
 
 
-def copy_description(base: Path, data: Path, output: Path) -> None:
+def copy_config(base: Path, data: Path, output: Path) -> None:
     """Put beside trained weights in `output` what describes them: the base model's config, the data's tokenizer and prompt."""
-    for name in DESCRIPTION:
+    for name in CONFIG_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, output / name)
     shutil.copytree(data / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
@@ -95,7 +109,7 @@ def _from_pickles(settings: Settings, folder: Path) -> Path:
 
     try:
         files = pickled_files(folder)
-        described = [folder / name for name in DESCRIPTION if (folder / name).is_file()]
+        described = [folder / name for name in CONFIG_FILES if (folder / name).is_file()]
         return _made_once(content_of([*files, *described]), f"{model}, from pickles", write)
     except StageFailure as failure:
         raise InputError(f"{model}: {failure}") from failure
@@ -106,13 +120,15 @@ def _random_model(settings: Settings) -> Path:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = load_config(settings)
+    config = base_config(settings)
     digest = hashlib.sha256(f"{config.to_json_string()} {settings.seed}".encode()).hexdigest()
 
     def write(made: Path) -> None:
         torch.manual_seed(settings.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        with room_for(f"the random base model {made}", made, 4 * model.num_parameters()):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
+        with disk_guard(f"the random base model {made}", made, 4 * model.num_parameters()):
             model.save_pretrained(made)
 
     return _made_once(digest, "random base model", write)
@@ -131,8 +147,10 @@ def _made_once(digest: str, what: str, write: Callable[[Path], None]) -> Path:
             try:
                 write(beside)
                 for weights in beside.glob("*.safetensors"):
-                    shutil.copymode(beside / "config.json", weights)  # safetensors lets only the owner read
-                flush_tree(beside)
+                    shutil.copymode(
+                        beside / "config.json", weights
+                    )  # safetensors lets only the owner read
+                fsync_tree(beside)
                 beside.rename(folder)
             except BaseException:
                 shutil.rmtree(beside, ignore_errors=True)

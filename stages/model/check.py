@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
 # Numbers of a config that the stages reckon with, under the names that transformers gives them whatever the architecture calls them.
 COUNTS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *(
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ),
     *("head_dim", "max_position_embeddings"),
 )
 MOST_LAYERS = 1000  # the modules of a layer are made one by one, on the meta device too
@@ -44,10 +51,21 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     expected = _expected_tensors(model)
     problems = [
         *_differences(found, expected),
-        *listed("of the wrong dtype", (f"{name} {a.dtype}, not {b.dtype}" for name, a, b in _both(found, expected) if a.dtype != b.dtype)),
+        *listed(
+            "of the wrong dtype",
+            (
+                f"{name} {a.dtype}, not {b.dtype}"
+                for name, a, b in _both(found, expected)
+                if a.dtype != b.dtype
+            ),
+        ),
     ]
     if problems:
-        raise StageFailure("\n".join([f"{folder} does not hold the model that its config.json describes.", *problems]))
+        raise StageFailure(
+            "\n".join(
+                [f"{folder} does not hold the model that its config.json describes.", *problems]
+            )
+        )
     return {
         "parameters": sum(spec.elements for spec in found.values()),
         "bytes": size,
@@ -72,10 +90,20 @@ def base_model_problems(folder: Path) -> list[str]:
     except StageFailure as failure:
         return [str(failure)]
     if getattr(model.config, "quantization_config", None):
-        return [f"{folder}: its config.json says that the weights are quantised. Name the model that they were made from."]
+        return [
+            f"{folder}: its config.json says that the weights are quantised. Name the model that they were made from."
+        ]
     expected, tied = _expected_tensors(model), _tied(model)
-    found = {name: spec for name, spec in headers.tensors.items() if name not in tied and not name.endswith(NOT_A_WEIGHT)}
-    wrong = (f"{name} {spec.dtype}" for name, spec, wanted in _both(found, expected) if {spec.dtype, wanted.dtype} - {*FLOATING})
+    found = {
+        name: spec
+        for name, spec in headers.tensors.items()
+        if name not in tied and not name.endswith(NOT_A_WEIGHT)
+    }
+    wrong = (
+        f"{name} {spec.dtype}"
+        for name, spec, wanted in _both(found, expected)
+        if {spec.dtype, wanted.dtype} - {*FLOATING}
+    )
     differences = [*_differences(found, expected), *listed("not of a floating dtype", wrong)]
     heading = f"{folder}: the weights are not those of the model that its config.json describes. Fetch both again from one place."
     return ["\n".join([heading, *differences])] if differences else []
@@ -86,18 +114,22 @@ def tied_weights(folder: Path) -> dict[str, str]:
     return _tied(described_model(folder))
 
 
-def read_config(folder: Path) -> Any:
+def pretrained_config(folder: Path) -> Any:
     """The `PretrainedConfig` in `folder`. Raises StageFailure where there is none, or one that no model can be made from."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     path = folder / "config.json"
     if not path.is_file():
-        raise StageFailure(f"{folder} has no config.json, so nothing says what its weights should be.")
+        raise StageFailure(
+            f"{folder} has no config.json, so nothing says what its weights should be."
+        )
     try:
         described = json.loads(path.read_bytes())
         kind = described["model_type"]
         if kind not in CONFIG_MAPPING and "auto_map" in described:
-            raise StageFailure(f"{path}: {kind!r} is a model with code of its own (auto_map), which is never run. Choose another model.")
+            raise StageFailure(
+                f"{path}: {kind!r} is a model with code of its own (auto_map), which is never run. Choose another model."
+            )
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except StageFailure:
         raise
@@ -114,13 +146,17 @@ def described_model(folder: Path) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = read_config(folder)
+    config = pretrained_config(folder)
     try:
         with torch.device("meta"):
             # A config can name a kernel on the Hub as its attention; here it names none.
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, attn_implementation="eager"
+            )
     except Exception as error:  # as above
-        raise StageFailure(f"{folder / 'config.json'} does not describe a causal language model: {error}") from error
+        raise StageFailure(
+            f"{folder / 'config.json'} does not describe a causal language model: {error}"
+        ) from error
 
 
 def _count_problems(config: Any) -> Iterator[str]:
@@ -152,12 +188,18 @@ def _expected_tensors(model: PreTrainedModel) -> dict[str, TensorSpec]:
     }
 
 
-def _both(found: dict[str, TensorSpec], expected: dict[str, TensorSpec]) -> Iterator[tuple[str, TensorSpec, TensorSpec]]:
+def _both(
+    found: dict[str, TensorSpec], expected: dict[str, TensorSpec]
+) -> Iterator[tuple[str, TensorSpec, TensorSpec]]:
     return ((name, spec, expected[name]) for name, spec in found.items() if name in expected)
 
 
 def _differences(found: dict[str, TensorSpec], expected: dict[str, TensorSpec]) -> list[str]:
-    shapes = (f"{name} {list(a.shape)}, not {list(b.shape)}" for name, a, b in _both(found, expected) if a.shape != b.shape)
+    shapes = (
+        f"{name} {list(a.shape)}, not {list(b.shape)}"
+        for name, a, b in _both(found, expected)
+        if a.shape != b.shape
+    )
     return [
         *listed("missing", (name for name in expected if name not in found)),
         *listed("unexpected", (name for name in found if name not in expected)),

@@ -34,13 +34,16 @@ def length_problems(settings: Settings, config: Any) -> Iterator[str]:
 def division_problems(settings: Settings, config: Any) -> Iterator[str]:
     """A message when the layers cannot be shared out among the processes of tensor parallelism."""
     size = settings.tensor_parallel_size
-    if whole := undivided(size, config):
+    if whole := not_divisible(size, config):
         yield f"TENSOR_PARALLEL_SIZE={size} does not divide the model's {', '.join(whole)}. Set a divisor of each."
 
 
-def undivided(tensor_parallel_size: int, config: Any) -> list[str]:
+def not_divisible(tensor_parallel_size: int, config: Any) -> list[str]:
     """What of a model tensor parallelism cannot share out evenly: `32 attention heads`."""
-    counts = {"attention heads": config.num_attention_heads, "intermediate columns": config.intermediate_size}
+    counts = {
+        "attention heads": config.num_attention_heads,
+        "intermediate columns": config.intermediate_size,
+    }
     if config.model_type != "granite":  # its embedding and head are whole in every process
         counts["vocabulary entries"] = config.vocab_size
     return [f"{count} {name}" for name, count in counts.items() if count % tensor_parallel_size]

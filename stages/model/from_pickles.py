@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from stages.model.headers import weight_map
 from stages.model.weights import DTYPES, TensorSpec, write_safetensors
-from stages.run.content import combine, file_digest
+from stages.run.digests import combine, file_digest
 from stages.run.errors import StageFailure
-from stages.run.record import PICKLES
+from stages.run.provenance import PICKLES
 
 if TYPE_CHECKING:
     import torch
@@ -39,10 +39,15 @@ def pickled_files(folder: Path) -> list[Path]:
         except ValueError as error:
             raise StageFailure(str(error)) from None
         if missing := sorted(path.name for path in named - set(found)):
-            raise StageFailure(f"{folder / PICKLE_INDEX} names {missing[0]}, and {folder} has no such {PICKLES}.")
+            raise StageFailure(
+                f"{folder / PICKLE_INDEX} names {missing[0]}, and {folder} has no such {PICKLES}."
+            )
         return sorted(named)
     if [path.name for path in found] != ["pytorch_model.bin"]:
-        there = ", ".join(path.name for path in found) or "no weights, neither .safetensors nor pytorch_model.bin,"
+        there = (
+            ", ".join(path.name for path in found)
+            or "no weights, neither .safetensors nor pytorch_model.bin,"
+        )
         raise StageFailure(f"{folder} holds {there} and no {PICKLE_INDEX}.")
     return found
 
@@ -70,25 +75,41 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state: Any = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     except Exception as error:  # from damaged bytes, torch and pickle raise anything
-        reason = str(error.__context__ or error).partition("\n")[0].partition(". ")[0] or repr(error)  # torch's own advises to run it
-        raise StageFailure(f"{path} is damaged, or asks for more than tensors, and that is never run: {reason}") from error
+        reason = str(error.__context__ or error).partition("\n")[0].partition(". ")[0] or repr(
+            error
+        )  # torch's own advises to run it
+        raise StageFailure(
+            f"{path} is damaged, or asks for more than tensors, and that is never run: {reason}"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise StageFailure(f"{path} holds no state dict (tensors by name).")
     strange = [name for name, value in state.items() if not _is_plain(value)]
     if strange:
-        raise StageFailure(f"{path}: {strange[0]} and {len(strange) - 1} more of {len(state)} entries are no tensors of a known dtype.")
+        raise StageFailure(
+            f"{path}: {strange[0]} and {len(strange) - 1} more of {len(state)} entries are no tensors of a known dtype."
+        )
     return state
 
 
 def _is_plain(value: Any) -> bool:
     import torch
 
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta:
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.layout != torch.strided
+        or value.is_quantized
+        or value.is_meta
+    ):
         return False
     # One number can be announced as a tensor of any size (stride 0).
-    return str(value.dtype).removeprefix("torch.") in DTYPES and value.untyped_storage().nbytes() >= value.nbytes
+    return (
+        str(value.dtype).removeprefix("torch.") in DTYPES
+        and value.untyped_storage().nbytes() >= value.nbytes
+    )
 
 
 def _spec(name: str, tensor: torch.Tensor) -> TensorSpec:

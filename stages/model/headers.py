@@ -60,10 +60,16 @@ def _read_header(path: Path, headers: Headers) -> Iterator[str]:
                     yield f"{path.parent}: {name} is in {headers.files[name]} and in {path.name}."
                 headers.files[name] = path.name
                 if entry.get_dtype() in names:
-                    headers.tensors[name] = TensorSpec(name, tuple(entry.get_shape()), names[entry.get_dtype()])
+                    headers.tensors[name] = TensorSpec(
+                        name, tuple(entry.get_shape()), names[entry.get_dtype()]
+                    )
                 else:
                     unknown.append(f"{name} {entry.get_dtype()}")
-    except (SafetensorError, OSError, ValueError) as error:  # also when the file is shorter or longer than its header says
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+    ) as error:  # also when the file is shorter or longer than its header says
         yield f"{path} is damaged: {error}."
     yield from listed(f"{path}: of a dtype that nothing here reads or writes", unknown)
 
@@ -86,7 +92,9 @@ def _index_problems(folder: Path, headers: Headers) -> Iterator[str]:
         if places.get(name) != headers.files.get(name)
     ]
     if wrong:
-        yield "\n".join([f"{path} does not match the files beside it.", *listed("misplaced", wrong)])
+        yield "\n".join(
+            [f"{path} does not match the files beside it.", *listed("misplaced", wrong)]
+        )
 
 
 def weight_map(index: Path) -> dict[str, str]:
@@ -98,5 +106,12 @@ def weight_map(index: Path) -> dict[str, str]:
         raise ValueError(f"{index} is not an index of weights: {error!r}.") from None
     outside = sorted({file for file in places.values() if Path(file).name != file})
     if outside:
-        raise ValueError("\n".join([f"{index} names files that are not beside it, and those are not opened.", *listed("files", outside)]))
+        raise ValueError(
+            "\n".join(
+                [
+                    f"{index} names files that are not beside it, and those are not opened.",
+                    *listed("files", outside),
+                ]
+            )
+        )
     return places

@@ -25,7 +25,11 @@ def folder_of(kind: str, name: str) -> Path:
 
 def blobs(kind: str, name: str) -> dict[Path, int]:
     """Every file that the cache holds of the repository with its bytes, half fetched ones (`.incomplete`) too."""
-    return {path: path.stat().st_size for path in folder_of(kind, name).glob("blobs/*") if path.is_file()}
+    return {
+        path: path.stat().st_size
+        for path in folder_of(kind, name).glob("blobs/*")
+        if path.is_file()
+    }
 
 
 def remove_wrong(kind: str, name: str, files: Sequence[Path]) -> list[str]:
@@ -33,7 +37,11 @@ def remove_wrong(kind: str, name: str, files: Sequence[Path]) -> list[str]:
 
     A proxy's page in the middle of a download is enough: the library keeps it as the file's beginning and fetches the rest behind it.
     """
-    wrong = [path for path in files if path.suffix != ".incomplete" and path.is_file() and not _as_named(path)]
+    wrong = [
+        path
+        for path in files
+        if path.suffix != ".incomplete" and path.is_file() and not _as_named(path)
+    ]
     for snapshot in folder_of(kind, name).glob("snapshots/*/**/*"):
         if snapshot.is_symlink() and snapshot.resolve() in {path.resolve() for path in wrong}:
             snapshot.unlink()
@@ -67,16 +75,28 @@ def missing(kind: str, name: str, snapshot: Path, patterns: Sequence[str]) -> li
         listing = json.loads(_note(kind, name, snapshot.name).read_bytes())
     except (OSError, ValueError):
         asked = [pattern for pattern in patterns if pattern != "*.json"]
-        instead = ["*.bin"] if "*.safetensors" in asked else []  # weights of the other kind: the caller sees to those
-        return [] if any(path for pattern in asked + instead for path in snapshot.glob(pattern)) else asked[:1]
-    wanted = [file for file in listing if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)]
+        instead = (
+            ["*.bin"] if "*.safetensors" in asked else []
+        )  # weights of the other kind: the caller sees to those
+        return (
+            []
+            if any(path for pattern in asked + instead for path in snapshot.glob(pattern))
+            else asked[:1]
+        )
+    wanted = [
+        file for file in listing if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)
+    ]
     return [file for file in wanted if not (snapshot / file).is_file()]
 
 
 def commit_of(kind: str, name: str, revision: str) -> str:
     """The commit that `revision` was when the Hub was last asked; the revision itself where it was never asked for."""
     try:
-        return (folder_of(kind, name) / "refs" / (revision or "main")).read_text(encoding="utf-8").strip()
+        return (
+            (folder_of(kind, name) / "refs" / (revision or "main"))
+            .read_text(encoding="utf-8")
+            .strip()
+        )
     except OSError:
         return revision
 
@@ -89,7 +109,11 @@ def _as_named(blob: Path) -> bool:
     """Whether a blob has the digest that is its name: SHA-256 of large files, git's of others; any other name is not looked at."""
     if len(blob.name) not in (40, 64) or not set(blob.name) <= set("0123456789abcdef"):
         return True
-    digest = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
+    digest = (
+        hashlib.sha256()
+        if len(blob.name) == 64
+        else hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
+    )
     with blob.open("rb") as file:
         while piece := file.read(_PIECE):
             digest.update(piece)

@@ -11,7 +11,9 @@ import pickle
 from typing import Any, ClassVar
 
 
-class InertUnpickler(pickle._Unpickler):  # in Python, where the memo is a dict and every instruction can be looked at
+class InertUnpickler(
+    pickle._Unpickler
+):  # in Python, where the memo is a dict and every instruction can be looked at
     """Builds containers, numbers and text. What else there is stands in a subclass: its `find_class` and its `fill`.
 
     Raises pickle.UnpicklingError for what has no place there and, for damaged bytes, anything.
@@ -20,11 +22,15 @@ class InertUnpickler(pickle._Unpickler):  # in Python, where the memo is a dict 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which has no place in a checkpoint")
+        raise pickle.UnpicklingError(
+            f"it asks for {module}.{name}, which has no place in a checkpoint"
+        )
 
     def fill(self, instance: Any, state: Any) -> None:
         """Give `instance` the attributes in `state`, if it is something that has any."""
-        raise pickle.UnpicklingError(f"it changes a {type(instance).__name__}, which has no place in a checkpoint")
+        raise pickle.UnpicklingError(
+            f"it changes a {type(instance).__name__}, which has no place in a checkpoint"
+        )
 
     def load_build(self) -> None:
         state = self.stack.pop()  # type: ignore[attr-defined]  # typeshed leaves the stack out

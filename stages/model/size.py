@@ -11,7 +11,7 @@ from stages.run.errors import InputError
 from stages.run.settings import Settings
 
 
-def read_config(settings: Settings) -> dict[str, Any]:
+def config_values(settings: Settings) -> dict[str, Any]:
     """config.json of MODEL_ID as it lies there, fetched where it is on the Hub; raises InputError where it cannot be had."""
     folder = Path(settings.model_id)
     if not folder.is_dir():
@@ -19,16 +19,24 @@ def read_config(settings: Settings) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError) as error:
-        raise InputError(f"MODEL_ID={settings.model_id}: its config.json cannot be read ({error}). Name a model that has one.") from None
+        raise InputError(
+            f"MODEL_ID={settings.model_id}: its config.json cannot be read ({error}). Name a model that has one."
+        ) from None
     if not isinstance(config, dict):
-        raise InputError(f"MODEL_ID={settings.model_id}: its config.json is no JSON object. Name another model.")
+        raise InputError(
+            f"MODEL_ID={settings.model_id}: its config.json is no JSON object. Name another model."
+        )
     return config
 
 
 def parameters(config: dict[str, Any]) -> int | None:
     """Parameters of a decoder of Llama's form (also Qwen3's, Granite's); None where the config does not tell them."""
     try:
-        hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
+        hidden, layers, heads = (
+            config["hidden_size"],
+            config["num_hidden_layers"],
+            config["num_attention_heads"],
+        )
         inner, vocabulary = config["intermediate_size"], config["vocab_size"]
         head = config.get("head_dim") or hidden // heads
         attention = 2 * hidden * head * (heads + (config.get("num_key_value_heads") or heads))
@@ -46,16 +54,30 @@ def bytes_written(settings: Settings, count: int, backend: str) -> dict[str, int
     Neuron trains bfloat16 and keeps weights alone. Of LoRA only the adapters are written, which is next to nothing.
     """
     half, shards = 2 if settings.bf16 else 4, shard_bytes(settings, count, backend)
-    checkpoints = _checkpoint_bytes(settings, count, backend) * (settings.save_total_limit + 1) if settings.save_steps else 0
-    return {"checkpoints": checkpoints, "train": shards, "consolidate": half * count, "compile-inference": half * count}
+    checkpoints = (
+        _checkpoint_bytes(settings, count, backend) * (settings.save_total_limit + 1)
+        if settings.save_steps
+        else 0
+    )
+    return {
+        "checkpoints": checkpoints,
+        "train": shards,
+        "consolidate": half * count,
+        "compile-inference": half * count,
+    }
 
 
 def training_bytes(settings: Settings, backend: str, steps: int) -> int:
     """The most that a training of `steps` steps has on the disk at once, checkpoints and shards together; 0 where that is not known."""
-    count = parameters(read_config(settings)) or 0
+    count = parameters(config_values(settings)) or 0
     checkpoint, limit = _checkpoint_bytes(settings, count, backend), settings.save_total_limit
-    written = (steps - 1) // settings.save_steps if settings.save_steps else 0  # none after the last step
-    return max(min(written, limit + 1) * checkpoint, min(written, limit) * checkpoint + shard_bytes(settings, count, backend))
+    written = (
+        (steps - 1) // settings.save_steps if settings.save_steps else 0
+    )  # none after the last step
+    return max(
+        min(written, limit + 1) * checkpoint,
+        min(written, limit) * checkpoint + shard_bytes(settings, count, backend),
+    )
 
 
 def shard_bytes(settings: Settings, count: int, backend: str) -> int:

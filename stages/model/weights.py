@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.run.disk import disk_guard
 from stages.run.errors import StageFailure
 from stages.run.progress import Progress
-from stages.run.space import room_for
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,11 @@ Pieces = Generator[tuple[TensorSpec, "torch.Tensor"], None, None]
 
 
 def write_safetensors(
-    tensors: Sequence[tuple[TensorSpec, ReadTensor]], folder: Path, *, max_shard_size: int, dtype: str | None = None
+    tensors: Sequence[tuple[TensorSpec, ReadTensor]],
+    folder: Path,
+    *,
+    max_shard_size: int,
+    dtype: str | None = None,
 ) -> dict[str, str]:
     """Write `tensors` to `folder`, which exists, under the names that `save_pretrained` uses; return file name -> SHA-256 in hexadecimal.
 
@@ -85,19 +89,29 @@ def write_safetensors(
     """
     unwritable = sorted({dtype or "float32", *(spec.dtype for spec, _ in tensors)} - set(DTYPES))
     if unwritable:
-        raise StageFailure(f"Weights of dtype {', '.join(unwritable)} cannot be written; known are {', '.join(DTYPES)}.")
-    written = [(replace(spec, dtype=dtype) if dtype and spec.dtype in FLOATING else spec, read) for spec, read in tensors]
+        raise StageFailure(
+            f"Weights of dtype {', '.join(unwritable)} cannot be written; known are {', '.join(DTYPES)}."
+        )
+    written = [
+        (replace(spec, dtype=dtype) if dtype and spec.dtype in FLOATING else spec, read)
+        for spec, read in tensors
+    ]
     total = sum(spec.nbytes for spec, _ in written)
     files = _divide(written, max_shard_size)
     digests: dict[str, str] = {}
     try:
-        with room_for("the weights", folder, total), Progress("weights", total=total, unit="bytes") as bar:
+        with (
+            disk_guard("the weights", folder, total),
+            Progress("weights", total=total, unit="bytes") as bar,
+        ):
             for name, contents in files.items():
                 digests[name] = _write_file(folder / name, contents, bar)
         if len(files) > 1:
             index = {
                 "metadata": {"total_size": total},
-                "weight_map": {spec.name: name for name, contents in files.items() for spec, _ in contents},
+                "weight_map": {
+                    spec.name: name for name, contents in files.items() for spec, _ in contents
+                },
             }
             text = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
             (folder / INDEX_FILE).write_bytes(text)
@@ -111,7 +125,9 @@ def write_safetensors(
     return digests
 
 
-def _divide(tensors: list[tuple[TensorSpec, ReadTensor]], max_shard_size: int) -> dict[str, list[tuple[TensorSpec, ReadTensor]]]:
+def _divide(
+    tensors: list[tuple[TensorSpec, ReadTensor]], max_shard_size: int
+) -> dict[str, list[tuple[TensorSpec, ReadTensor]]]:
     """File name -> its tensors: filled in the order given, as huggingface_hub does, but counting the header's bytes too."""
     total = sum(spec.nbytes for spec, _ in tensors)
     overhead = len(_header([])) + 8  # 8: its padding
@@ -126,13 +142,26 @@ def _divide(tensors: list[tuple[TensorSpec, ReadTensor]], max_shard_size: int) -
         groups[-1].append((spec, read))
         size += needed
     count = len(groups)
-    names = [SINGLE_FILE] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    names = (
+        [SINGLE_FILE]
+        if count == 1
+        else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    )
     # Wide elements first, so that every tensor starts at a multiple of its element's size, which readers that map the file rely on.
-    return {name: sorted(group, key=lambda item: -DTYPES[item[0].dtype][1]) for name, group in zip(names, groups, strict=True)}
+    return {
+        name: sorted(group, key=lambda item: -DTYPES[item[0].dtype][1])
+        for name, group in zip(names, groups, strict=True)
+    }
 
 
 def _entry(spec: TensorSpec, start: int, end: int) -> dict[str, dict[str, object]]:
-    return {spec.name: {"dtype": DTYPES[spec.dtype][0], "shape": list(spec.shape), "data_offsets": [start, end]}}
+    return {
+        spec.name: {
+            "dtype": DTYPES[spec.dtype][0],
+            "shape": list(spec.shape),
+            "data_offsets": [start, end],
+        }
+    }
 
 
 def _header(specs: Iterable[TensorSpec]) -> bytes:
@@ -183,7 +212,9 @@ def _file_bytes(contents: list[tuple[TensorSpec, ReadTensor]]) -> Iterator[bytes
                 raise StageFailure(f"{spec.name}: {read} of {spec.elements} values are not finite.")
             if written:
                 too_large = f"{written} of {spec.elements} values are beyond {torch.finfo(values.dtype).max:.4g}"
-                raise StageFailure(f"{spec.name}: {too_large}, the largest number in {spec.dtype}. Use bfloat16 or float32.")
+                raise StageFailure(
+                    f"{spec.name}: {too_large}, the largest number in {spec.dtype}. Use bfloat16 or float32."
+                )
 
 
 def _pieces(contents: list[tuple[TensorSpec, ReadTensor]]) -> Pieces:
@@ -199,7 +230,9 @@ def _pieces(contents: list[tuple[TensorSpec, ReadTensor]]) -> Pieces:
             # Nothing here, nor a piece that waits to be hashed, may keep a large tensor alive while the next one is read.
             del tensor, flat, piece
         if elements != spec.elements:
-            raise StageFailure(f"{spec.name}: {elements} values were read, its shape {list(spec.shape)} has {spec.elements}.")
+            raise StageFailure(
+                f"{spec.name}: {elements} values were read, its shape {list(spec.shape)} has {spec.elements}."
+            )
 
 
 def _read_ahead(pieces: Pieces) -> Pieces:

@@ -43,6 +43,11 @@ def backend_module(name: str, settings: Settings) -> ModuleType:
     """Module `name` of the chosen backend; raises InputError when that backend is not part of this version."""
     chosen = choose(settings)
     package = f"stages.backends.{chosen.name}"
-    if importlib.util.find_spec(package) is None or importlib.util.find_spec(f"{package}.{name}") is None:
-        raise InputError(f"The {chosen.name} backend ({chosen.reason}) has no {name} in this version. Set BACKEND=torch.")
+    if (
+        importlib.util.find_spec(package) is None
+        or importlib.util.find_spec(f"{package}.{name}") is None
+    ):
+        raise InputError(
+            f"The {chosen.name} backend ({chosen.reason}) has no {name} in this version. Set BACKEND=torch."
+        )
     return importlib.import_module(f"{package}.{name}")

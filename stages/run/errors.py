@@ -24,7 +24,7 @@ class StageFailure(Exception):
     exit_status = 1
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
+def exception_chain(error: BaseException) -> Iterator[BaseException]:
     """The error, and what it was raised from or while handling."""
     seen: set[int] = set()
     following: BaseException | None = error

@@ -35,13 +35,15 @@ def guard_stage() -> None:
     make = os.environ.pop(_MAKE, None)
     die_with_parent(int(make) if make else None)
     os.environ[_MARK] = own = os.urandom(8).hex()
-    ended, alive = os.pipe()  # `alive` is closed by the kernel when the stage ends; no program that it starts inherits it
+    ended, alive = (
+        os.pipe()
+    )  # `alive` is closed by the kernel when the stage ends; no program that it starts inherits it
     if os.fork() == 0:
         try:
             os.close(alive)
             _leave_the_terminal()
             os.read(ended, 1)
-            end_marked(own)
+            kill_marked(own)
         finally:
             os._exit(0)
     os.close(ended)
@@ -52,7 +54,7 @@ def mark() -> str | None:
     return os.environ.get(_MARK)
 
 
-def end_marked(mark: str | None) -> None:
+def kill_marked(mark: str | None) -> None:
     """Kill every process with `mark` in the environment that it was started with, until there is none."""
     clean = 0 if mark else 2
     while clean < 2:  # a second look finds what was just being started when its parent was killed
@@ -72,7 +74,11 @@ def _marked(variable: bytes) -> list[int]:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if variable in (process / "environ").read_bytes().split(b"\0"):
-                found += [int(process.name)] if b"resource_tracker" not in (process / "cmdline").read_bytes() else []
+                found += (
+                    [int(process.name)]
+                    if b"resource_tracker" not in (process / "cmdline").read_bytes()
+                    else []
+                )
         except OSError:  # gone meanwhile, or another user's
             continue
     return found

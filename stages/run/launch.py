@@ -17,27 +17,36 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.run.code import ROOT
 from stages.run.errors import InputError, StageFailure
+from stages.run.fingerprint import ROOT
 
 ERROR_FILE = "TRN_TUNE_ERROR_FILE"
 GRACE_SECONDS = 5.0
 
 
-def launch(command: list[str], environment: Mapping[str, str], error_file: Path, heard: Callable[[str], None] | None = None) -> None:
+def launch(
+    command: list[str],
+    environment: Mapping[str, str],
+    error_file: Path,
+    on_line: Callable[[str], None] | None = None,
+) -> None:
     """Run `command`, its program found on `environment`'s PATH, from the project's folder and wait for it.
 
     A worker that knows what went wrong writes `InputError` or `StageFailure` and its message to `error_file`
-    (`report_error`); it is raised here. Any other failure is a StageFailure with the exit status. `heard` is given each
+    (`report_error`); it is raised here. Any other failure is a StageFailure with the exit status. `on_line` is given each
     line that the processes print, on either stream, after it is passed on.
     """
     error_file.unlink(missing_ok=True)
     whole_environment = {**os.environ, **environment, ERROR_FILE: str(error_file.absolute())}
     program = shutil.which(command[0], path=whole_environment.get("PATH"))
     if program is None:
-        raise InputError(f"{command[0]} is not on the PATH. Install what brings it, or run in the container (docker/run).")
+        raise InputError(
+            f"{command[0]} is not on the PATH. Install what brings it, or run in the container (docker/run)."
+        )
     print(f"$ {shlex.join(_shown(command))}", flush=True)
-    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if heard else {}
+    streams: dict[str, Any] = (
+        {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if on_line else {}
+    )
     process = subprocess.Popen(
         [program, *command[1:]],
         env=whole_environment,
@@ -50,8 +59,8 @@ def launch(command: list[str], environment: Mapping[str, str], error_file: Path,
     try:
         for line in process.stdout or ():
             print(line, end="", flush=True)
-            if heard:
-                heard(line)
+            if on_line:
+                on_line(line)
         status = process.wait()
     finally:
         _end(process)
@@ -59,12 +68,18 @@ def launch(command: list[str], environment: Mapping[str, str], error_file: Path,
         kind, _, message = error_file.read_text(encoding="utf-8").partition("\n")
         raise InputError(message.splitlines()) if kind == "InputError" else StageFailure(message)
     if status:
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        raise StageFailure(f"The workers' launcher {how}; what they printed is above. Nothing was published.")
+        how = (
+            f"was killed by {signal.Signals(-status).name}"
+            if status < 0
+            else f"ended with status {status}"
+        )
+        raise StageFailure(
+            f"The workers' launcher {how}; what they printed is above. Nothing was published."
+        )
 
 
 def report_error(error: InputError | StageFailure, error_file: Path) -> None:
-    """For a worker: hand `error` to the stage that launched it; print it where the disk does not take it. The first of several is heard."""
+    """For a worker: hand `error` to the stage that launched it; print it where the disk does not take it. The first of several is on_line."""
     try:
         with error_file.open("x", encoding="utf-8") as file:
             file.write(f"{type(error).__name__}\n{error}")

@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stages.run.durable import make_folder
 from stages.run.errors import InputError
-from stages.run.guard import end_marked, mark
+from stages.run.fsync import make_durable_folder
+from stages.run.guard import kill_marked, mark
 
 
 @contextmanager
@@ -30,17 +30,27 @@ def locked(run_folder: Path, stage: str) -> Iterator[None]:
     The file tells of the holder until it lets go. What tells of one that has gone without was left by a kill, and
     whatever that holder had started is ended first: it may still write.
     """
-    make_folder(run_folder)
+    make_durable_folder(run_folder)
     with open(run_folder / ".lock", "a+", encoding="utf-8", opener=_no_link) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{stage}: waiting for {_described(_facts(run_folder))} in {run_folder}", file=sys.stderr, flush=True)
+            print(
+                f"{stage}: waiting for {_described(_facts(run_folder))} in {run_folder}",
+                file=sys.stderr,
+                flush=True,
+            )
             fcntl.flock(file, fcntl.LOCK_EX)
         left = _facts(run_folder).get("mark")
-        end_marked(left if left != mark() else None)
+        kill_marked(left if left != mark() else None)
         file.truncate(0)
-        facts = {"stage": stage, "pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%H:%M:%S"), "mark": mark()}
+        facts = {
+            "stage": stage,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%H:%M:%S"),
+            "mark": mark(),
+        }
         json.dump(facts, file)
         file.flush()
         try:
@@ -56,7 +66,9 @@ def _no_link(path: str, flags: int) -> int:
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        raise InputError(f"{path} is a link; a run's lock is a file of its own. Remove it.") from None
+        raise InputError(
+            f"{path} is a link; a run's lock is a file of its own. Remove it."
+        ) from None
 
 
 def _facts(run_folder: Path) -> dict[str, Any]:
@@ -69,6 +81,8 @@ def _facts(run_folder: Path) -> dict[str, Any]:
 
 def _described(facts: dict[str, Any]) -> str:
     try:
-        return f"{facts['stage']} (process {facts['pid']} on {facts['host']}, since {facts['since']})"
+        return (
+            f"{facts['stage']} (process {facts['pid']} on {facts['host']}, since {facts['since']})"
+        )
     except KeyError:
         return "another make"

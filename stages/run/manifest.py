@@ -13,7 +13,7 @@ import stat
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from stages.run.content import file_digest
+from stages.run.digests import file_digest
 from stages.run.progress import Progress
 
 FILE = "manifest.json"
@@ -21,10 +21,15 @@ SEAL = "sha256"  # of the manifest itself, without this entry
 PARTS = ("settings", "versions", "code", "inputs")  # of a record
 
 
-def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest with its own digest, by which a reader knows that it is as it was written."""
     facts = {name: value for name, value in manifest.items() if name != SEAL}
-    return {**facts, SEAL: hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()}
+    return {
+        **facts,
+        SEAL: hashlib.sha256(
+            json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()
+        ).hexdigest(),
+    }
 
 
 def manifest_of(output: Path) -> dict[str, Any] | None:
@@ -32,7 +37,7 @@ def manifest_of(output: Path) -> dict[str, Any] | None:
     return _read(output)[0]
 
 
-def problem(output: Path) -> str:
+def manifest_problem(output: Path) -> str:
     """Why there is no manifest in `output` that can be believed, in words; empty where there is one."""
     return _read(output)[1]
 
@@ -40,7 +45,7 @@ def problem(output: Path) -> str:
 def _read(output: Path) -> tuple[dict[str, Any] | None, str]:
     try:
         manifest = json.loads((output / FILE).read_bytes())
-        whole = isinstance(manifest, dict) and sealed(manifest)[SEAL] == manifest.get(SEAL)
+        whole = isinstance(manifest, dict) and with_checksum(manifest)[SEAL] == manifest.get(SEAL)
     except FileNotFoundError:
         return None, "nothing published yet"
     except OSError as error:
@@ -53,12 +58,26 @@ def _read(output: Path) -> tuple[dict[str, Any] | None, str]:
 
 def _misshapen(manifest: dict[str, Any]) -> str:
     """What keeps a manifest with its own digest, which anyone can make, from being a stage's; empty where nothing does."""
-    record, outputs, seen = (manifest.get(name) for name in ("record", "outputs", "seen"))
-    if not isinstance(record, dict) or not isinstance(outputs, dict) or not isinstance(seen, dict):
+    provenance, outputs, seen = (manifest.get(name) for name in ("provenance", "outputs", "seen"))
+    if (
+        not isinstance(provenance, dict)
+        or not isinstance(outputs, dict)
+        or not isinstance(seen, dict)
+    ):
         return f"{FILE} is no stage's"
-    parts = [*(record.get(part) for part in PARTS), *(seen.get(part) for part in ("code", "files")), *outputs.values()]
-    texts = [manifest.get("content"), seen.get("backend"), *(facts.get("sha256") for facts in outputs.values() if isinstance(facts, dict))]
-    if not all(isinstance(part, dict) for part in parts) or not all(isinstance(text, str) for text in texts):
+    parts = [
+        *(provenance.get(part) for part in PARTS),
+        *(seen.get(part) for part in ("code", "files")),
+        *outputs.values(),
+    ]
+    texts = [
+        manifest.get("content"),
+        seen.get("backend"),
+        *(facts.get("sha256") for facts in outputs.values() if isinstance(facts, dict)),
+    ]
+    if not all(isinstance(part, dict) for part in parts) or not all(
+        isinstance(text, str) for text in texts
+    ):
         return f"{FILE} is no stage's"
     if not all(type(facts.get("bytes")) is int for facts in outputs.values()):
         return f"{FILE} is no stage's"
@@ -69,10 +88,12 @@ def _misshapen(manifest: dict[str, Any]) -> str:
 def _is_inside(name: str) -> bool:
     """Whether a name stays below the folder that it is joined to."""
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    return (
+        bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    )
 
 
-def damage(manifest: dict[str, Any], output: Path, read: bool = False) -> list[str]:
+def file_problems(manifest: dict[str, Any], output: Path, read: bool = False) -> list[str]:
     """What is no longer as it was published into `output`: files that are gone or have another size, cheap enough for every make.
 
     With `read` every file is read and held against its digest, and files that were not published are found too. A file is never
@@ -87,10 +108,16 @@ def damage(manifest: dict[str, Any], output: Path, read: bool = False) -> list[s
             to_read.append(name)
     if not read:
         return found
-    with Progress(f"reading {output}", sum(manifest["outputs"][name]["bytes"] for name in to_read), "bytes") as progress:
+    with Progress(
+        f"reading {output}", sum(manifest["outputs"][name]["bytes"] for name in to_read), "bytes"
+    ) as progress:
         for name in to_read:
             found += _wrong_bytes(output, name, manifest["outputs"][name]["sha256"], progress)
-    return found + [f"{name} was not published" for name in _names_below(output) if name not in manifest["outputs"]]
+    return found + [
+        f"{name} was not published"
+        for name in _names_below(output)
+        if name not in manifest["outputs"]
+    ]
 
 
 def _wrong_place(output: Path, name: str, size: int) -> str:
@@ -120,4 +147,6 @@ def _names_below(output: Path) -> list[str]:
     for folder, folders, files in os.walk(output):
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         names += [Path(folder, name).relative_to(output).as_posix() for name in (*files, *links)]
-    return sorted(name for name in names if name not in (FILE, f".{FILE}"))  # the second is what a kill left of writing the first
+    return sorted(
+        name for name in names if name not in (FILE, f".{FILE}")
+    )  # the second is what a kill left of writing the first

@@ -27,12 +27,23 @@ class Progress:
         self.label, self.total, self.unit, self.done, self.shown = label, total, unit, done, shown
         self._first, self._started, self._last_line = done, time.monotonic(), time.monotonic()
         self._bar = None
-        if shown and sys.stderr.isatty() and importlib.util.find_spec("tqdm"):  # make's own Python may have no packages
+        if (
+            shown and sys.stderr.isatty() and importlib.util.find_spec("tqdm")
+        ):  # make's own Python may have no packages
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True, leave=True)
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                desc=label,
+                unit=f" {unit}",
+                dynamic_ncols=True,
+                leave=True,
+            )
 
-    def update(self, count: int = 1, figures: dict[str, str] | None = None, line: bool = False) -> None:
+    def update(
+        self, count: int = 1, figures: dict[str, str] | None = None, line: bool = False
+    ) -> None:
         """Advance by `count`; `figures` (loss, tokens/s) stand beside the bar or in the line."""
         self.done += count
         if self._bar is not None:
@@ -45,18 +56,31 @@ class Progress:
             self._last_line = now
             shown = "".join(f", {name} {value}" for name, value in (figures or {}).items())
             count_of = f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"
-            print(f"{self.label}: {count_of} {self.unit}{shown}{self._time_left()}", file=sys.stderr, flush=True)
+            print(
+                f"{self.label}: {count_of} {self.unit}{shown}{self._time_left()}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _time_left(self) -> str:
         if self.total is None or self.done <= self._first:
             return ""
-        seconds = (time.monotonic() - self._started) / (self.done - self._first) * (self.total - self.done)
+        seconds = (
+            (time.monotonic() - self._started)
+            / (self.done - self._first)
+            * (self.total - self.done)
+        )
         return f", {duration(seconds)} left"
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._bar is not None:
             self._bar.close()
 

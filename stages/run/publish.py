@@ -19,23 +19,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.run import record
+from stages.run import provenance
 from stages.run.backend import choose
-from stages.run.content import combine, file_digest
-from stages.run.durable import flush, flush_tree, make_folder
-from stages.run.instance import cost_of
+from stages.run.cost import cost_of
+from stages.run.digests import combine, file_digest
+from stages.run.disk import disk_guard, require_writable
+from stages.run.fsync import flush, fsync_tree, make_durable_folder
 from stages.run.lock import locked
-from stages.run.manifest import damage, manifest_of, sealed
+from stages.run.manifest import file_problems, manifest_of, with_checksum
 from stages.run.progress import duration
 from stages.run.settings import Settings
-from stages.run.space import require_place, room_for
 
 _RENAME_EXCHANGE = 2  # linux/fs.h; renameat2(2)
 _AT_FDCWD = -100
 
 
 @dataclass
-class Facts:
+class StageResult:
     """What a stage reports of its work for the manifest, beyond the files it wrote.
 
     `digests`: sha256 of files that were hashed while they were written. `unkeyed`: files that differ from run to run
@@ -50,7 +50,12 @@ class Facts:
 
 
 def publish(
-    stage: str, settings: Settings, inputs: dict[str, Path], output: Path, build: Callable[[Path], Facts], resumable: bool = False
+    stage: str,
+    settings: Settings,
+    inputs: dict[str, Path],
+    output: Path,
+    build: Callable[[Path], StageResult],
+    resumable: bool = False,
 ) -> bool:
     """Run `build(work_folder)` and publish the folder as `output`, unless what lies there is what it would be.
 
@@ -58,24 +63,24 @@ def publish(
     before the work starts: an edit made during a long training is not recorded as trained.
     """
     run_folder = output.parent
-    require_place(run_folder)
+    require_writable(run_folder)
     with locked(run_folder, stage):
         _put_back(output)
         published = manifest_of(output)
-        made_from, seen = record.record_now(stage, settings, inputs, published)
-        why = record.reasons_of(published, made_from, output, verify=settings.verify)
+        made_from, seen = provenance.provenance_now(stage, settings, inputs, published)
+        why = provenance.reasons_of(published, made_from, output, verify=settings.verify)
         if not why:
             print(f"{stage}: up to date ({output})", flush=True)
             return False
         print(f"{stage}: {'; '.join(why)}", flush=True)
         if seen["backend"] != choose(settings).name:  # it was published by another machine's
-            made_from, seen = record.record_now(stage, settings, inputs, None)
-        if "BACKEND" in settings.concerning(stage):
+            made_from, seen = provenance.provenance_now(stage, settings, inputs, None)
+        if "BACKEND" in settings.settings_affecting(stage):
             print("backend: {0.name} ({0.reason})".format(choose(settings)), flush=True)
         work = _work_folder(run_folder, stage, made_from, resumable)
         started = time.monotonic()
         try:
-            with room_for(f"{stage}'s output", work):
+            with disk_guard(f"{stage}'s output", work):
                 facts = build(work)
                 cost = cost_of(time.monotonic() - started, settings)
                 _write_manifest(stage, work, made_from, seen, facts, cost)
@@ -95,7 +100,7 @@ def _work_folder(run_folder: Path, stage: str, made_from: dict, resumable: bool)
     for left in works.glob(f"{stage}-*"):  # of a run that was killed
         if not resumable or left.suffix == ".former" or _was_replaced(left):
             shutil.rmtree(left)
-    make_folder(work)  # so that what a training leaves in it can be found again
+    make_durable_folder(work)  # so that what a training leaves in it can be found again
     return work
 
 
@@ -105,37 +110,48 @@ def _was_replaced(work: Path) -> bool:
     A folder with a manifest was finished. It waits to be published only if it is whole and made from what its name says.
     """
     manifest = manifest_of(work)
-    return manifest is not None and (_key(manifest["record"]) not in work.name or bool(damage(manifest, work)))
+    return manifest is not None and (
+        _key(manifest["provenance"]) not in work.name or bool(file_problems(manifest, work))
+    )
 
 
 def _key(made_from: dict) -> str:
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _write_manifest(stage: str, work: Path, made_from: dict, seen: dict, facts: Facts, cost: dict[str, Any]) -> None:
-    (work / "manifest.json").unlink(missing_ok=True)  # of a former call that finished this work and was killed
+def _write_manifest(
+    stage: str, work: Path, made_from: dict, seen: dict, facts: StageResult, cost: dict[str, Any]
+) -> None:
+    (work / "manifest.json").unlink(
+        missing_ok=True
+    )  # of a former call that finished this work and was killed
     files = sorted(path for path in work.rglob("*") if path.is_file())
     outputs: dict[str, dict[str, Any]] = {}
     for path in files:
         name = path.relative_to(work).as_posix()
-        outputs[name] = {"bytes": path.stat().st_size, "sha256": facts.digests.get(name) or file_digest(path)}
+        outputs[name] = {
+            "bytes": path.stat().st_size,
+            "sha256": facts.digests.get(name) or file_digest(path),
+        }
     keyed = {name: entry["sha256"] for name, entry in outputs.items() if name not in facts.unkeyed}
     manifest = {
         "stage": stage,
         "content": combine(keyed),
         "metrics": facts.metrics,
         "tokens": facts.tokens,
-        "tokens_per_second": round(facts.tokens / cost["seconds"], 1) if facts.tokens and cost["seconds"] else None,
+        "tokens_per_second": round(facts.tokens / cost["seconds"], 1)
+        if facts.tokens and cost["seconds"]
+        else None,
         **cost,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": facts.device,
         "versions": _installed(stage, seen["backend"]),
-        "record": made_from,
+        "provenance": made_from,
         "outputs": outputs,
         "seen": seen,
     }
-    write_json(work / "manifest.json", sealed(manifest))
-    flush_tree(work)
+    write_json(work / "manifest.json", with_checksum(manifest))
+    fsync_tree(work)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -150,9 +166,13 @@ def remove_published(output: Path, part: str, because: str) -> None:
         if manifest is None or not (output / part).is_dir():
             return
         manifest["removed"] = because
-        manifest["outputs"] = {name: facts for name, facts in manifest["outputs"].items() if not name.startswith(f"{part}/")}
+        manifest["outputs"] = {
+            name: facts
+            for name, facts in manifest["outputs"].items()
+            if not name.startswith(f"{part}/")
+        }
         beside = output / ".manifest.json"
-        write_json(beside, sealed(manifest))
+        write_json(beside, with_checksum(manifest))
         flush(beside)
         beside.replace(output / "manifest.json")
         flush(output)  # else a power cut could bring back the manifest that lists what is gone
@@ -160,7 +180,10 @@ def remove_published(output: Path, part: str, because: str) -> None:
 
 
 def _installed(stage: str, backend: str) -> dict[str, str]:
-    versions = {name: record.installed_version(name) or "not installed" for name in record.libraries_of(stage, backend)}
+    versions = {
+        name: provenance.installed_version(name) or "not installed"
+        for name in provenance.libraries_of(stage, backend)
+    }
     return {"python": platform.python_version(), **versions}
 
 
@@ -199,4 +222,7 @@ def _exchange(one: Path, other: Path) -> bool:
     if sys.platform != "linux":
         return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    return renameat2 is not None and renameat2(_AT_FDCWD, bytes(one), _AT_FDCWD, bytes(other), _RENAME_EXCHANGE) == 0
+    return (
+        renameat2 is not None
+        and renameat2(_AT_FDCWD, bytes(one), _AT_FDCWD, bytes(other), _RENAME_EXCHANGE) == 0
+    )

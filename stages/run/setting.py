@@ -39,8 +39,18 @@ def setting(
     """
     unknown = set(stages.split()) - set(STAGES)
     assert not unknown, f"not stages: {unknown}"
-    facts = {"help": help, "stages": tuple(stages.split()), "unit": unit, "choices": choices, "path": path, "check": check}
-    return field(default=default, metadata={**facts, "least": least, "most": most, "above": above, "below": below})
+    facts = {
+        "help": help,
+        "stages": tuple(stages.split()),
+        "unit": unit,
+        "choices": choices,
+        "path": path,
+        "check": check,
+    }
+    return field(
+        default=default,
+        metadata={**facts, "least": least, "most": most, "above": above, "below": below},
+    )
 
 
 def variable(f: Field) -> str:
@@ -68,14 +78,22 @@ def parse(f: Field, text: str) -> Any:
         size = len(text.encode())
     except UnicodeEncodeError:
         raise InputError(f"{name}={shown!r} is not UTF-8. Write it in UTF-8.") from None
-    if facts["path"] and (size > _PATH_BYTES or any(len(part.encode()) > _NAME_BYTES for part in text.split("/"))):
-        raise InputError(f"{name}={shown!r} can name nothing: a path has at most {_PATH_BYTES:,} bytes, each name in it {_NAME_BYTES}.")
+    if facts["path"] and (
+        size > _PATH_BYTES or any(len(part.encode()) > _NAME_BYTES for part in text.split("/"))
+    ):
+        raise InputError(
+            f"{name}={shown!r} can name nothing: a path has at most {_PATH_BYTES:,} bytes, each name in it {_NAME_BYTES}."
+        )
     if kind(f) == "str":
         if facts["choices"] and text not in facts["choices"]:
             near = get_close_matches(text, facts["choices"], n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise InputError(f"{name}={shown!r} is none of {', '.join(facts['choices'])}.{hint}")
-        if f.default != "" and not (text.strip() if facts["path"] else text) and name != "CONTEXT_COLUMN":
+        if (
+            f.default != ""
+            and not (text.strip() if facts["path"] else text)
+            and name != "CONTEXT_COLUMN"
+        ):
             raise InputError(f"{name} is empty. Leave it out for the default, {f.default}.")
         if facts["check"]:
             try:
@@ -84,7 +102,16 @@ def parse(f: Field, text: str) -> Any:
                 raise InputError(f"{name}: {error}") from None
         return text
     if kind(f) == "bool":
-        known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+        known = {
+            "1": True,
+            "true": True,
+            "yes": True,
+            "on": True,
+            "0": False,
+            "false": False,
+            "no": False,
+            "off": False,
+        }
         if text.strip().lower() not in known:
             raise InputError(f"{name}={shown!r} is neither 1 nor 0.")
         return known[text.strip().lower()]
@@ -105,8 +132,14 @@ def _number(f: Field, text: str, shown: str) -> int | float:
         "above": (facts["above"], lambda bound: value > bound),
         "below": (facts["below"], lambda bound: value < bound),
     }
-    broken = [f"{word} {bound:,}" for word, (bound, holds) in bounds.items() if bound is not None and not holds(bound)]
+    broken = [
+        f"{word} {bound:,}"
+        for word, (bound, holds) in bounds.items()
+        if bound is not None and not holds(bound)
+    ]
     if broken or not math.isfinite(value):
         unit = f" {facts['unit']}" if facts["unit"] else ""
-        raise InputError(f"{name}={shown.strip()}{unit} must be {' and '.join(broken) or 'finite'}.")
+        raise InputError(
+            f"{name}={shown.strip()}{unit} must be {' and '.join(broken) or 'finite'}."
+        )
     return value

@@ -35,72 +35,160 @@ class Settings:
         "precompile train consolidate compile-inference eval", choices=("auto", "torch", "neuron"),
     )  # fmt: skip
     nproc_per_node: int = setting(
-        1, "Training processes (torchrun), a NeuronCore or a GPU each: tensor x pipeline x data parallel.", _MODEL, least=1, most=4096
+        1,
+        "Training processes (torchrun), a NeuronCore or a GPU each: tensor x pipeline x data parallel.",
+        _MODEL,
+        least=1,
+        most=4096,
     )
-    tensor_parallel_size: int = setting(1, "Processes that share each layer's weights.", _MODEL, least=1)
-    pipeline_parallel_size: int = setting(1, "Groups of processes that hold a part of the layers each (Neuron).", _MODEL, least=1)
-    instance_price: float = setting(0.0, "What an hour of this machine costs; 0 = as known of its EC2 type.", unit="USD/h", least=0)
-    verify: bool = setting(False, "Read every published file again (its digest, not its size alone) and remake what is damaged.")
-    seed: int = setting(42, "Held-out documents, random weights, batch order and sampling are functions of it.", "data train eval", least=0)
+    tensor_parallel_size: int = setting(
+        1, "Processes that share each layer's weights.", _MODEL, least=1
+    )
+    pipeline_parallel_size: int = setting(
+        1, "Groups of processes that hold a part of the layers each (Neuron).", _MODEL, least=1
+    )
+    instance_price: float = setting(
+        0.0,
+        "What an hour of this machine costs; 0 = as known of its EC2 type.",
+        unit="USD/h",
+        least=0,
+    )
+    verify: bool = setting(
+        False,
+        "Read every published file again (its digest, not its size alone) and remake what is damaged.",
+    )
+    seed: int = setting(
+        42,
+        "Held-out documents, random weights, batch order and sampling are functions of it.",
+        "data train eval",
+        least=0,
+    )
 
     # The base model.
-    model_id: str = setting("data/demo/model", "Base model: Hub id or local folder.", "data precompile train eval", path=True)
-    model_revision: str = setting("main", "Revision of MODEL_ID on the Hub.", "data precompile train eval")
+    model_id: str = setting(
+        "data/demo/model",
+        "Base model: Hub id or local folder.",
+        "data precompile train eval",
+        path=True,
+    )
+    model_revision: str = setting(
+        "main", "Revision of MODEL_ID on the Hub.", "data precompile train eval"
+    )
     init_weights: str = setting(
         "pretrained", "Start from the model's weights, or from random ones made from its config.json and SEED.",
         "train eval", choices=("pretrained", "random"),
     )  # fmt: skip
 
-    allow_pickle: bool = setting(False, "Read weights that a model has as pickles (.bin) alone: tensors and plain containers, never code.")
+    allow_pickle: bool = setting(
+        False,
+        "Read weights that a model has as pickles (.bin) alone: tensors and plain containers, never code.",
+    )
 
     # The dataset.
     dataset: str = setting(
-        "data/demo/demo.jsonl", "Hub id, .json/.jsonl/.csv/.parquet file, saved `datasets` folder, or s3:// path.", "data", path=True
+        "data/demo/demo.jsonl",
+        "Hub id, .json/.jsonl/.csv/.parquet file, saved `datasets` folder, or s3:// path.",
+        "data",
+        path=True,
     )
     dataset_revision: str = setting("main", "Revision of DATASET on the Hub.", "data")
-    dataset_config: str = setting("", "Configuration of DATASET on the Hub; empty for its only one.", "data")
+    dataset_config: str = setting(
+        "", "Configuration of DATASET on the Hub; empty for its only one.", "data"
+    )
     dataset_split: str = setting("train", "Split of DATASET.", "data")
     instruction_column: str = setting("instruction", "Column of the instruction.", "data")
     context_column: str = setting("context", "Column of the context; empty for none.", "data")
     response_column: str = setting("response", "Column of the response.", "data")
     max_length: int = setting(
-        2048, "Length of a packed row, in training and validation.", "data precompile train", unit="tokens", least=2, most=2**20
+        2048,
+        "Length of a packed row, in training and validation.",
+        "data precompile train",
+        unit="tokens",
+        least=2,
+        most=2**20,
     )
     packing: str = setting(
         "best_fit", "best_fit cuts no document that fits a row; concat joins all and cuts at MAX_LENGTH, as the tutorial does.",
         "data", choices=("best_fit", "concat"),
     )  # fmt: skip
     overlong: str = setting(
-        "truncate", "What becomes of a document longer than MAX_LENGTH (best_fit).", "data", choices=("truncate", "drop", "error")
+        "truncate",
+        "What becomes of a document longer than MAX_LENGTH (best_fit).",
+        "data",
+        choices=("truncate", "drop", "error"),
     )
-    validation_fraction: float = setting(0.02, "Documents held out for validation.", "data", unit="fraction", least=0, below=1)
-    loss_on: str = setting("all", "Tokens that the loss counts: all, or the response's.", "data", choices=("all", "response"))
+    validation_fraction: float = setting(
+        0.02, "Documents held out for validation.", "data", unit="fraction", least=0, below=1
+    )
+    loss_on: str = setting(
+        "all",
+        "Tokens that the loss counts: all, or the response's.",
+        "data",
+        choices=("all", "response"),
+    )
 
     # Training.
-    num_train_epochs: int = setting(3, "Passes over the training rows.", "train", unit="epochs", least=1)
-    max_steps: int = setting(-1, "Optimizer steps; -1 = NUM_TRAIN_EPOCHS decides.", "train", unit="steps", least=-1)
-    per_device_train_batch_size: int = setting(1, "Rows in a micro-batch of one data-parallel rank.", _MODEL, unit="rows", least=1)
-    gradient_accumulation_steps: int = setting(1, "Micro-batches per optimizer step.", _MODEL, least=1)
+    num_train_epochs: int = setting(
+        3, "Passes over the training rows.", "train", unit="epochs", least=1
+    )
+    max_steps: int = setting(
+        -1, "Optimizer steps; -1 = NUM_TRAIN_EPOCHS decides.", "train", unit="steps", least=-1
+    )
+    per_device_train_batch_size: int = setting(
+        1, "Rows in a micro-batch of one data-parallel rank.", _MODEL, unit="rows", least=1
+    )
+    gradient_accumulation_steps: int = setting(
+        1, "Micro-batches per optimizer step.", _MODEL, least=1
+    )
     learning_rate: float = setting(5e-5, "Peak learning rate of AdamW.", "train", above=0, most=10)
     lr_scheduler_type: str = setting(
         "cosine", "Learning rate after warm-up: to zero by a cosine or a line, or constant.", "train",
         choices=("cosine", "linear", "constant"),
     )  # fmt: skip
-    warmup_steps: int = setting(0, "Steps over which the learning rate rises from zero.", "train", unit="steps", least=0)
-    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay; norms and biases are left out.", "train", least=0, below=1)
-    adam_beta1: float = setting(0.9, "AdamW's decay of the first moment.", "train", least=0, below=1)
-    adam_beta2: float = setting(0.999, "AdamW's decay of the second moment.", "train", least=0, below=1)
+    warmup_steps: int = setting(
+        0, "Steps over which the learning rate rises from zero.", "train", unit="steps", least=0
+    )
+    weight_decay: float = setting(
+        0.0,
+        "AdamW's decoupled weight decay; norms and biases are left out.",
+        "train",
+        least=0,
+        below=1,
+    )
+    adam_beta1: float = setting(
+        0.9, "AdamW's decay of the first moment.", "train", least=0, below=1
+    )
+    adam_beta2: float = setting(
+        0.999, "AdamW's decay of the second moment.", "train", least=0, below=1
+    )
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon.", "train", above=0)
-    max_grad_norm: float = setting(1.0, "Gradient norm above which gradients are scaled down; 0 = never.", "train", least=0)
-    bf16: bool = setting(True, "Compute in bfloat16 over float32 master weights, and publish bfloat16.", f"{_MODEL} consolidate")
-    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, a third more time.", _MODEL)
-    zero_1: bool = setting(True, "Shard the optimizer over data-parallel ranks (torch: FSDP2, always on).", _MODEL)
+    max_grad_norm: float = setting(
+        1.0, "Gradient norm above which gradients are scaled down; 0 = never.", "train", least=0
+    )
+    bf16: bool = setting(
+        True,
+        "Compute in bfloat16 over float32 master weights, and publish bfloat16.",
+        f"{_MODEL} consolidate",
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass: less memory, a third more time.", _MODEL
+    )
+    zero_1: bool = setting(
+        True, "Shard the optimizer over data-parallel ranks (torch: FSDP2, always on).", _MODEL
+    )
     torch_compile: bool = setting(False, "Compile the layers with inductor (torch).", _MODEL)
     logging_steps: int = setting(10, "Steps between lines of metrics.jsonl.", unit="steps", least=1)
-    eval_steps: int = setting(100, "Steps between validation losses during training; 0 = never.", unit="steps", least=0)
-    save_steps: int = setting(100, "Steps between checkpoints to resume from; 0 = none.", unit="steps", least=0)
+    eval_steps: int = setting(
+        100, "Steps between validation losses during training; 0 = never.", unit="steps", least=0
+    )
+    save_steps: int = setting(
+        100, "Steps between checkpoints to resume from; 0 = none.", unit="steps", least=0
+    )
     save_total_limit: int = setting(
-        2, "Checkpoints kept: a damaged one is no loss when there is one before it.", unit="checkpoints", least=1
+        2,
+        "Checkpoints kept: a damaged one is no loss when there is one before it.",
+        unit="checkpoints",
+        least=1,
     )
 
     resume: str = setting(
@@ -109,11 +197,22 @@ class Settings:
     )  # fmt: skip
 
     # LoRA (Neuron).
-    lora_r: int = setting(0, "Rank of LoRA adapters, which alone are trained; 0 = all weights are (Neuron).", _MODEL, least=0)
-    lora_alpha: int = setting(16, "LoRA's updates are scaled by LORA_ALPHA / LORA_R.", _MODEL, least=1)
-    lora_dropout: float = setting(0.05, "Dropout before LoRA's adapters.", _MODEL, unit="fraction", least=0, below=1)
+    lora_r: int = setting(
+        0,
+        "Rank of LoRA adapters, which alone are trained; 0 = all weights are (Neuron).",
+        _MODEL,
+        least=0,
+    )
+    lora_alpha: int = setting(
+        16, "LoRA's updates are scaled by LORA_ALPHA / LORA_R.", _MODEL, least=1
+    )
+    lora_dropout: float = setting(
+        0.05, "Dropout before LoRA's adapters.", _MODEL, unit="fraction", least=0, below=1
+    )
     lora_target_modules: str = setting(
-        "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj", "Linear layers that get an adapter, separated by spaces.", _MODEL
+        "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+        "Linear layers that get an adapter, separated by spaces.",
+        _MODEL,
     )
 
     # The compiler's cache (Neuron).
@@ -121,16 +220,29 @@ class Settings:
         "/var/tmp/neuron-compile-cache", "Compiled graphs, shared by all runs: an absolute path without dots, or s3:// (Neuron).",
         check=check_cache_url,
     )  # fmt: skip
-    custom_cache_repo: str = setting("", "Hub repository of compiled graphs, for `make cache-lookup` and `make cache-synchronize`.")
+    custom_cache_repo: str = setting(
+        "",
+        "Hub repository of compiled graphs, for `make cache-lookup` and `make cache-synchronize`.",
+    )
 
     # Consolidation.
-    max_shard_size: str = setting("5GB", "Largest safetensors file.", "consolidate", unit="bytes", check=parse_size)
-    keep_shards: bool = setting(True, "Keep train's shards once the consolidated model is published.")
+    max_shard_size: str = setting(
+        "5GB", "Largest safetensors file.", "consolidate", unit="bytes", check=parse_size
+    )
+    keep_shards: bool = setting(
+        True, "Keep train's shards once the consolidated model is published."
+    )
 
     # Compiled inference.
-    inference_batch_size: int = setting(1, "Prompts answered at once.", "compile-inference", least=1)
-    inference_sequence_length: int = setting(2048, "Prompt and answer together.", "compile-inference", unit="tokens", least=2)
-    inference_tensor_parallel_size: int = setting(1, "Cores that share the compiled model (Neuron).", "compile-inference", least=1)
+    inference_batch_size: int = setting(
+        1, "Prompts answered at once.", "compile-inference", least=1
+    )
+    inference_sequence_length: int = setting(
+        2048, "Prompt and answer together.", "compile-inference", unit="tokens", least=2
+    )
+    inference_tensor_parallel_size: int = setting(
+        1, "Cores that share the compiled model (Neuron).", "compile-inference", least=1
+    )
     instance_type: str = setting(
         "trn1", "Machine that answers (Neuron); inf2 is made for it and runs the same code as trn1.", "compile-inference",
         choices=("trn1", "trn1n", "inf2", "trn2"),
@@ -139,13 +251,26 @@ class Settings:
     # Answers.
     prompt: str = setting("", 'One instruction to answer: `make eval PROMPT="..."`.')
     context: str = setting("", "Context of PROMPT.")
-    prompts: str = setting("data/demo/prompts.jsonl", "Prompts that eval answers: JSON lines with DATASET's columns.", "eval", path=True)
+    prompts: str = setting(
+        "data/demo/prompts.jsonl",
+        "Prompts that eval answers: JSON lines with DATASET's columns.",
+        "eval",
+        path=True,
+    )
     max_new_tokens: int = setting(256, "Longest answer.", "eval", unit="tokens", least=1)
     do_sample: bool = setting(False, "Sample; 0 = the likeliest token each time.", "eval")
     temperature: float = setting(1.0, "Divides the logits before sampling.", "eval", least=0.001)
     top_k: int = setting(50, "Sample among the k likeliest tokens; 0 = all.", "eval", least=0)
-    top_p: float = setting(1.0, "Sample among the likeliest tokens that hold this probability.", "eval", above=0, most=1)
-    eval_max_documents: int = setting(200, "Held-out rows that eval's losses are measured on.", "eval", unit="rows", least=1)
+    top_p: float = setting(
+        1.0,
+        "Sample among the likeliest tokens that hold this probability.",
+        "eval",
+        above=0,
+        most=1,
+    )
+    eval_max_documents: int = setting(
+        200, "Held-out rows that eval's losses are measured on.", "eval", unit="rows", least=1
+    )
 
     @classmethod
     def read(cls, given: Mapping[str, str] | None = None) -> Settings:
@@ -170,7 +295,11 @@ class Settings:
         problems = []
         model_parallel = self.tensor_parallel_size * self.pipeline_parallel_size
         if self.nproc_per_node % model_parallel:
-            pipeline = f" x PIPELINE_PARALLEL_SIZE={self.pipeline_parallel_size}" if self.pipeline_parallel_size > 1 else ""
+            pipeline = (
+                f" x PIPELINE_PARALLEL_SIZE={self.pipeline_parallel_size}"
+                if self.pipeline_parallel_size > 1
+                else ""
+            )
             problems.append(
                 f"NPROC_PER_NODE={self.nproc_per_node} is not a multiple of TENSOR_PARALLEL_SIZE={self.tensor_parallel_size}{pipeline}: "
                 f"world size = tensor x pipeline x data parallel. Set NPROC_PER_NODE to a multiple of {model_parallel}."
@@ -181,21 +310,29 @@ class Settings:
                 f"sequence parallelism gives each process an equal slice of a row."
             )
         if self.max_steps == 0:
-            problems.append("MAX_STEPS=0 trains nothing. Set a number of steps, or -1 to let NUM_TRAIN_EPOCHS decide.")
+            problems.append(
+                "MAX_STEPS=0 trains nothing. Set a number of steps, or -1 to let NUM_TRAIN_EPOCHS decide."
+            )
         if self.context and not self.prompt:
-            problems.append("CONTEXT without PROMPT: there is no instruction that it belongs to. Set PROMPT too.")
+            problems.append(
+                "CONTEXT without PROMPT: there is no instruction that it belongs to. Set PROMPT too."
+            )
         return problems
 
     def environment(self) -> dict[str, str]:
         """The settings as environment variables for a process that is started: `read` gives the same settings back."""
         return {name.upper(): as_text(value) for name, value in asdict(self).items()}
 
-    def concerning(self, stage: str) -> dict[str, Any]:
+    def settings_affecting(self, stage: str) -> dict[str, Any]:
         """The settings that change what `stage` publishes, by variable name."""
-        return {variable(f): getattr(self, f.name) for f in fields(self) if stage in f.metadata["stages"]}
+        return {
+            variable(f): getattr(self, f.name)
+            for f in fields(self)
+            if stage in f.metadata["stages"]
+        }
 
     @staticmethod
-    def naming_paths() -> list[str]:
+    def path_settings() -> list[str]:
         """Variable names of the settings whose value may be a local file or folder."""
         return [variable(f) for f in fields(Settings) if f.metadata["path"]]
 

@@ -7,14 +7,27 @@ import re
 from stages.run.errors import InputError
 
 # Decimal units as Hugging Face reads them in max_shard_size (5GB = 5 x 10^9), and the binary ones.
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 def parse_size(text: str) -> int:
     """Bytes of `5GB`, `200 MB`, `1GiB` or a plain number; raises InputError for anything else, and for less than one byte."""
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([A-Za-z]*)\s*", text, re.ASCII)
     if match is None or match[2].upper() not in UNITS:
-        raise InputError(f"{text[:60]!r} is not a size. Write a number and a unit, such as 5GB, 200MB or 1GiB.")
+        raise InputError(
+            f"{text[:60]!r} is not a size. Write a number and a unit, such as 5GB, 200MB or 1GiB."
+        )
     size = int(float(match[1]) * UNITS[match[2].upper()])
     if size < 1:
         raise InputError(f"{text!r} is less than one byte. Write a size such as 5GB.")
@@ -25,5 +38,9 @@ def show_size(size: float) -> str:
     """`13.5 GB`, `812 MB`, `96 kB`, `12 B`: decimal units."""
     for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= scale:
-            return f"{size / scale:.3g} {unit}" if size < 1000 * scale else f"{size / scale:.0f} {unit}"
+            return (
+                f"{size / scale:.3g} {unit}"
+                if size < 1000 * scale
+                else f"{size / scale:.0f} {unit}"
+            )
     return f"{int(size)} B"

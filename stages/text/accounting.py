@@ -29,7 +29,9 @@ class Accounting:
     rows_in: int = 0
     empty: int = 0  # rows without an instruction or a response; left out
     duplicate: int = 0  # documents whose text came before; kept
-    split_again: int = 0  # documents whose tokens would have reached from the prompt into the response
+    split_again: int = (
+        0  # documents whose tokens would have reached from the prompt into the response
+    )
     tokens_in: int = 0
     over_long: int = 0  # documents longer than max_length
     dropped: int = 0  # of those, the ones left out
@@ -59,17 +61,36 @@ class Accounting:
         """Raise StageFailure unless every row and every token is accounted for."""
         splits = self.splits.values()
         sums = {
-            "rows in": (self.rows_in, self.empty + self.dropped + sum(split.documents for split in splits)),
-            "tokens in": (self.tokens_in, self.cut_tokens + self.dropped_tokens + sum(split.documents_tokens for split in splits)),
+            "rows in": (
+                self.rows_in,
+                self.empty + self.dropped + sum(split.documents for split in splits),
+            ),
+            "tokens in": (
+                self.tokens_in,
+                self.cut_tokens
+                + self.dropped_tokens
+                + sum(split.documents_tokens for split in splits),
+            ),
         }
         for name, split in self.splits.items():
             sums[f"{name}'s tokens"] = (split.documents_tokens, split.packed + split.left_over)
-            sums[f"{name}'s row cells"] = (split.rows * self.max_length, split.packed + split.padded)
+            sums[f"{name}'s row cells"] = (
+                split.rows * self.max_length,
+                split.packed + split.padded,
+            )
             if split.supervised > split.packed:
                 sums[f"{name}'s supervised tokens"] = (split.supervised, split.packed)
-        wrong = [f"{name}: {whole:,} but their parts are {parts:,}" for name, (whole, parts) in sums.items() if whole != parts]
+        wrong = [
+            f"{name}: {whole:,} but their parts are {parts:,}"
+            for name, (whole, parts) in sums.items()
+            if whole != parts
+        ]
         if wrong:
-            raise StageFailure("The accounts do not balance, so tokens were lost or doubled. " + "; ".join(wrong) + ".")
+            raise StageFailure(
+                "The accounts do not balance, so tokens were lost or doubled. "
+                + "; ".join(wrong)
+                + "."
+            )
 
     def table(self) -> str:
         """The accounts as text of about twenty lines."""
@@ -82,14 +103,22 @@ class Accounting:
             ("  documents for validation", validation.documents, ""),
             ("  among them over-long", self.over_long - self.dropped, "cut"),
             ("  among them duplicate", self.duplicate, "kept, on the side of their first"),
-            ("  among them split again", self.split_again, "where tokens reached from the prompt into the response"),
+            (
+                "  among them split again",
+                self.split_again,
+                "where tokens reached from the prompt into the response",
+            ),
             ("tokens in", self.tokens_in, ""),
             ("  cut off over-long documents", self.cut_tokens, ""),
             ("  of dropped documents", self.dropped_tokens, ""),
             ("  left over after the last row", train.left_over + validation.left_over, ""),
             ("  packed for training", train.packed, f"{train.supervised:,} supervised"),
             ("  packed for validation", validation.packed, f"{validation.supervised:,} supervised"),
-            ("rows out", train.rows + validation.rows, f"of {self.max_length:,} tokens, {self.fill:.2%} full"),
+            (
+                "rows out",
+                train.rows + validation.rows,
+                f"of {self.max_length:,} tokens, {self.fill:.2%} full",
+            ),
             ("  training", train.rows, f"{train.padded:,} tokens of padding"),
             ("  validation", validation.rows, f"{validation.padded:,} tokens of padding"),
         ]

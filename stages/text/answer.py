@@ -70,7 +70,9 @@ class Answerer:
                 break
             ids.append(new)
             text = self.tokenizer.decode(ids)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character of several bytes is half there
+            if not text.endswith(
+                "\N{REPLACEMENT CHARACTER}"
+            ):  # else a character of several bytes is half there
                 yield text[len(shown) :]
                 shown = text
         yield self.tokenizer.decode(ids)[len(shown) :]
@@ -88,10 +90,19 @@ class Answerer:
             for question, prompt, own in zip(group, prompts, ids, strict=True):
                 room = min(self.settings.max_new_tokens, self.model.sequence_length - len(prompt))
                 text = self.tokenizer.decode(own)
-                yield Answer(question.instruction, question.context, text, len(own), len(own) < room, question.expected)
+                yield Answer(
+                    question.instruction,
+                    question.context,
+                    text,
+                    len(own),
+                    len(own) < room,
+                    question.expected,
+                )
 
     def _prompt_ids(self, question: Question) -> list[int]:
-        return self.tokenizer.encode_prompt(self.template.prompt(question.instruction, question.context))
+        return self.tokenizer.encode_prompt(
+            self.template.prompt(question.instruction, question.context)
+        )
 
     def _generate(self, prompts: list[list[int]]) -> Iterator[list[int | None]]:
         s = self.settings
@@ -113,9 +124,11 @@ def read_questions(path: Path, settings: Settings) -> list[Question]:
     Raises InputError with the lines that are none: the first ten are named, and all are counted.
     """
     if not path.is_file():
-        raise InputError(f"PROMPTS={path} is not a file. Name a file of JSON lines with {settings.instruction_column!r} in each.")
+        raise InputError(
+            f"PROMPTS={path} is not a file. Name a file of JSON lines with {settings.instruction_column!r} in each."
+        )
+    from stages.text.examples import PROBLEMS_SHOWN
     from stages.text.formats import json_lines
-    from stages.text.rows import PROBLEMS_SHOWN
 
     questions, problems = [], []
     with path.open("rb") as file:
@@ -128,7 +141,9 @@ def read_questions(path: Path, settings: Settings) -> list[Question]:
     if not questions and not problems:
         problems.append(f"{path} holds no prompt.")
     if len(problems) > PROBLEMS_SHOWN:
-        problems[PROBLEMS_SHOWN:] = [f"{len(problems):,} lines have problems; above are the first {PROBLEMS_SHOWN}."]
+        problems[PROBLEMS_SHOWN:] = [
+            f"{len(problems):,} lines have problems; above are the first {PROBLEMS_SHOWN}."
+        ]
     if problems:
         raise InputError(problems)
     return questions
@@ -136,15 +151,17 @@ def read_questions(path: Path, settings: Settings) -> list[Question]:
 
 def _question(record: Record, settings: Settings) -> Question | str:
     """The record as a question, or what is wrong with it, to follow the line's number."""
+    from stages.text.examples import fault
     from stages.text.formats import Problem
-    from stages.text.rows import fault
 
     if isinstance(record, Problem):
         return f" {record}"
     names = (settings.instruction_column, settings.context_column, settings.response_column)
     instruction: Any
     instruction, context, expected = (record.get(name) for name in names)
-    for name, text, required in zip(names, (instruction, context, expected), (True, False, False), strict=True):
+    for name, text, required in zip(
+        names, (instruction, context, expected), (True, False, False), strict=True
+    ):
         if wrong := fault(text, name in record) if required or text is not None else "":
             return f", column {name!r} {wrong}"
     if not instruction.strip():
@@ -154,4 +171,7 @@ def _question(record: Record, settings: Settings) -> Question | str:
 
 def write_answers(path: Path, answers: list[Answer]) -> None:
     """answers.jsonl: one JSON object per answer."""
-    path.write_text("".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers),
+        encoding="utf-8",
+    )

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from stages.run.disk import disk_guard
 from stages.run.errors import InputError
-from stages.run.space import room_for
 from stages.text.accounting import Accounting, SplitAccount
 from stages.text.documents import Documents, Encoded, digest, encode, held_out
+from stages.text.examples import Example
 from stages.text.packing import Packing, best_fit, concat
 from stages.text.prompt import PromptTemplate
-from stages.text.rows import Row
-from stages.text.saved_rows import bytes_of, save_rows
+from stages.text.sequences import bytes_of, save_sequences
 from stages.text.tokens import TextTokenizer
 
 _AT_ONCE = 2  # batches that are tokenised beside each other
@@ -40,7 +40,7 @@ class Layout:
 
 
 def build(
-    rows: Iterable[list[Row]],
+    rows: Iterable[list[Example]],
     tokenizer: TextTokenizer,
     template: PromptTemplate,
     *,
@@ -62,10 +62,24 @@ def build(
         kept = _fit(documents, layout, account)
         for_validation = held_out(documents.digests[kept], validation_fraction)
         chosen = {"train": kept[~for_validation], "validation": kept[for_validation]}
-        packings = {split: _pack(split, documents.lengths[numbers], layout) for split, numbers in chosen.items() if len(numbers)}
-        with room_for("the packed rows", output, sum(bytes_of(packing, layout.max_length) for packing in packings.values())):
-            saved = {split: _save(split, packed, chosen[split], documents, tokenizer, layout, output) for split, packed in packings.items()}
-        account.train, account.validation = saved["train"], saved.get("validation", account.validation)
+        packings = {
+            split: _pack(split, documents.lengths[numbers], layout)
+            for split, numbers in chosen.items()
+            if len(numbers)
+        }
+        with disk_guard(
+            "the packed rows",
+            output,
+            sum(bytes_of(packing, layout.max_length) for packing in packings.values()),
+        ):
+            saved = {
+                split: _save(split, packed, chosen[split], documents, tokenizer, layout, output)
+                for split, packed in packings.items()
+            }
+        account.train, account.validation = (
+            saved["train"],
+            saved.get("validation", account.validation),
+        )
     finally:
         documents.close()
     account.check()
@@ -73,7 +87,12 @@ def build(
 
 
 def _tokenise(
-    rows: Iterable[list[Row]], tokenizer: TextTokenizer, template: PromptTemplate, seed: int, documents: Documents, account: Accounting
+    rows: Iterable[list[Example]],
+    tokenizer: TextTokenizer,
+    template: PromptTemplate,
+    seed: int,
+    documents: Documents,
+    account: Accounting,
 ) -> None:
     """Fill `documents`. The sample is the text of the greatest digest: as good as drawn at random, and never the first held out."""
     greatest = -1
@@ -90,10 +109,12 @@ def _tokenise(
     account.duplicate = len(documents.digests) - len(np.unique(documents.digests))
     account.tokens_in = int(documents.lengths.sum())
     if not len(documents.lengths):
-        raise InputError(f"None of the {account.rows_in:,} rows has both an instruction and a response.")
+        raise InputError(
+            f"None of the {account.rows_in:,} rows has both an instruction and a response."
+        )
 
 
-def _filled(rows: Iterable[list[Row]], account: Accounting) -> Iterator[list[Row]]:
+def _filled(rows: Iterable[list[Example]], account: Accounting) -> Iterator[list[Example]]:
     """The batches without their empty rows, which are counted."""
     for batch in rows:
         filled = [row for row in batch if row.instruction.strip() and row.response.strip()]
@@ -104,13 +125,13 @@ def _filled(rows: Iterable[list[Row]], account: Accounting) -> Iterator[list[Row
 
 
 def _encoding(
-    batches: Iterable[list[Row]], tokenizer: TextTokenizer, template: PromptTemplate
-) -> Iterator[tuple[list[Row], Future[Encoded]]]:
+    batches: Iterable[list[Example]], tokenizer: TextTokenizer, template: PromptTemplate
+) -> Iterator[tuple[list[Example], Future[Encoded]]]:
     """Each batch with its documents to come, two batches at a time: the tokenizer runs outside Python's lock, so that reading and
     collecting cost no time beside it."""
     # Without this, tokenizers goes back to one thread, with a warning, in a process that was forked.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    begun: deque[tuple[list[Row], Future[Encoded]]] = deque()
+    begun: deque[tuple[list[Example], Future[Encoded]]] = deque()
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for batch in batches:
             begun.append((batch, pool.submit(encode, batch, tokenizer, template)))
@@ -126,9 +147,7 @@ def _fit(documents: Documents, layout: Layout, account: Accounting) -> np.ndarra
     account.over_long = int(over.sum())
     if layout.packing == "concat" or not over.any():
         return np.arange(len(lengths))
-    longest = (
-        f"{account.over_long:,} of {len(lengths):,} documents are longer than MAX_LENGTH={limit:,}, the longest {lengths.max():,} tokens"
-    )
+    longest = f"{account.over_long:,} of {len(lengths):,} documents are longer than MAX_LENGTH={limit:,}, the longest {lengths.max():,} tokens"
     if layout.overlong == "error":
         raise InputError(f"{longest}. Raise MAX_LENGTH, or set OVERLONG to truncate or drop.")
     lost = over.copy()
@@ -147,7 +166,9 @@ def _pack(split: str, lengths: np.ndarray, layout: Layout) -> Packing:
     """The rows of documents of these lengths; raises InputError where they are not enough for one."""
     packed = (concat if layout.packing == "concat" else best_fit)(lengths, layout.max_length)
     if not len(packed):
-        remedy = "Lower MAX_LENGTH or set PACKING=best_fit, which pads" + (", or VALIDATION_FRACTION=0" if split == "validation" else "")
+        remedy = "Lower MAX_LENGTH or set PACKING=best_fit, which pads" + (
+            ", or VALIDATION_FRACTION=0" if split == "validation" else ""
+        )
         raise InputError(
             f"The {len(lengths):,} documents for {split} have {int(lengths.sum()):,} tokens, "
             f"less than a row of {layout.max_length:,}. {remedy}."
@@ -156,10 +177,29 @@ def _pack(split: str, lengths: np.ndarray, layout: Layout) -> Packing:
 
 
 def _save(
-    split: str, packing: Packing, chosen: np.ndarray, documents: Documents, tokenizer: TextTokenizer, layout: Layout, output: Path
+    split: str,
+    packing: Packing,
+    chosen: np.ndarray,
+    documents: Documents,
+    tokenizer: TextTokenizer,
+    layout: Layout,
+    output: Path,
 ) -> SplitAccount:
     """Write the packed documents `chosen`."""
-    account = save_rows(output / split, split, packing, documents, chosen, layout.max_length, tokenizer.pad, layout.loss_on)
+    account = save_sequences(
+        output / split,
+        split,
+        packing,
+        documents,
+        chosen,
+        layout.max_length,
+        tokenizer.pad,
+        layout.loss_on,
+    )
     account.documents, account.documents_tokens = len(chosen), int(documents.lengths[chosen].sum())
-    account.left_over = (account.documents_tokens - len(packing) * layout.max_length) if layout.packing == "concat" else 0
+    account.left_over = (
+        (account.documents_tokens - len(packing) * layout.max_length)
+        if layout.packing == "concat"
+        else 0
+    )
     return account

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from stages.run.errors import InputError, StageFailure
+from stages.text.examples import Example
 from stages.text.prompt import PromptTemplate
-from stages.text.rows import Row
 from stages.text.tokens import TextTokenizer
 
 
@@ -32,22 +32,31 @@ class Encoded:
     split_again: int
 
 
-def encode(rows: list[Row], tokenizer: TextTokenizer, template: PromptTemplate) -> Encoded:
+def encode(rows: list[Example], tokenizer: TextTokenizer, template: PromptTemplate) -> Encoded:
     """The ids of each row: BOS, prompt, response, EOS. The prompt's are those that eval gives the model, in one piece.
 
     Raises InputError naming the rows whose text cannot be kept apart from control tokens or from the prompt, StageFailure
     if a document had not exactly one BOS (where the tokenizer has one) and one EOS.
     """
-    prompts = tokenizer.encode_prompts([template.prompt(row.instruction, row.context) for row in rows])
-    responses, split_again = tokenizer.encode_responses(template.response, [row.response for row in rows])
-    failed = [row.place for row, *parts in zip(rows, prompts, responses, strict=True) if None in parts]
+    prompts = tokenizer.encode_prompts(
+        [template.prompt(row.instruction, row.context) for row in rows]
+    )
+    responses, split_again = tokenizer.encode_responses(
+        template.response, [row.response for row in rows]
+    )
+    failed = [
+        row.place for row, *parts in zip(rows, prompts, responses, strict=True) if None in parts
+    ]
     if failed:
-        reason = (
-            "this tokenizer cannot encode the text without its control tokens, or the response apart from the prompt. Take the row out."
-        )
+        reason = "this tokenizer cannot encode the text without its control tokens, or the response apart from the prompt. Take the row out."
         raise InputError([f"{place}: {reason}" for place in failed[:10]])
     eos = (tokenizer.eos,)
-    parts = [part for prompt, response in zip(prompts, responses, strict=True) for part in (prompt, response, eos) if part is not None]
+    parts = [
+        part
+        for prompt, response in zip(prompts, responses, strict=True)
+        for part in (prompt, response, eos)
+        if part is not None
+    ]
     sizes = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts)).reshape(-1, 3)
     ids = np.fromiter(chain.from_iterable(parts), dtype=np.int32, count=int(sizes.sum()))
     lengths = sizes.sum(axis=1)
@@ -61,9 +70,13 @@ def _check_controls(ids: np.ndarray, lengths: np.ndarray, tokenizer: TextTokeniz
     starts = ends - lengths
     lookup = np.zeros(int(ids.max(initial=max(tokenizer.controls))) + 1, dtype=bool)
     lookup[list(tokenizer.controls)] = True
-    framed = (ids[ends - 1] == tokenizer.eos).all() and all((ids[starts + at] == id).all() for at, id in enumerate(tokenizer.bos))
+    framed = (ids[ends - 1] == tokenizer.eos).all() and all(
+        (ids[starts + at] == id).all() for at, id in enumerate(tokenizer.bos)
+    )
     if not framed or np.count_nonzero(lookup[ids]) != len(lengths) * (len(tokenizer.bos) + 1):
-        raise StageFailure("A document does not have exactly one BOS and one EOS. The tokenizer's tokenizer.json contradicts itself.")
+        raise StageFailure(
+            "A document does not have exactly one BOS and one EOS. The tokenizer's tokenizer.json contradicts itself."
+        )
 
 
 class Documents:
@@ -79,13 +92,21 @@ class Documents:
 
     def append(self, encoded: Encoded, digests: Iterable[int]) -> None:
         self._file.write(encoded.ids.data)
-        self._batches.append((encoded.lengths, encoded.prompt_lengths, np.fromiter(digests, np.uint64, count=len(encoded.lengths))))
+        self._batches.append(
+            (
+                encoded.lengths,
+                encoded.prompt_lengths,
+                np.fromiter(digests, np.uint64, count=len(encoded.lengths)),
+            )
+        )
 
     def close_input(self) -> None:
         """No more documents: make the arrays and allow `read`."""
         self._file.flush()
         empty = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64))
-        self.lengths, self.prompt_lengths, self.digests = map(np.concatenate, zip(empty, *self._batches, strict=True))
+        self.lengths, self.prompt_lengths, self.digests = map(
+            np.concatenate, zip(empty, *self._batches, strict=True)
+        )
         self._batches.clear()
         self._offsets = (np.cumsum(self.lengths) - self.lengths).tolist()
 
@@ -103,7 +124,9 @@ def digest(text: str, seed: int) -> int:
 
     64 bits: among a million documents two differing ones share theirs with a probability of 3e-8.
     """
-    return int.from_bytes(blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest(), "little")
+    return int.from_bytes(
+        blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest(), "little"
+    )
 
 
 def held_out(digests: np.ndarray, fraction: float) -> np.ndarray:

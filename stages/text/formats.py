@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from stages.run.errors import InputError
 
 # No instruction with its answer is longer; a file without line ends, or 100 MB in one row, would fill the memory.
-MOST_ROW_BYTES = 16 * 2**20
+MAX_EXAMPLE_BYTES = 16 * 2**20
 _CHUNK = 2**20
 _BATCH_ROWS = 1000
 _ONE_PER_LINE = "A .json or .jsonl file holds one JSON object per line, or one array of objects."
@@ -30,7 +30,9 @@ class Problem(str):
 
 
 Record = dict[str, Any] | Problem
-TOO_LONG = Problem(f"holds more than {MOST_ROW_BYTES // 2**20} MiB in one row. Split it, or take it out.")
+TOO_LONG = Problem(
+    f"holds more than {MAX_EXAMPLE_BYTES // 2**20} MiB in one row. Split it, or take it out."
+)
 
 
 def holds_array(file: io.BufferedReader) -> bool:
@@ -51,11 +53,11 @@ def json_lines(file: BinaryIO) -> Iterator[tuple[int, Record]]:
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, str | Problem]]:
-    """Numbered lines as text, without the BOM; no line is held beyond MOST_ROW_BYTES."""
+    """Numbered lines as text, without the BOM; no line is held beyond MAX_EXAMPLE_BYTES."""
     number = 0
-    while line := file.readline(MOST_ROW_BYTES + 1):
+    while line := file.readline(MAX_EXAMPLE_BYTES + 1):
         number += 1
-        if len(line) > MOST_ROW_BYTES:
+        if len(line) > MAX_EXAMPLE_BYTES:
             while line and not line.endswith(b"\n"):
                 line = file.readline(_CHUNK)
             yield number, TOO_LONG
@@ -65,7 +67,12 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, str | Problem]]:
         try:
             yield number, line.decode("utf-8")
         except UnicodeDecodeError as error:
-            yield number, Problem(f"is not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}. Save the file as UTF-8.")
+            yield (
+                number,
+                Problem(
+                    f"is not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}. Save the file as UTF-8."
+                ),
+            )
 
 
 def _object(value: object) -> Record:
@@ -118,7 +125,14 @@ def json_array(file: BinaryIO) -> Iterator[tuple[int, Record]]:
         while (mark := window.next_mark()) != "]":
             if number:
                 if mark != ",":
-                    yield number, Problem(f"is followed by {mark!r} where a comma or the array's end must be." if mark else _UNCLOSED)
+                    yield (
+                        number,
+                        Problem(
+                            f"is followed by {mark!r} where a comma or the array's end must be."
+                            if mark
+                            else _UNCLOSED
+                        ),
+                    )
                     return
                 window.at += 1
             number += 1
@@ -128,9 +142,17 @@ def json_array(file: BinaryIO) -> Iterator[tuple[int, Record]]:
                 return
         window.at += 1
         if mark := window.next_mark():
-            yield max(number, 1), Problem(f"is followed by {mark!r} after the array's end. {_ONE_PER_LINE}")
+            yield (
+                max(number, 1),
+                Problem(f"is followed by {mark!r} after the array's end. {_ONE_PER_LINE}"),
+            )
     except UnicodeDecodeError as error:
-        yield number + 1, Problem(f"is not UTF-8: byte 0x{error.object[error.start]:02x} at or after it. Save the file as UTF-8.")
+        yield (
+            number + 1,
+            Problem(
+                f"is not UTF-8: byte 0x{error.object[error.start]:02x} at or after it. Save the file as UTF-8."
+            ),
+        )
 
 
 _UNCLOSED = "is the last of an array that is not closed. The file seems cut off."
@@ -146,7 +168,7 @@ def _item(window: _Window) -> Record:
             value, window.at = _scan(window.text, window.at)
             return _object(value)
         except (ValueError, RecursionError) as error:
-            if len(window.text) - window.at > MOST_ROW_BYTES:
+            if len(window.text) - window.at > MAX_EXAMPLE_BYTES:
                 return TOO_LONG
             if isinstance(error, RecursionError) or not window.more():
                 return Problem(f"is not JSON ({_reason(error)}). {_ONE_PER_LINE}")
@@ -154,7 +176,7 @@ def _item(window: _Window) -> Record:
 
 def csv_records(file: BinaryIO) -> tuple[list[str], Iterator[tuple[int, Record]]]:
     """The header and the records of a comma-separated file (RFC 4180: quotes doubled, line ends allowed within quotes)."""
-    csv.field_size_limit(MOST_ROW_BYTES)
+    csv.field_size_limit(MAX_EXAMPLE_BYTES)
     lines = _CsvLines(file)
     reader = csv.reader(lines, strict=True)
     try:
@@ -166,7 +188,7 @@ def csv_records(file: BinaryIO) -> tuple[list[str], Iterator[tuple[int, Record]]
 
 def _csv_rows(lines: _CsvLines, reader: Any, header: list[str]) -> Iterator[tuple[int, Record]]:
     while True:
-        lines.room = MOST_ROW_BYTES
+        lines.room = MAX_EXAMPLE_BYTES
         number = reader.line_num + 1
         try:
             fields = next(reader, None)
@@ -181,7 +203,12 @@ def _csv_rows(lines: _CsvLines, reader: Any, header: list[str]) -> Iterator[tupl
         if not fields:
             continue  # a blank line
         if len(fields) != len(header):
-            yield number, Problem(f"has {len(fields)} fields where the header has {len(header)}. Check its quotes and separators.")
+            yield (
+                number,
+                Problem(
+                    f"has {len(fields)} fields where the header has {len(header)}. Check its quotes and separators."
+                ),
+            )
         else:
             yield number, dict(zip(header, fields, strict=True))
 
@@ -194,7 +221,7 @@ class _CsvLines:
     """Lines for csv.reader. `room`: characters that the row may still take; within quotes it goes on over lines."""
 
     def __init__(self, file: BinaryIO):
-        self._lines, self.room = _lines(file), MOST_ROW_BYTES
+        self._lines, self.room = _lines(file), MAX_EXAMPLE_BYTES
 
     def __iter__(self) -> _CsvLines:
         return self
@@ -207,7 +234,9 @@ class _CsvLines:
         return line
 
 
-def parquet_records(source: Any, wanted: Iterable[str]) -> tuple[list[str], Iterator[tuple[int, Record]]]:
+def parquet_records(
+    source: Any, wanted: Iterable[str]
+) -> tuple[list[str], Iterator[tuple[int, Record]]]:
     """Column names of a Parquet file (a path or an open file), and its rows with the `wanted` ones among them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -221,7 +250,9 @@ def parquet_records(source: Any, wanted: Iterable[str]) -> tuple[list[str], Iter
     return names, table_records(file.iter_batches(batch_size=_BATCH_ROWS, columns=columns), columns)
 
 
-def arrow_records(file: Any, wanted: Iterable[str]) -> tuple[list[str], Iterator[tuple[int, Record]]]:
+def arrow_records(
+    file: Any, wanted: Iterable[str]
+) -> tuple[list[str], Iterator[tuple[int, Record]]]:
     """Column names of an open Arrow stream (a data file of a saved dataset), and its rows with the `wanted` ones among them."""
     import pyarrow as pa
 
@@ -241,11 +272,18 @@ def table_records(tables: Iterable[Any], columns: list[str]) -> Iterator[tuple[i
     try:
         for table in tables:
             named = table.select(columns)
-            named.validate(full=True)  # a stream is not checked as it is read: a wrong offset would read another's memory
+            named.validate(
+                full=True
+            )  # a stream is not checked as it is read: a wrong offset would read another's memory
             for begin in range(0, named.num_rows, _BATCH_ROWS):
                 for record in named.slice(begin, _BATCH_ROWS).to_pylist():
                     number += 1
                     yield number, record
     except (pa.ArrowException, UnicodeDecodeError, OSError, MemoryError) as error:
         reason = str(error) or "it asks for more memory than there is"
-        yield number + 1, Problem(f"or one of the {_BATCH_ROWS} after it cannot be read ({reason}). The file seems damaged.")
+        yield (
+            number + 1,
+            Problem(
+                f"or one of the {_BATCH_ROWS} after it cannot be read ({reason}). The file seems damaged."
+            ),
+        )

@@ -38,8 +38,14 @@ class Packing:
 
     def rows(self, begin: int = 0, end: int | None = None) -> Iterator[list[Segment]]:
         """The segments of each of the rows begin:end, in the order in which they stand there."""
-        for low, high in zip(self.first[begin:end].tolist(), self.first[begin + 1 :].tolist(), strict=False):
-            columns = (self.documents[low:high].tolist(), self.starts[low:high].tolist(), self.lengths[low:high].tolist())
+        for low, high in zip(
+            self.first[begin:end].tolist(), self.first[begin + 1 :].tolist(), strict=False
+        ):
+            columns = (
+                self.documents[low:high].tolist(),
+                self.starts[low:high].tolist(),
+                self.lengths[low:high].tolist(),
+            )
             yield [Segment(*segment) for segment in zip(*columns, strict=True)]
 
 
@@ -52,7 +58,9 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Packing:
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
-        raise ValueError(f"documents of {lengths.min()} to {lengths.max()} tokens do not all fit a row of {capacity}")
+        raise ValueError(
+            f"documents of {lengths.min()} to {lengths.max()} tokens do not all fit a row of {capacity}"
+        )
     row_of = _assign(lengths, capacity)
     # Number rows by first appearance in document order.
     names, first_seen, inverse = np.unique(row_of, return_index=True, return_inverse=True)
@@ -108,4 +116,6 @@ def concat(lengths: np.ndarray, capacity: int) -> Packing:
     begins = ends - lengths
     cuts = np.union1d(begins[begins < edges[-1]], edges)
     documents = np.searchsorted(ends, cuts[:-1], side="right")
-    return Packing(documents, cuts[:-1] - begins[documents], np.diff(cuts), np.searchsorted(cuts, edges))
+    return Packing(
+        documents, cuts[:-1] - begins[documents], np.diff(cuts), np.searchsorted(cuts, edges)
+    )

@@ -46,10 +46,18 @@ class PromptTemplate:
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{file}: the prompt's template cannot be read ({error}). Run the data stage again.") from None
+            raise InputError(
+                f"{file}: the prompt's template cannot be read ({error}). Run the data stage again."
+            ) from None
         names = {f.name for f in fields(cls)}
-        if not isinstance(saved, dict) or set(saved) != names or not all(isinstance(text, str) for text in saved.values()):
-            raise InputError(f"{file}: not a prompt's template: it must hold the texts {', '.join(sorted(names))} and nothing else.")
+        if (
+            not isinstance(saved, dict)
+            or set(saved) != names
+            or not all(isinstance(text, str) for text in saved.values())
+        ):
+            raise InputError(
+                f"{file}: not a prompt's template: it must hold the texts {', '.join(sorted(names))} and nothing else."
+            )
         return cls(**saved)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from stages.run.errors import InputError
-from stages.run.record import TOKENIZER_FILES
+from stages.run.provenance import TOKENIZER_FILES
 
 # Texts to put before a continuation, so that it is not taken for the start of a text: the first that no token reaches over.
 _ANCHORS = ("\n", "a", ".", "0", " a", "\u4e2d")
@@ -48,33 +48,52 @@ class TextTokenizer:
         pad = self._named(settings, "pad_token")
         self.pad: int = eos if pad is None else pad
         self.bos: tuple[int, ...] = self._leading(settings)
-        special = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        special = {
+            id: token.content
+            for id, token in tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
         unknown = self._named(settings, "unk_token")
         self.controls = frozenset((special.keys() | {self.eos, *self.bos}) - {unknown})
         spellings = {id: tokenizer.id_to_token(id) for id in self.controls}
         if not all(spellings.values()):
-            raise InputError("The tokenizer puts tokens around a text that its vocabulary lacks. Correct its tokenizer.json.")
+            raise InputError(
+                "The tokenizer puts tokens around a text that its vocabulary lacks. Correct its tokenizer.json."
+            )
         self._mark_spaces = _marks_spaces(tokenizer)
         if self._mark_spaces:
             tokenizer.normalizer = None  # `_encode` does its work
-        self._spelling = re.compile("|".join(map(re.escape, sorted(spellings.values(), key=len, reverse=True))))
+        self._spelling = re.compile(
+            "|".join(map(re.escape, sorted(spellings.values(), key=len, reverse=True)))
+        )
 
     @classmethod
     def load(cls, folder: Path) -> TextTokenizer:
         """The tokenizer in a folder with tokenizer.json; raises InputError when there is none or it has no EOS."""
-        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+        files = {
+            name: (folder / name).read_bytes()
+            for name in TOKENIZER_FILES
+            if (folder / name).is_file()
+        }
         if "tokenizer.json" not in files:
-            raise InputError(f"{folder} has no tokenizer.json. Name a model's folder, or run the data stage again.")
+            raise InputError(
+                f"{folder} has no tokenizer.json. Name a model's folder, or run the data stage again."
+            )
         with _refused(f"{folder}/tokenizer.json cannot be read"):
             tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
         settings: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later one wins, as in transformers
+        for name in (
+            "special_tokens_map.json",
+            "tokenizer_config.json",
+        ):  # the later one wins, as in transformers
             try:
                 read = json.loads(files.get(name, b"{}"))
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{folder}/{name} is not JSON: {error}") from None
             if not isinstance(read, dict):
-                raise InputError(f"{folder}/{name} is not a JSON object but a {type(read).__name__}.")
+                raise InputError(
+                    f"{folder}/{name} is not a JSON object but a {type(read).__name__}."
+                )
             settings |= {key: value for key, value in read.items() if value is not None}
         try:
             return cls(tokenizer, settings, files)
@@ -96,16 +115,23 @@ class TextTokenizer:
         """BOS and the ids of a prompt: what a document begins with in training and what a model is given to answer."""
         [ids] = self.encode_prompts([prompt])
         if ids is None:
-            raise InputError("The prompt holds a control token's spelling that this tokenizer cannot encode as text. Take it out.")
+            raise InputError(
+                "The prompt holds a control token's spelling that this tokenizer cannot encode as text. Take it out."
+            )
         return ids
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int] | None]:
         """`encode_prompt` of each; None for one that holds a control token's spelling that cannot be encoded as text."""
         bos, encoded = list(self.bos), self._encode(prompts)
-        plain = [ids if self.controls.isdisjoint(ids) else self._spelt(text) for text, ids in zip(prompts, encoded, strict=True)]
+        plain = [
+            ids if self.controls.isdisjoint(ids) else self._spelt(text)
+            for text, ids in zip(prompts, encoded, strict=True)
+        ]
         return [None if ids is None else bos + ids for ids in plain]
 
-    def encode_responses(self, border: str, responses: Sequence[str]) -> tuple[list[list[int] | None], int]:
+    def encode_responses(
+        self, border: str, responses: Sequence[str]
+    ) -> tuple[list[list[int] | None], int]:
         """The ids of each response as it goes on after a prompt that ends in `border`; None where there is no way.
 
         Encoded behind `border` and cut off it, so that no response gets the space that many tokenizers put before a text. Where a
@@ -115,7 +141,9 @@ class TextTokenizer:
         head = self._encode([border])[0]
         found: list[list[int] | None] = []
         split_again = 0
-        for response, ids in zip(responses, self._encode([border + response for response in responses]), strict=True):
+        for response, ids in zip(
+            responses, self._encode([border + response for response in responses]), strict=True
+        ):
             if ids[: len(head)] != head:
                 split_again += 1
                 found.append(self._spelt(response, goes_on=True))
@@ -134,7 +162,12 @@ class TextTokenizer:
         if self._mark_spaces:
             texts = [text and "\u2581" + text.replace(" ", "\u2581") for text in texts]
         with _refused("A text cannot be encoded with this tokenizer.json"):
-            return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+            return [
+                encoding.ids
+                for encoding in self._tokenizer.encode_batch_fast(
+                    list(texts), add_special_tokens=False
+                )
+            ]
 
     def _spelt(self, text: str, goes_on: bool = False) -> list[int] | None:
         """The ids of a text with control tokens' spellings cut in two, which keeps Unigram and WordLevel models, whose vocabulary
@@ -168,7 +201,9 @@ class TextTokenizer:
         except (TypeError, UnicodeEncodeError):  # it is no text
             id = None
         if id is None:
-            raise InputError(f"The tokenizer's {role} {str(content)[:60]!r} is not in its vocabulary. Correct tokenizer_config.json.")
+            raise InputError(
+                f"The tokenizer's {role} {str(content)[:60]!r} is not in its vocabulary. Correct tokenizer_config.json."
+            )
         return id
 
     def _leading(self, settings: dict[str, Any]) -> tuple[int, ...]:
@@ -178,8 +213,13 @@ class TextTokenizer:
             bos = self._named(settings, "bos_token")
             return (bos,) if wanted and bos is not None else ()
         with _refused("What tokenizer.json puts before a text cannot be found out"):
-            whole, inner = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
-        places = [at for at in range(len(whole) - len(inner) + 1) if whole[at : at + len(inner)] == inner]
+            whole, inner = (
+                self._tokenizer.encode("a", add_special_tokens=special).ids
+                for special in (True, False)
+            )
+        places = [
+            at for at in range(len(whole) - len(inner) + 1) if whole[at : at + len(inner)] == inner
+        ]
         return tuple(whole[: places[0]]) if places else ()
 
 
@@ -201,9 +241,17 @@ def _marks_spaces(tokenizer: Tokenizer) -> bool:
     """
     if tokenizer.normalizer is None:
         return False
-    marking = [{"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
-    alone = all(token.special for token in tokenizer.get_added_tokens_decoder().values())  # others cut a text: each part gets a mark
-    return alone and json.loads(tokenizer.normalizer.__getstate__()) == {"type": "Sequence", "normalizers": marking}
+    marking = [
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+    ]
+    alone = all(
+        token.special for token in tokenizer.get_added_tokens_decoder().values()
+    )  # others cut a text: each part gets a mark
+    return alone and json.loads(tokenizer.normalizer.__getstate__()) == {
+        "type": "Sequence",
+        "normalizers": marking,
+    }
 
 
 def find_tokenizer(model: str, revision: str = "") -> TextTokenizer:
@@ -218,15 +266,21 @@ def find_tokenizer(model: str, revision: str = "") -> TextTokenizer:
     if (folder / "tokenizer.json").is_file():
         tokenizer = TextTokenizer.load(folder)
         if tokenizer.vocab_size > _MOST_IDS:
-            raise InputError(f"MODEL_ID={model}: its tokenizer.json has ids up to {tokenizer.vocab_size - 1:,}. Name another model.")
+            raise InputError(
+                f"MODEL_ID={model}: its tokenizer.json has ids up to {tokenizer.vocab_size - 1:,}. Name another model."
+            )
         return tokenizer
     from transformers import AutoTokenizer
 
     with TemporaryDirectory() as converted:
         try:
-            AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False).save_pretrained(converted)
+            AutoTokenizer.from_pretrained(
+                folder, use_fast=True, trust_remote_code=False
+            ).save_pretrained(converted)
             return TextTokenizer.load(Path(converted))
         except (OSError, ValueError, ImportError, InputError) as error:
             reason = str(error).partition("\n")[0]  # the rest advises to run what is there
             remedy = "Name a model whose folder has tokenizer.json."
-            raise InputError(f"MODEL_ID={model}: no tokenizer could be made of what is there ({reason}). {remedy}") from None
+            raise InputError(
+                f"MODEL_ID={model}: no tokenizer could be made of what is there ({reason}). {remedy}"
+            ) from None

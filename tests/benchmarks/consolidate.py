@@ -42,10 +42,16 @@ def write_shards(folder: Path, gigabytes: float) -> None:
 
     def shapes(layers: int) -> dict[str, torch.Size]:
         config = LlamaConfig(
-            hidden_size=2048, intermediate_size=5632, num_attention_heads=32, num_key_value_heads=4, num_hidden_layers=layers
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            num_hidden_layers=layers,
         )
         with torch.device("meta"):
-            return {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+            return {
+                name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()
+            }
 
     def size(layers: int) -> int:
         return sum(shape.numel() for shape in shapes(layers).values()) * 4
@@ -59,7 +65,12 @@ def write_shards(folder: Path, gigabytes: float) -> None:
         local = list(shape)
         if len(shape) > 1:
             local[dimension] //= 2
-        state[name] = DTensor.from_local(torch.randn(local), mesh, [Shard(dimension) if len(shape) > 1 else Replicate()], run_check=False)
+        state[name] = DTensor.from_local(
+            torch.randn(local),
+            mesh,
+            [Shard(dimension) if len(shape) > 1 else Replicate()],
+            run_check=False,
+        )
     dcp.save({"model": state}, checkpoint_id=folder)
     dist.destroy_process_group()
 
@@ -95,13 +106,19 @@ def compare(commands: dict[str, list[str]], shards: Path, output: Path, rounds: 
     for label, results in runs.items():
         seconds = median(seconds for seconds, _ in results)
         each = " ".join(f"{value:.1f}" for value, _ in results)
-        print(f"{label:24}{seconds:9.1f}{seconds / copy:7.2f}{max(peak for _, peak in results):9.2f}   {each}")
+        print(
+            f"{label:24}{seconds:9.1f}{seconds / copy:7.2f}{max(peak for _, peak in results):9.2f}   {each}"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the model in float32 (10^9 bytes)")
+    parser.add_argument(
+        "--gigabytes", type=float, default=4.0, help="size of the model in float32 (10^9 bytes)"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     if "RANK" in os.environ:
@@ -109,13 +126,30 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="consolidate-") as name:
         shards, output = Path(name, "shards"), Path(name, "output")
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            __file__,
+        ]
         subprocess.run(
-            [*launch, str(shards), "--gigabytes", str(arguments.gigabytes)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            [*launch, str(shards), "--gigabytes", str(arguments.gigabytes)],
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         commands = {"cp -r": ["cp", "-r", str(shards), str(output)]}
         for dtype in ("float32", "bfloat16"):
-            commands[f"consolidate to {dtype}"] = [sys.executable, "-c", CONSOLIDATE, str(shards), str(output), dtype]
+            commands[f"consolidate to {dtype}"] = [
+                sys.executable,
+                "-c",
+                CONSOLIDATE,
+                str(shards),
+                str(output),
+                dtype,
+            ]
         compare(commands, shards, output, arguments.rounds)
 
 

@@ -45,14 +45,19 @@ def tutorial(dataset: str, model: str, output: Path) -> float:
         nonlocal remainder
         joined = {name: remainder[name] + list(chain(*lists)) for name, lists in batch.items()}
         end = len(joined["input_ids"]) // MAX_LENGTH * MAX_LENGTH
-        chunks = {name: [ids[at : at + MAX_LENGTH] for at in range(0, end, MAX_LENGTH)] for name, ids in joined.items()}
+        chunks = {
+            name: [ids[at : at + MAX_LENGTH] for at in range(0, end, MAX_LENGTH)]
+            for name, ids in joined.items()
+        }
         remainder = {name: ids[end:] for name, ids in joined.items()}
         return {**chunks, "labels": [list(ids) for ids in chunks["input_ids"]]}
 
     started = time.perf_counter()
     rows = load_dataset("json", data_files=dataset, split="train")
     texts = rows.map(formatted, remove_columns=rows.column_names)
-    tokens = texts.map(lambda batch: tokenizer(batch["text"]), batched=True, remove_columns=["text"])
+    tokens = texts.map(
+        lambda batch: tokenizer(batch["text"]), batched=True, remove_columns=["text"]
+    )
     tokens.map(chunked, batched=True).save_to_disk(output / "train")
     return time.perf_counter() - started
 
@@ -60,13 +65,19 @@ def tutorial(dataset: str, model: str, output: Path) -> float:
 def stage(dataset: str, model: str, output: Path) -> float:
     """The data stage with the tutorial's packing. Seconds of work."""
     from stages.text.dataset import Layout, build
+    from stages.text.examples import read_examples
     from stages.text.prompt import PromptTemplate
-    from stages.text.rows import read_rows
     from stages.text.tokens import find_tokenizer
 
     tokenizer = find_tokenizer(model)
     started = time.perf_counter()
-    build(read_rows(dataset), tokenizer, PromptTemplate(), output=output, layout=Layout(MAX_LENGTH, packing="concat"))
+    build(
+        read_examples(dataset),
+        tokenizer,
+        PromptTemplate(),
+        output=output,
+        layout=Layout(MAX_LENGTH, packing="concat"),
+    )
     return time.perf_counter() - started
 
 
@@ -75,8 +86,21 @@ RECIPES = {"tutorial": tutorial, "stage": stage}
 
 def timed(recipe: str, dataset: str, model: str, folder: Path) -> tuple[float, float]:
     """Seconds of work and of the whole process, in a fresh one."""
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, __file__, dataset, model, "--only", recipe, "--output", str(folder / "rows")]
+    environment = {
+        **os.environ,
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    command = [
+        sys.executable,
+        __file__,
+        dataset,
+        model,
+        "--only",
+        recipe,
+        "--output",
+        str(folder / "rows"),
+    ]
     started = time.perf_counter()
     ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
     return json.loads(ended.stdout.splitlines()[-1]), time.perf_counter() - started
@@ -107,10 +131,15 @@ def main(dataset: str, model: str, rounds: int, only: str | None, output: Path) 
             if number == 0 and ids_of(folders["tutorial"]) != ids_of(folders["stage"]):
                 sys.exit("The two do not give the same ids.")
     print(f"{'':10}{'work':>10}{'process':>10}   (seconds, medians of {rounds} rounds; same ids)")
-    work, process = ({recipe: median(both[part] for both in runs) for recipe, runs in seconds.items()} for part in (0, 1))
+    work, process = (
+        {recipe: median(both[part] for both in runs) for recipe, runs in seconds.items()}
+        for part in (0, 1)
+    )
     for recipe in RECIPES:
         print(f"{recipe:10}{work[recipe]:10.2f}{process[recipe]:10.2f}")
-    print(f"{'ratio':10}{work['tutorial'] / work['stage']:9.2f}x{process['tutorial'] / process['stage']:9.2f}x")
+    print(
+        f"{'ratio':10}{work['tutorial'] / work['stage']:9.2f}x{process['tutorial'] / process['stage']:9.2f}x"
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ consolidate(Path(sys.argv[1]), Path(sys.argv[2]), dtype=None, max_shard_size=5 *
 """
 OPTIMUM_NEURON = """
 import sys
-from tests.backends.neuron.nxd_stand_in import install
+from tests.fakes.nxd import install
 install()
 from optimum.neuron.models.training.checkpointing import consolidate_model_parallel_checkpoints_to_unified_checkpoint as consolidate
 consolidate(sys.argv[1], sys.argv[2])
@@ -60,7 +60,7 @@ def parameters(layers: int) -> Iterator[tuple[str, tuple[tuple[int, ...], int | 
 def write_shards(folder: Path, gigabytes: float, xser: bool) -> None:
     import torch
 
-    from tests.backends.neuron.nxd_stand_in import PLACE, install, save_checkpoint
+    from tests.fakes.nxd import PLACE, install, save_checkpoint
 
     install()
     layer_bytes = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE)
@@ -68,7 +68,9 @@ def write_shards(folder: Path, gigabytes: float, xser: bool) -> None:
     for PLACE.tp_rank in range(RANKS):
         state = {}
         for name, (whole, dimension) in parameters(layers):
-            shape = [size // RANKS if number == dimension else size for number, size in enumerate(whole)]
+            shape = [
+                size // RANKS if number == dimension else size for number, size in enumerate(whole)
+            ]
             state[name] = torch.randn(shape, dtype=torch.bfloat16)
         save_checkpoint(str(folder.parent), folder.name, state, use_xser=xser)
     cut = {"tensor_model_parallel": True, "partition_stride": 1, "num_partitions": RANKS}
@@ -79,14 +81,22 @@ def write_shards(folder: Path, gigabytes: float, xser: bool) -> None:
         "fuse_axis": 0,
         "peft_type": None,
     }
-    specs = [["FusedLinearsSpec", {**fused, "original_dims": [INTERMEDIATE, INTERMEDIATE], "tp_size": RANKS}]]
+    specs = [
+        [
+            "FusedLinearsSpec",
+            {**fused, "original_dims": [INTERMEDIATE, INTERMEDIATE], "tp_size": RANKS},
+        ]
+    ]
     metadata = {
         "parameters": {
-            name: {"tensor_model_parallel": False} if dimension is None else {**cut, "partition_dim": dimension}
+            name: {"tensor_model_parallel": False}
+            if dimension is None
+            else {**cut, "partition_dim": dimension}
             for name, (_, dimension) in parameters(layers)
         },
         "model_weight_transformation_specs": [
-            {"module_fully_qualified_name": f"model.layers.{layer}.mlp", "specs": specs} for layer in range(layers)
+            {"module_fully_qualified_name": f"model.layers.{layer}.mlp", "specs": specs}
+            for layer in range(layers)
         ],
     }
     (folder / "mp_metadata_pp_rank_0.json").write_text(json.dumps(metadata))
@@ -95,15 +105,21 @@ def write_shards(folder: Path, gigabytes: float, xser: bool) -> None:
 def main() -> None:
     from consolidate import compare
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the model in bfloat16 (10^9 bytes)")
+    parser.add_argument(
+        "--gigabytes", type=float, default=4.0, help="size of the model in bfloat16 (10^9 bytes)"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plain", action="store_true", help="one file for each rank")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="neuron-consolidate-") as name:
         shards, output = Path(name, "shards"), Path(name, "output")
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # this process stays small: a child's peak begins with its parent's
+        with ProcessPoolExecutor(
+            1, get_context("spawn")
+        ) as pool:  # this process stays small: a child's peak begins with its parent's
             pool.submit(write_shards, shards, arguments.gigabytes, not arguments.plain).result()
         commands = {
             "cp -r": ["cp", "-r", str(shards), str(output)],

@@ -32,18 +32,26 @@ def test_one_call_of_pip_installs_everything() -> None:
 def test_what_the_base_would_do_at_its_start_is_reset() -> None:
     lines = (DOCKER / "Dockerfile").read_text().splitlines()
     assert "HEALTHCHECK NONE" in lines
-    assert [line for line in lines if line.startswith("ENTRYPOINT")] == ['ENTRYPOINT ["make", "--no-print-directory", "-C", "/trn-tune"]']
+    assert [line for line in lines if line.startswith("ENTRYPOINT")] == [
+        'ENTRYPOINT ["make", "--no-print-directory", "-C", "/trn-tune"]'
+    ]
     assert [line for line in lines if line.startswith("USER")][-1] == "USER 1000:1000"
 
 
 def test_everything_that_the_image_lets_in_is_there() -> None:
-    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     assert lines[0] == "*"
     assert not [line for line in lines if line.startswith("!") and not (ROOT / line[1:]).exists()]
 
 
 def test_the_recipes_versions_name_one_release_of_the_sdk() -> None:
-    base = re.search(r"^ARG BASE_IMAGE=\S+:(\S+)$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
+    base = re.search(
+        r"^ARG BASE_IMAGE=\S+:(\S+)$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE
+    )
     assert base is not None
     torch, python = re.match(r"([\d.]+)-neuronx-py(\d+)-sdk", base[1]).groups()  # type: ignore[union-attr]
     assert f"\ntorch=={torch}\n" in (DOCKER / "requirements.txt").read_text()
@@ -71,12 +79,22 @@ def test_the_notebook_goes_through_every_stage_in_order() -> None:
 
 @pytest.mark.parametrize("recipe", ["demo", "llama2-7b"])
 @pytest.mark.parametrize("command", commands())
-def test_every_command_of_the_notebook_is_one_that_make_knows(project: Project, command: str, recipe: str) -> None:
+def test_every_command_of_the_notebook_is_one_that_make_knows(
+    project: Project, command: str, recipe: str
+) -> None:
     done = subprocess.run(
-        ["bash", "-c", f"{command} -n"], cwd=project.folder, env=clean_environment() | {"RECIPE": recipe}, capture_output=True, text=True
+        ["bash", "-c", f"{command} -n"],
+        cwd=project.folder,
+        env=clean_environment() | {"RECIPE": recipe},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 
 
 def test_the_notebook_is_kept_without_what_it_printed() -> None:
-    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in notebook() if cell["cell_type"] == "code")
+    assert all(
+        not cell["outputs"] and cell["execution_count"] is None
+        for cell in notebook()
+        if cell["cell_type"] == "code"
+    )

@@ -36,7 +36,11 @@ def test_what_save_pretrained_writes_is_accepted(tmp_path, tied, dtype, max_shar
     model = tiny_llama(tie_word_embeddings=tied).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     count = model.num_parameters()
-    assert check_model_folder(tmp_path) == {"parameters": count, "bytes": count * model.dtype.itemsize, "dtype": dtype}
+    assert check_model_folder(tmp_path) == {
+        "parameters": count,
+        "bytes": count * model.dtype.itemsize,
+        "dtype": dtype,
+    }
 
 
 def test_tied_weights_are_those_that_save_pretrained_leaves_out(tmp_path):
@@ -47,7 +51,9 @@ def test_tied_weights_are_those_that_save_pretrained_leaves_out(tmp_path):
 
 
 def test_another_architecture_with_buffers_and_tied_weights_is_accepted(tmp_path):
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    )
     model.save_pretrained(tmp_path)
     assert check_model_folder(tmp_path)["parameters"] == model.num_parameters()
     assert tied_weights(tmp_path) == {"lm_head.weight": "transformer.wte.weight"}
@@ -55,7 +61,9 @@ def test_another_architecture_with_buffers_and_tied_weights_is_accepted(tmp_path
 
 def test_missing_and_unexpected_names_are_listed_together(folder):
     edit(folder, lambda tensors: tensors.update({"renamed": tensors.pop("model.norm.weight")}))
-    with pytest.raises(StageFailure, match=r"missing \(1\): model.norm.weight\nunexpected \(1\): renamed"):
+    with pytest.raises(
+        StageFailure, match=r"missing \(1\): model.norm.weight\nunexpected \(1\): renamed"
+    ):
         check_model_folder(folder)
 
 
@@ -71,19 +79,28 @@ def test_many_problems_are_counted_and_the_first_are_named(folder):
 
 def test_a_wrong_shape_is_shown_beside_the_right_one(folder):
     edit(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
-    with pytest.raises(StageFailure, match=r"wrong shape \(1\): model.norm.weight \[31\], not \[32\]"):
+    with pytest.raises(
+        StageFailure, match=r"wrong shape \(1\): model.norm.weight \[31\], not \[32\]"
+    ):
         check_model_folder(folder)
 
 
 def test_a_wrong_dtype_is_shown_beside_the_right_one(folder):
     edit(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32).half()}))
-    with pytest.raises(StageFailure, match=r"wrong dtype \(1\): model.norm.weight float16, not float32"):
+    with pytest.raises(
+        StageFailure, match=r"wrong dtype \(1\): model.norm.weight float16, not float32"
+    ):
         check_model_folder(folder)
 
 
 def test_a_tied_weight_that_was_written_twice_is_unexpected(tmp_path):
     tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path)
-    edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    edit(
+        tmp_path,
+        lambda tensors: tensors.update(
+            {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+        ),
+    )
     with pytest.raises(StageFailure, match=r"unexpected \(1\): lm_head.weight"):
         check_model_folder(tmp_path)
 
@@ -122,7 +139,10 @@ def test_several_files_without_an_index_are_refused(tmp_path):
 
 def test_a_stray_file_with_the_same_tensor_is_refused(folder):
     save_file({"model.norm.weight": torch.ones(32)}, folder / "model-00001-of-00002.safetensors")
-    with pytest.raises(StageFailure, match=r"model\.norm\.weight is in model-00001-of-00002\.safetensors and in model\.safetensors"):
+    with pytest.raises(
+        StageFailure,
+        match=r"model\.norm\.weight is in model-00001-of-00002\.safetensors and in model\.safetensors",
+    ):
         check_model_folder(folder)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.run.code import ROOT
-from stages.run.guard import end_marked
+from stages.run.fingerprint import ROOT
+from stages.run.guard import kill_marked
 
 STAGE = """
 import signal, subprocess, sys
@@ -41,10 +41,18 @@ def is_running(pid: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda sign: sign.name)
-def test_a_worker_behind_other_programs_ends_with_a_stage_that_is_killed(sign: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda sign: sign.name
+)
+def test_a_worker_behind_other_programs_ends_with_a_stage_that_is_killed(
+    sign: signal.Signals, tmp_path: Path
+) -> None:
     pid = tmp_path / "pid"
-    stage = subprocess.Popen([sys.executable, "-c", STAGE, PROGRAM, WORKER, str(pid)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    stage = subprocess.Popen(
+        [sys.executable, "-c", STAGE, PROGRAM, WORKER, str(pid)],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
     wait_until(lambda: pid.exists() and bool(pid.read_text()))
     assert is_running(pid.read_text())
     stage.send_signal(sign)
@@ -55,14 +63,16 @@ def test_a_worker_behind_other_programs_ends_with_a_stage_that_is_killed(sign: s
 def test_a_stage_whose_make_died_before_it_could_look_ends_at_once() -> None:
     code = "from stages.run.guard import guard_stage; guard_stage(); print('went on')"
     environment = {**os.environ, "TRN_TUNE_MAKE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, "")
 
 
 def test_without_a_mark_nobody_is_ended() -> None:
     bystander = subprocess.Popen(["sleep", "60"])
-    end_marked(None)
-    end_marked("")
+    kill_marked(None)
+    kill_marked("")
     assert bystander.poll() is None
     bystander.kill()
     bystander.wait()

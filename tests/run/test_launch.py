@@ -17,7 +17,11 @@ def python(code: str) -> list[str]:
 
 
 def test_a_command_that_succeeds_is_silent(tmp_path: Path) -> None:
-    launch(python("import os; assert os.environ['SETTING'] == '$5'"), {"SETTING": "$5"}, tmp_path / "error")
+    launch(
+        python("import os; assert os.environ['SETTING'] == '$5'"),
+        {"SETTING": "$5"},
+        tmp_path / "error",
+    )
 
 
 def test_an_exit_status_is_a_failure_that_names_it(tmp_path: Path) -> None:
@@ -30,7 +34,9 @@ def test_a_signal_is_a_failure_that_names_it(tmp_path: Path) -> None:
         launch(python("import os; os.kill(os.getpid(), 9)"), {}, tmp_path / "error")
 
 
-@pytest.mark.parametrize("error", [InputError(["first", "second"]), StageFailure("step 3: nan")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [InputError(["first", "second"]), StageFailure("step 3: nan")], ids=repr
+)
 def test_what_a_worker_reports_is_raised_as_it_was(tmp_path: Path, error: Exception) -> None:
     file = tmp_path / "error"
     code = f"""
@@ -63,10 +69,17 @@ def test_what_a_launcher_leaves_behind_is_ended(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
-def test_each_line_is_passed_on_and_heard(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    heard: list[str] = []
-    launch(python("import sys; print('out', flush=True); print('err', file=sys.stderr)"), {}, tmp_path / "error", heard=heard.append)
-    assert heard == ["out\n", "err\n"]
+def test_each_line_is_passed_on_and_heard(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    on_line: list[str] = []
+    launch(
+        python("import sys; print('out', flush=True); print('err', file=sys.stderr)"),
+        {},
+        tmp_path / "error",
+        on_line=on_line.append,
+    )
+    assert on_line == ["out\n", "err\n"]
     assert capfd.readouterr().out.endswith("out\nerr\n")
 
 

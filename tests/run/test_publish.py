@@ -13,26 +13,26 @@ from pathlib import Path
 import pytest
 
 from stages.run import publish as publishing
-from stages.run.code import ROOT
 from stages.run.errors import StageFailure
+from stages.run.fingerprint import ROOT
 from stages.run.lock import locked
-from stages.run.publish import Facts, publish, remove_published
-from stages.run.record import manifest_of
+from stages.run.provenance import manifest_of
+from stages.run.publish import StageResult, publish, remove_published
 from stages.run.settings import Settings
 
 
 def writes(text: str, **facts):
     """A build that writes one file."""
 
-    def build(work: Path) -> Facts:
+    def build(work: Path) -> StageResult:
         (work / "part").mkdir(exist_ok=True)
         (work / "part" / "file.txt").write_text(text)
-        return Facts(**facts)
+        return StageResult(**facts)
 
     return build
 
 
-def fails(work: Path) -> Facts:
+def fails(work: Path) -> StageResult:
     (work / "file.txt").write_text("half")
     raise StageFailure("it broke")
 
@@ -55,14 +55,20 @@ def test_another_setting_replaces_the_output_and_leaves_nothing_else(tmp_path: P
     assert {path.name for path in output.parent.iterdir()} == {"data", ".lock"}
 
 
-def test_without_an_atomic_exchange_the_output_is_replaced_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_atomic_exchange_the_output_is_replaced_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(publishing, "_exchange", lambda one, other: False)
     test_another_setting_replaces_the_output_and_leaves_nothing_else(tmp_path)
 
 
-@pytest.mark.parametrize("error", [StageFailure("it broke"), KeyboardInterrupt(), OSError("disk full")], ids=repr)
-def test_a_failure_leaves_the_former_output_and_no_rubbish(tmp_path: Path, error: BaseException) -> None:
-    def build(work: Path) -> Facts:
+@pytest.mark.parametrize(
+    "error", [StageFailure("it broke"), KeyboardInterrupt(), OSError("disk full")], ids=repr
+)
+def test_a_failure_leaves_the_former_output_and_no_rubbish(
+    tmp_path: Path, error: BaseException
+) -> None:
+    def build(work: Path) -> StageResult:
         (work / "half.txt").write_text("half")
         raise error
 
@@ -80,16 +86,18 @@ def test_work_that_can_be_resumed_is_found_again_by_the_same_settings_alone(tmp_
         run(fails, output, resumable=True)
     found = []
 
-    def resumes(work: Path) -> Facts:
+    def resumes(work: Path) -> StageResult:
         found.append((work / "file.txt").exists())
-        return Facts()
+        return StageResult()
 
     run(resumes, output, Settings(max_length=64), resumable=True)
     run(resumes, output, resumable=True)
     assert found == [False, True]
 
 
-def test_a_kill_behind_the_exchange_does_not_pass_the_former_output_off_as_finished_work(tmp_path: Path, monkeypatch) -> None:
+def test_a_kill_behind_the_exchange_does_not_pass_the_former_output_off_as_finished_work(
+    tmp_path: Path, monkeypatch
+) -> None:
     """The work folder then holds the output that was replaced, whole, under the name of the settings that replaced it."""
     output = tmp_path / "run" / "data"
     one, two = Settings(max_length=64), Settings(max_length=128)
@@ -107,16 +115,18 @@ def test_a_kill_behind_the_exchange_does_not_pass_the_former_output_off_as_finis
     run(writes("one"), output, one, resumable=True)
     found = []
 
-    def looks(work: Path) -> Facts:
+    def looks(work: Path) -> StageResult:
         found.extend(path.name for path in work.iterdir())
-        return Facts()
+        return StageResult()
 
     run(looks, output, two, resumable=True)
     assert found == []
     assert {path.name for path in output.parent.iterdir()} == {"data", ".lock"}
 
 
-def test_work_that_was_finished_but_not_yet_published_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_was_finished_but_not_yet_published_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "run" / "data"
 
     def killed(output: Path, work: Path) -> None:
@@ -128,9 +138,9 @@ def test_work_that_was_finished_but_not_yet_published_is_found_again(tmp_path: P
             run(writes("one"), output, resumable=True)
     found = []
 
-    def looks(work: Path) -> Facts:
+    def looks(work: Path) -> StageResult:
         found.append((work / "part" / "file.txt").read_text())
-        return Facts()
+        return StageResult()
 
     run(looks, output, resumable=True)
     assert found == ["one"]
@@ -140,12 +150,12 @@ def test_work_that_was_finished_but_not_yet_published_is_found_again(tmp_path: P
 KILLED = """
 import sys, time
 from pathlib import Path
-from stages.run.publish import Facts, publish
+from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
 def build(work):
     for i in range(200):
         (work / f"{i}.txt").write_text("x" * 10000)
-    return Facts()
+    return StageResult()
 print("go", flush=True)
 publish("data", Settings(max_length=int(sys.argv[2])), {}, Path(sys.argv[1]), build)
 """
@@ -155,7 +165,11 @@ def test_killed_at_any_moment_it_leaves_the_former_output_or_the_new_one(tmp_pat
     output = tmp_path / "run" / "data"
     run(writes("one"), output)
     for moment in range(12):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(output), str(100 + moment)], cwd=ROOT, stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(output), str(100 + moment)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+        )
         process.stdout.readline()
         time.sleep(moment * 0.012)
         process.send_signal(signal.SIGKILL)
@@ -170,10 +184,10 @@ def test_killed_at_any_moment_it_leaves_the_former_output_or_the_new_one(tmp_pat
 
 def test_the_content_digest_leaves_out_what_differs_from_run_to_run(tmp_path: Path) -> None:
     def build(text: str):
-        def write(work: Path) -> Facts:
+        def write(work: Path) -> StageResult:
             (work / "weights").write_text("same")
             (work / "metrics.jsonl").write_text(text)
-            return Facts(unkeyed=("metrics.jsonl",))
+            return StageResult(unkeyed=("metrics.jsonl",))
 
         return write
 
@@ -184,10 +198,12 @@ def test_the_content_digest_leaves_out_what_differs_from_run_to_run(tmp_path: Pa
     assert contents[0] == contents[1]
 
 
-def test_a_clock_that_is_set_back_gives_no_negative_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(work: Path) -> Facts:
+def test_a_clock_that_is_set_back_gives_no_negative_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(work: Path) -> StageResult:
         monkeypatch.setattr(time, "time", lambda: 0.0)
-        return Facts(tokens=1)
+        return StageResult(tokens=1)
 
     run(build, tmp_path / "run" / "data")
     assert (manifest_of(tmp_path / "run" / "data") or {})["seconds"] >= 0
@@ -198,7 +214,11 @@ def test_a_part_that_is_removed_is_written_down_as_removed(tmp_path: Path) -> No
     run(writes("one"), output)
     remove_published(output, "part", because="KEEP_SHARDS=0")
     manifest = json.loads((output / "manifest.json").read_text())
-    assert manifest["removed"] == "KEEP_SHARDS=0" and manifest["outputs"] == {} and not (output / "part").exists()
+    assert (
+        manifest["removed"] == "KEEP_SHARDS=0"
+        and manifest["outputs"] == {}
+        and not (output / "part").exists()
+    )
     assert not run(writes("two"), output)
 
 

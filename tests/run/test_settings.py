@@ -13,7 +13,7 @@ from stages.run.setting import STAGES, kind, variable
 from stages.run.settings import Settings, unknown_names
 from stages.run.sizes import parse_size, show_size
 
-# What no make can hand on; the wrong values that it can are in tests/torture/test_settings_given.py.
+# What no make can hand on; the wrong values that it can are in tests/run/test_settings_given.py.
 BAD = [
     ("DATASET", "a\0b", "NUL"),
     ("PROMPT", "\ud800", "not UTF-8"),
@@ -23,7 +23,9 @@ BAD = [
 
 
 @pytest.mark.torture("settings")
-@pytest.mark.parametrize(("name", "text", "message"), BAD, ids=[f"{name}={text[:12]!r}" for name, text, _ in BAD])
+@pytest.mark.parametrize(
+    ("name", "text", "message"), BAD, ids=[f"{name}={text[:12]!r}" for name, text, _ in BAD]
+)
 def test_a_bad_value_is_refused_with_the_setting_named(name: str, text: str, message: str) -> None:
     with pytest.raises(InputError, match=name) as refused:
         Settings.read({name: text})
@@ -50,7 +52,13 @@ def test_a_value_is_read_as_people_write_it(name: str, text: str, value: object)
 
 
 def test_all_problems_are_reported_together() -> None:
-    wrong = {"LEARNING_RATE": "-1", "TOP_P": "2", "NPROC_PER_NODE": "3", "TENSOR_PARALLEL_SIZE": "2", "CONTEXT": "alone"}
+    wrong = {
+        "LEARNING_RATE": "-1",
+        "TOP_P": "2",
+        "NPROC_PER_NODE": "3",
+        "TENSOR_PARALLEL_SIZE": "2",
+        "CONTEXT": "alone",
+    }
     with pytest.raises(InputError) as refused:
         Settings.read(wrong)
     assert [next(name for name in wrong if name in problem) for problem in refused.value.problems] == [
@@ -59,7 +67,9 @@ def test_all_problems_are_reported_together() -> None:
 
 
 def test_a_misspelt_name_is_refused_with_the_nearest() -> None:
-    assert unknown_names(["LEARNIG_RATE", "RECIPE"], also=("RECIPE",)) == ["LEARNIG_RATE is not a setting. Did you mean LEARNING_RATE?"]
+    assert unknown_names(["LEARNIG_RATE", "RECIPE"], also=("RECIPE",)) == [
+        "LEARNIG_RATE is not a setting. Did you mean LEARNING_RATE?"
+    ]
 
 
 def test_what_is_not_set_has_its_default() -> None:
@@ -86,10 +96,14 @@ def test_every_setting_says_what_it_is(f) -> None:
 
 
 def test_settings_concern_what_they_change_and_nothing_else() -> None:
-    concerned = {stage: Settings().concerning(stage) for stage in STAGES}
+    concerned = {stage: Settings().settings_affecting(stage) for stage in STAGES}
     assert [stage for stage in STAGES if "LEARNING_RATE" in concerned[stage]] == ["train"]
     assert [stage for stage in STAGES if "TEMPERATURE" in concerned[stage]] == ["eval"]
-    assert not [stage for stage in STAGES if "LOGGING_STEPS" in concerned[stage] or "PROMPT" in concerned[stage]]
+    assert not [
+        stage
+        for stage in STAGES
+        if "LOGGING_STEPS" in concerned[stage] or "PROMPT" in concerned[stage]
+    ]
 
 
 @pytest.mark.torture("fuzz")

@@ -6,7 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from stages.text.tokens import TextTokenizer
 
@@ -32,7 +40,10 @@ def byte_level(folder: Path) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|end|>", "<|pad|>"]
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet),
+    )
     return write_tokenizer(folder, tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
 
 
@@ -40,17 +51,32 @@ def llama(folder: Path) -> Path:
     """As Llama 2: SentencePiece's BPE, a space before every text, bytes for what the vocabulary lacks, BOS put first."""
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"]))
+    trained.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"])
+    )
     parts = json.loads(trained.to_str())
     vocabulary = parts["model"]["vocab"]
     vocabulary.update({f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)})
     parts["model"].update(byte_fallback=True, fuse_unk=True)
     tokenizer = Tokenizer.from_str(json.dumps({**parts, "pre_tokenizer": None}))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     strip = decoders.Strip(" ", 1, 0)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return write_tokenizer(folder, tokenizer, bos_token="<s>", eos_token={"content": "</s>"}, unk_token="<unk>", add_bos_token=True)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return write_tokenizer(
+        folder,
+        tokenizer,
+        bos_token="<s>",
+        eos_token={"content": "</s>"},
+        unk_token="<unk>",
+        add_bos_token=True,
+    )
 
 
 def metaspace(folder: Path) -> Path:
@@ -65,15 +91,25 @@ def unigram(folder: Path) -> Path:
     """As T5 and XLNet: its vocabulary holds its control tokens as ordinary pieces, so text alone can find them."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
     tokenizer.train_from_iterator([*CORPUS, "a < b > c / d s"], trainer)
-    return write_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=True)
+    return write_tokenizer(
+        folder, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=True
+    )
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     makers = (byte_level, llama, metaspace, unigram)
-    return {make.__name__: make(tmp_path_factory.mktemp("tokenizers") / make.__name__) for make in makers}
+    return {
+        make.__name__: make(tmp_path_factory.mktemp("tokenizers") / make.__name__)
+        for make in makers
+    }
 
 
 @pytest.fixture(scope="session")

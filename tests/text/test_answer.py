@@ -24,7 +24,9 @@ class Recites:
     def __init__(self, ids: list[int]):
         self.ids = ids
 
-    def generate(self, prompts: list[list[int]], *, max_new_tokens: int, **_: object) -> Iterator[list[int | None]]:
+    def generate(
+        self, prompts: list[list[int]], *, max_new_tokens: int, **_: object
+    ) -> Iterator[list[int | None]]:
         for id in self.ids[:max_new_tokens]:
             yield [id] * len(prompts)
 
@@ -57,13 +59,17 @@ def test_an_answer_has_ended_unless_it_was_cut(folder: Path) -> None:
 def test_questions_are_answered_in_order_whatever_the_batch(folder: Path) -> None:
     questions = [Question(f"question {number}", expected="same") for number in range(5)]
     answers = list(answerer(folder, "same").answers(questions))
-    assert [answer.instruction for answer in answers] == [question.instruction for question in questions]
+    assert [answer.instruction for answer in answers] == [
+        question.instruction for question in questions
+    ]
     assert all(answer.answer == answer.expected for answer in answers)
 
 
 def test_only_the_instruction_is_required(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
-    file.write_text('{"instruction": "a"}\n\n{"instruction": "b", "context": null, "response": "c"}\n')
+    file.write_text(
+        '{"instruction": "a"}\n\n{"instruction": "b", "context": null, "response": "c"}\n'
+    )
     assert read_questions(file, Settings()) == [Question("a"), Question("b", "", "c")]
 
 
@@ -91,7 +97,10 @@ def test_every_line_that_is_no_question_is_named(tmp_path: Path, line: str) -> N
     file.write_text(f"{json.dumps({'instruction': 'fine'})}\n{line}\n{line}\n")
     with pytest.raises(InputError) as refused:
         read_questions(file, Settings())
-    assert [f"line {number}" in problem for number, problem in zip((2, 3), refused.value.problems, strict=True)] == [True, True]
+    assert [
+        f"line {number}" in problem
+        for number, problem in zip((2, 3), refused.value.problems, strict=True)
+    ] == [True, True]
 
 
 def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:

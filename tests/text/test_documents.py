@@ -14,7 +14,9 @@ fractions = st.floats(0, 0.99)
 @pytest.mark.torture("fuzz")
 @examples(100, 1_000)
 @given(st.sets(st.integers(0, 2**64 - 1), min_size=2), fractions)
-def test_as_many_documents_are_held_out_as_the_fraction_says_but_never_none_nor_all(digests, fraction):
+def test_as_many_documents_are_held_out_as_the_fraction_says_but_never_none_nor_all(
+    digests, fraction
+):
     chosen = held_out(np.array(sorted(digests), np.uint64), fraction)
     wanted = min(max(1, round(fraction * len(digests))), len(digests) - 1) if fraction else 0
     assert chosen.sum() == wanted
@@ -32,7 +34,10 @@ def test_equal_documents_land_on_the_same_side_and_some_remain_for_training(dige
 
 def test_the_seed_decides_which_documents_are_held_out():
     texts = [f"document {number}" for number in range(200)]
-    one, same, other = (held_out(np.array([digest(text, seed) for text in texts], np.uint64), 0.1) for seed in (1, 1, 2))
+    one, same, other = (
+        held_out(np.array([digest(text, seed) for text in texts], np.uint64), 0.1)
+        for seed in (1, 1, 2)
+    )
     assert (one == same).all()
     assert (one != other).any()
 

@@ -18,7 +18,10 @@ any_length = st.lists(st.integers(1, 4 * CAPACITY), max_size=40)
 
 def tokens(packing):
     """(document, token) of every token, row by row."""
-    return [[(d, at) for d, start, length in row for at in range(start, start + length)] for row in packing.rows()]
+    return [
+        [(d, at) for d, start, length in row for at in range(start, start + length)]
+        for row in packing.rows()
+    ]
 
 
 @pytest.mark.torture("fuzz")
@@ -26,7 +29,9 @@ def tokens(packing):
 @given(fitting)
 def test_best_fit_keeps_every_token_exactly_once(lengths):
     everything = sorted(chain.from_iterable(tokens(best_fit(lengths, CAPACITY))))
-    assert everything == [(document, at) for document, length in enumerate(lengths) for at in range(length)]
+    assert everything == [
+        (document, at) for document, length in enumerate(lengths) for at in range(length)
+    ]
 
 
 @pytest.mark.torture("fuzz")
@@ -41,7 +46,10 @@ def test_best_fit_cuts_no_document(lengths):
 @examples(100, 1_000)
 @given(fitting)
 def test_best_fit_overfills_no_row_and_leaves_none_empty(lengths):
-    assert all(1 <= sum(segment.length for segment in row) <= CAPACITY for row in best_fit(lengths, CAPACITY).rows())
+    assert all(
+        1 <= sum(segment.length for segment in row) <= CAPACITY
+        for row in best_fit(lengths, CAPACITY).rows()
+    )
 
 
 @pytest.mark.torture("fuzz")
@@ -75,7 +83,9 @@ def test_best_fit_refuses_lengths_that_fit_no_row(lengths):
 def test_concat_is_the_documents_end_to_end_cut_at_the_capacity(lengths):
     joined = [(document, at) for document, length in enumerate(lengths) for at in range(length)]
     whole = len(joined) // CAPACITY
-    assert tokens(concat(lengths, CAPACITY)) == [joined[row * CAPACITY : (row + 1) * CAPACITY] for row in range(whole)]
+    assert tokens(concat(lengths, CAPACITY)) == [
+        joined[row * CAPACITY : (row + 1) * CAPACITY] for row in range(whole)
+    ]
 
 
 @pytest.mark.torture("fuzz")

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from stages.run.errors import InputError
-from stages.run.record import TOKENIZER_FILES
+from stages.run.provenance import TOKENIZER_FILES
 from stages.text.documents import encode
+from stages.text.examples import Example
 from stages.text.prompt import PromptTemplate
-from stages.text.rows import Row
 from stages.text.tokens import TextTokenizer, find_tokenizer
 from tests.text.conftest import KINDS
 from tests.torture.plugin import examples
@@ -21,7 +21,25 @@ from tests.torture.plugin import examples
 TEMPLATE = PromptTemplate()
 # Text with the pieces that go wrong: control tokens' spellings, white space at the border, the space mark, marks and emoji.
 texts = st.lists(
-    st.sampled_from(["the cat", " ", "  ", "\n", "\r\n", "</s>", "<s>", "<|end|>", "<unk>", "[INST]", "▁", "<0x0A>", "é", "🦆", "\0"])
+    st.sampled_from(
+        [
+            "the cat",
+            " ",
+            "  ",
+            "\n",
+            "\r\n",
+            "</s>",
+            "<s>",
+            "<|end|>",
+            "<unk>",
+            "[INST]",
+            "▁",
+            "<0x0A>",
+            "é",
+            "🦆",
+            "\0",
+        ]
+    )
     | st.text(max_size=8),
     min_size=1,
     max_size=6,
@@ -29,14 +47,18 @@ texts = st.lists(
 
 
 def document(tokenizer: TextTokenizer, instruction: str, context: str, response: str) -> list[int]:
-    return encode([Row("row 1", instruction, context, response)], tokenizer, TEMPLATE).ids.tolist()
+    return encode(
+        [Example("row 1", instruction, context, response)], tokenizer, TEMPLATE
+    ).ids.tolist()
 
 
 @pytest.mark.torture("fuzz")
 @pytest.mark.parametrize("kind", KINDS)
 @examples(150, 300)
 @given(instruction=texts, context=texts, response=texts)
-def test_what_eval_gives_the_model_is_a_prefix_of_what_it_was_trained_on(tokenizers, kind, instruction, context, response):
+def test_what_eval_gives_the_model_is_a_prefix_of_what_it_was_trained_on(
+    tokenizers, kind, instruction, context, response
+):
     prompt = tokenizers[kind].encode_prompt(TEMPLATE.prompt(instruction, context))
     assert document(tokenizers[kind], instruction, context, response)[: len(prompt)] == prompt
 
@@ -45,7 +67,9 @@ def test_what_eval_gives_the_model_is_a_prefix_of_what_it_was_trained_on(tokeniz
 @pytest.mark.parametrize("kind", KINDS)
 @examples(150, 300)
 @given(instruction=texts, response=texts)
-def test_a_document_has_one_bos_and_one_eos_and_no_other_control_token(tokenizers, kind, instruction, response):
+def test_a_document_has_one_bos_and_one_eos_and_no_other_control_token(
+    tokenizers, kind, instruction, response
+):
     tokenizer = tokenizers[kind]
     ids = document(tokenizer, instruction, "", response)
     assert ids[: len(tokenizer.bos)] == list(tokenizer.bos)
@@ -65,31 +89,45 @@ def test_a_document_decodes_to_its_text(tokenizers, kind, instruction, response)
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "llama", "metaspace"])
-@pytest.mark.parametrize("response", ["It is an accelerator.", "they all went home", "1. A chip\n2. two cores", "é"])
-def test_a_response_is_encoded_as_when_prompt_and_response_are_one_text(folders, tokenizers, kind, response):
-    whole = Tokenizer.from_file(str(folders[kind] / "tokenizer.json")).encode(TEMPLATE.text("Why?", "", response)).ids
+@pytest.mark.parametrize(
+    "response", ["It is an accelerator.", "they all went home", "1. A chip\n2. two cores", "é"]
+)
+def test_a_response_is_encoded_as_when_prompt_and_response_are_one_text(
+    folders, tokenizers, kind, response
+):
+    whole = (
+        Tokenizer.from_file(str(folders[kind] / "tokenizer.json"))
+        .encode(TEMPLATE.text("Why?", "", response))
+        .ids
+    )
     assert document(tokenizers[kind], "Why?", "", response) == [*whole, tokenizers[kind].eos]
 
 
-def test_a_response_whose_first_token_would_reach_into_the_prompt_is_split_there_and_counted(folders, tmp_path):
+def test_a_response_whose_first_token_would_reach_into_the_prompt_is_split_there_and_counted(
+    folders, tmp_path
+):
     parts = json.loads((folders["byte_level"] / "tokenizer.json").read_text())
     parts["model"]["vocab"]["ĊĊ"] = len(parts["model"]["vocab"])  # two line ends as one token
     parts["model"]["merges"].append(["Ċ", "Ċ"])
     (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
     tokenizer = TextTokenizer.load(tmp_path)
-    rows = [Row("row 1", "Why?", "", "\n\nBecause."), Row("row 2", "Why?", "", "Because.")]
+    rows = [Example("row 1", "Why?", "", "\n\nBecause."), Example("row 2", "Why?", "", "Because.")]
     encoded = encode(rows, tokenizer, TEMPLATE)
     prompt = tokenizer.encode_prompt(TEMPLATE.prompt("Why?"))
     assert encoded.split_again == 1
     assert encoded.ids[: len(prompt)].tolist() == prompt
-    assert tokenizer.decode(encoded.ids[: encoded.lengths[0]]) == TEMPLATE.text("Why?", "", "\n\nBecause.")
+    assert tokenizer.decode(encoded.ids[: encoded.lengths[0]]) == TEMPLATE.text(
+        "Why?", "", "\n\nBecause."
+    )
 
 
 @pytest.mark.torture("fuzz")
 @examples(300, 600)
 @given(text=texts)
-def test_marking_spaces_here_gives_the_ids_of_the_tokenizers_own_normaliser(folders, tokenizers, text):
+def test_marking_spaces_here_gives_the_ids_of_the_tokenizers_own_normaliser(
+    folders, tokenizers, text
+):
     own = Tokenizer.from_file(str(folders["llama"] / "tokenizer.json"))
     own.encode_special_tokens = True
     assert tokenizers["llama"].encode_prompt(text) == own.encode(text).ids
@@ -100,11 +138,22 @@ def test_truncation_and_padding_kept_in_a_tokenizers_file_are_not_applied(folder
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=4)
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
-    (tmp_path / "tokenizer_config.json").write_text((folders["llama"] / "tokenizer_config.json").read_text())
-    assert len(TextTokenizer.load(tmp_path).encode_prompt("the cat sat on the mat and the dog sat on the log")) > 4
+    (tmp_path / "tokenizer_config.json").write_text(
+        (folders["llama"] / "tokenizer_config.json").read_text()
+    )
+    assert (
+        len(
+            TextTokenizer.load(tmp_path).encode_prompt(
+                "the cat sat on the mat and the dog sat on the log"
+            )
+        )
+        > 4
+    )
 
 
-@pytest.mark.parametrize("kind, bos", [("byte_level", ()), ("llama", (1,)), ("metaspace", (1,)), ("unigram", (1,))])
+@pytest.mark.parametrize(
+    "kind, bos", [("byte_level", ()), ("llama", (1,)), ("metaspace", (1,)), ("unigram", (1,))]
+)
 def test_bos_is_put_first_where_the_tokenizer_does_so(tokenizers, kind, bos):
     assert tokenizers[kind].bos == bos
 
@@ -122,7 +171,10 @@ def test_saved_files_are_those_that_were_loaded(folders, tokenizers, tmp_path):
     tokenizers["llama"].save(tmp_path / "saved")
     names = sorted(file.name for file in (tmp_path / "saved").iterdir())
     assert names == sorted(name for name in TOKENIZER_FILES if (folders["llama"] / name).exists())
-    assert all((tmp_path / "saved" / name).read_bytes() == (folders["llama"] / name).read_bytes() for name in names)
+    assert all(
+        (tmp_path / "saved" / name).read_bytes() == (folders["llama"] / name).read_bytes()
+        for name in names
+    )
 
 
 def test_encoding_a_prompt_needs_no_heavy_library(folders):
@@ -134,14 +186,23 @@ tokenizer = TextTokenizer.load(pathlib.Path({str(folders["llama"])!r}))
 tokenizer.decode(tokenizer.encode_prompt(PromptTemplate().prompt("Why?")))
 print(sorted({{"numpy", "torch", "transformers", "datasets", "pyarrow", "huggingface_hub"}} & set(sys.modules)))
 """
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_a_model_without_tokenizer_json_is_converted(folders, tmp_path):
     """vocab.json and merges.txt alone, as old GPT-2 folders have them."""
     model = json.loads((folders["byte_level"] / "tokenizer.json").read_text())["model"]
-    (tmp_path / "vocab.json").write_text(json.dumps({**model["vocab"], "<|endoftext|>": len(model["vocab"])}))
-    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]) + "\n")
+    (tmp_path / "vocab.json").write_text(
+        json.dumps({**model["vocab"], "<|endoftext|>": len(model["vocab"])})
+    )
+    (tmp_path / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]) + "\n"
+    )
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     tokenizer = find_tokenizer(str(tmp_path))
     assert tokenizer.decode(tokenizer.encode_prompt("the cat sat")) == "the cat sat"
@@ -156,7 +217,9 @@ def test_a_model_without_tokenizer_json_is_converted(folders, tmp_path):
     ],
 )
 def test_a_tokenizer_without_eos_is_refused_with_a_remedy(folders, tmp_path, settings_of, message):
-    (tmp_path / "tokenizer.json").write_bytes((folders["byte_level"] / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer.json").write_bytes(
+        (folders["byte_level"] / "tokenizer.json").read_bytes()
+    )
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings_of))
     with pytest.raises(InputError, match=message):
         find_tokenizer(str(tmp_path))

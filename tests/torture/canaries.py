@@ -18,10 +18,19 @@ from pathlib import Path
 from secrets import token_hex
 from threading import Event, Thread
 
-NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY")
+NAMES = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "WANDB_API_KEY",
+)
 # Drawn anew in each test run, whose processes share them: a file of the project cannot hold them.
 _RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID") or token_hex(16)
-CANARIES = {name: f"canary{hashlib.sha256(f'{_RUN} {name}'.encode()).hexdigest()[:32]}" for name in NAMES}
+CANARIES = {
+    name: f"canary{hashlib.sha256(f'{_RUN} {name}'.encode()).hexdigest()[:32]}" for name in NAMES
+}
 UMASK = 0o027  # neither the usual one nor tempfile's
 
 
@@ -34,7 +43,9 @@ def forms(canary: str) -> list[bytes]:
 
 def held(content: bytes) -> list[str]:
     """The names of the secrets that `content` holds in one form or another."""
-    return [name for name, canary in CANARIES.items() if any(form in content for form in forms(canary))]
+    return [
+        name for name, canary in CANARIES.items() if any(form in content for form in forms(canary))
+    ]
 
 
 def holding(folder: Path) -> tuple[dict[str, list[str]], int]:
@@ -93,16 +104,29 @@ class CommandLines:
                     self.found.append(line.replace(b"\0", b" ").decode(errors="replace"))
 
 
-def watched(words: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def watched(
+    words: list[str], folder: Path, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
     """Run `words` in `folder` with the canaries, UMASK, and a HOME and a TMPDIR beside the folder; what was seen is written there."""
     beside = folder.parent
     for name in ("home", "tmp"):
         (beside / name).mkdir(exist_ok=True)
     own = {"HOME": str(beside / "home"), "TMPDIR": str(beside / "tmp"), **CANARIES}
-    environment = {name: value for name, value in environment.items() if name not in ("HF_HOME", "XDG_CACHE_HOME")} | own
+    environment = {
+        name: value
+        for name, value in environment.items()
+        if name not in ("HF_HOME", "XDG_CACHE_HOME")
+    } | own
     with CommandLines() as lines:
-        done = subprocess.run(words, cwd=folder, env=environment, umask=UMASK, capture_output=True, text=True)
-    seen = {"words": words, "printed": done.stdout + done.stderr, "command_lines": lines.found, "looks": lines.looks}
+        done = subprocess.run(
+            words, cwd=folder, env=environment, umask=UMASK, capture_output=True, text=True
+        )
+    seen = {
+        "words": words,
+        "printed": done.stdout + done.stderr,
+        "command_lines": lines.found,
+        "looks": lines.looks,
+    }
     with (beside / "seen.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(seen | {"at": time.time()}) + "\n")
     return done

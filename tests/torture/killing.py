@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from stages.run.content import file_digest
+from stages.run.digests import file_digest
 from stages.run.setting import STAGES
 from tests.conftest import Project, clean_environment, copy_project
 from tests.torture import processes
@@ -21,7 +21,15 @@ from tests.torture.plugin import Torture
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 # The demo, shortened: one pass over its rows, and a checkpoint every second step.
-DEMO = ("RECIPE=demo", "BF16=0", "NUM_TRAIN_EPOCHS=1", "SAVE_STEPS=2", "EVAL_STEPS=8", "LOGGING_STEPS=5", "MAX_NEW_TOKENS=8")
+DEMO = (
+    "RECIPE=demo",
+    "BF16=0",
+    "NUM_TRAIN_EPOCHS=1",
+    "SAVE_STEPS=2",
+    "EVAL_STEPS=8",
+    "LOGGING_STEPS=5",
+    "MAX_NEW_TOKENS=8",
+)
 SURVIVAL_SECONDS = 10  # after a kill nothing of its make may live longer
 # Whom a signal goes to, by a part of the command line.
 PROGRAMS = {
@@ -31,7 +39,11 @@ PROGRAMS = {
 }
 VICTIMS = {
     stage: ("stage", "make", *below)
-    for stage, below in zip(STAGES, ((), ("launcher", "rank"), ("launcher", "rank"), (), ("compiling process",), ()), strict=True)
+    for stage, below in zip(
+        STAGES,
+        ((), ("launcher", "rank"), ("launcher", "rank"), (), ("compiling process",), ()),
+        strict=True,
+    )
 }
 
 
@@ -60,9 +72,17 @@ def every_kill(chance: random.Random) -> list[Kill]:
 
 
 def _moment(stage: str, victim: str, chance: random.Random) -> str | None:
-    checkpoints = [f".work/train-*/checkpoints/step-*{end}" for end in ("", ".writing")] if stage == "train" else []
+    checkpoints = (
+        [f".work/train-*/checkpoints/step-*{end}" for end in ("", ".writing")]
+        if stage == "train"
+        else []
+    )
     # When it publishes, nothing is left of what it started.
-    ends = [f".work/{stage}-*/manifest.json", f"{stage}/manifest.json"] if victim in ("stage", "make") else []
+    ends = (
+        [f".work/{stage}-*/manifest.json", f"{stage}/manifest.json"]
+        if victim in ("stage", "make")
+        else []
+    )
     return chance.choice([None, None, *checkpoints, *ends])
 
 
@@ -87,7 +107,9 @@ class Killing:
         for attempt in range(5):
             self.story.append(f"{kill}, attempt {attempt + 1}")
             if (self.folder / kill.stage / "manifest.json").exists():
-                shutil.rmtree(self.folder / kill.stage)  # published before it could be killed, or by a kill that came just after
+                shutil.rmtree(
+                    self.folder / kill.stage
+                )  # published before it could be killed, or by a kill that came just after
             # What happens at the end of a stage may be over before a signal has any effect: then earlier, by the clock.
             if self._killed(kill if attempt < 2 else replace(kill, once=None), 0.5**attempt):
                 return
@@ -104,7 +126,11 @@ class Killing:
     def published(self) -> dict[str, tuple[int, int]]:
         """Stage -> inode and time of its manifest."""
         stats = {stage: self.folder / stage / "manifest.json" for stage in STAGES}
-        return {stage: (path.stat().st_ino, path.stat().st_mtime_ns) for stage, path in stats.items() if path.exists()}
+        return {
+            stage: (path.stat().st_ino, path.stat().st_mtime_ns)
+            for stage, path in stats.items()
+            if path.exists()
+        }
 
     def told(self, problem: str) -> str:
         output = Path(self.output).read_text(errors="replace") if self.output else ""
@@ -132,23 +158,31 @@ class Killing:
     def _killed(self, kill: Kill, share: float) -> bool:
         before = self.published()
         # What a stage starts is there for a part of its time.
-        delay = kill.part * self.seconds[kill.stage] * (0.4 if kill.victim in PROGRAMS else 0.9) * share
+        delay = (
+            kill.part * self.seconds[kill.stage] * (0.4 if kill.victim in PROGRAMS else 0.9) * share
+        )
         make, mark = self._start(kill.stage)
         going = lambda: make.poll() is None  # noqa: E731
-        victim = processes.wait_for(lambda: self._victim(kill, make.pid, mark), 300, going, every=0.02)
+        victim = processes.wait_for(
+            lambda: self._victim(kill, make.pid, mark), 300, going, every=0.02
+        )
         if isinstance(victim, int):
             if kill.once:
                 processes.wait_for(lambda: any(self.folder.glob(str(kill.once))), 300, going)
             else:
                 processes.wait_for(lambda: False, delay, going)
-        sent = isinstance(victim, int) and processes.send(victim, kill.sign, kill.victim == "make" and kill.sign == signal.SIGINT)
+        sent = isinstance(victim, int) and processes.send(
+            victim, kill.sign, kill.victim == "make" and kill.sign == signal.SIGINT
+        )
         since = time.monotonic()
         if not sent:
             assert make.wait(600) == 0, self.told("a make that nobody killed failed")
         self._check(before, mark, since, make)
         if sent and make.returncode:
             if kill.victim == "rank" and kill.sign == signal.SIGKILL:
-                assert "was killed by SIGKILL" in Path(self.output).read_text(), self.told("the cause is not named")
+                assert "was killed by SIGKILL" in Path(self.output).read_text(), self.told(
+                    "the cause is not named"
+                )
             self.story[-1] += f": hit after {delay:.2f} s" if not kill.once else ": hit"
             return True
         return False
@@ -161,7 +195,8 @@ class Killing:
         found = [
             pid
             for pid, line in processes.living(mark).items()
-            if PROGRAMS[kill.victim] in line and (kill.victim != "rank" or PROGRAMS["launcher"] not in line)
+            if PROGRAMS[kill.victim] in line
+            and (kill.victim != "rank" or PROGRAMS["launcher"] not in line)
         ]
         return found[int(kill.part * len(found))] if found else None
 
@@ -169,13 +204,22 @@ class Killing:
         try:
             children = Path(f"/proc/{make}/task/{make}/children").read_text().split()
             module = f"-m stages.{stage.replace('-', '_')} "
-            return next((int(pid) for pid in children if module in processes.command_line(int(pid))), None)
+            return next(
+                (int(pid) for pid in children if module in processes.command_line(int(pid))), None
+            )
         except OSError:
             return None
 
-    def _check(self, before: dict[str, tuple[int, int]], mark: str, since: float, make: subprocess.Popen | None = None) -> None:
+    def _check(
+        self,
+        before: dict[str, tuple[int, int]],
+        mark: str,
+        since: float,
+        make: subprocess.Popen | None = None,
+    ) -> None:
         gone = processes.wait_for(
-            lambda: (make is None or make.poll() is not None) and not processes.living(mark), since + SURVIVAL_SECONDS - time.monotonic()
+            lambda: (make is None or make.poll() is not None) and not processes.living(mark),
+            since + SURVIVAL_SECONDS - time.monotonic(),
         )
         if not gone:
             left = processes.living(mark)
@@ -183,16 +227,26 @@ class Killing:
                 processes.send(pid, signal.SIGKILL)
             raise AssertionError(self.told(f"alive {SURVIVAL_SECONDS} s after the kill: {left}"))
         after = self.published()
-        assert {stage: after.get(stage) for stage in before} == before, self.told("a finished stage was made again")
+        assert {stage: after.get(stage) for stage in before} == before, self.told(
+            "a finished stage was made again"
+        )
         for stage in after:
             self._require_whole(stage)
 
     def _require_whole(self, stage: str) -> None:
         manifest = json.loads((self.folder / stage / "manifest.json").read_bytes())
-        files = {path.relative_to(self.folder / stage).as_posix() for path in (self.folder / stage).rglob("*") if path.is_file()}
-        assert files == {*manifest["outputs"], "manifest.json"}, self.told(f"{stage} is not what its manifest says")
+        files = {
+            path.relative_to(self.folder / stage).as_posix()
+            for path in (self.folder / stage).rglob("*")
+            if path.is_file()
+        }
+        assert files == {*manifest["outputs"], "manifest.json"}, self.told(
+            f"{stage} is not what its manifest says"
+        )
         for name, facts in manifest["outputs"].items():
-            assert file_digest(self.folder / stage / name) == facts["sha256"], self.told(f"{stage}/{name} has another content")
+            assert file_digest(self.folder / stage / name) == facts["sha256"], self.told(
+                f"{stage}/{name} has another content"
+            )
 
 
 def _heed_interrupts() -> None:
@@ -214,8 +268,12 @@ def require_undisturbed(killing: Killing, run: str) -> None:
     """The killed run's weights are bitwise those of `run`, and nothing lies about."""
     expected = killing.project.folder / "outputs" / run / "consolidate" / "model.safetensors"
     found = killing.folder / "consolidate" / "model.safetensors"
-    assert found.read_bytes() == expected.read_bytes(), killing.told("the weights are not those of an undisturbed run")
-    assert set(os.listdir(killing.folder)) <= {*STAGES, ".lock"}, killing.told(f"left: {os.listdir(killing.folder)}")
+    assert found.read_bytes() == expected.read_bytes(), killing.told(
+        "the weights are not those of an undisturbed run"
+    )
+    assert set(os.listdir(killing.folder)) <= {*STAGES, ".lock"}, killing.told(
+        f"left: {os.listdir(killing.folder)}"
+    )
 
 
 def killed_demo(torture: Torture, folder: Path, layout: tuple[str, ...], half: int) -> None:
@@ -224,7 +282,9 @@ def killed_demo(torture: Torture, folder: Path, layout: tuple[str, ...], half: i
     config = project.folder / "data" / "demo" / "model" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 1}))
     settings = (*DEMO, *layout)
-    killing = Killing(project, settings, "killed", torture.seed, undisturbed(project, settings, "undisturbed"))
+    killing = Killing(
+        project, settings, "killed", torture.seed, undisturbed(project, settings, "undisturbed")
+    )
     for kill in every_kill(torture.random)[half::2]:
         killing.kill(kill)
         torture.count()

@@ -46,7 +46,12 @@ def examples(short: int, long: int) -> hypothesis.settings:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--torture", type=int, metavar="SEED", help="the long forms of what is marked torture, from this seed")
+    parser.addoption(
+        "--torture",
+        type=int,
+        metavar="SEED",
+        help="the long forms of what is marked torture, from this seed",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -123,4 +128,6 @@ def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Co
         outcome = f"{failed[kind]} tests failed" if failed[kind] else "as it should"
         terminalreporter.write_line(f"{kind:<22} {done[kind]:>8,} {seconds[kind]:>9.1f}  {outcome}")
     total = sum(seconds.values())
-    terminalreporter.write_line(f"{'in all':<22} {sum(done.values()):>8,} {total:>9.1f}  {sum(failed.values())} tests failed")
+    terminalreporter.write_line(
+        f"{'in all':<22} {sum(done.values()):>8,} {total:>9.1f}  {sum(failed.values())} tests failed"
+    )

@@ -21,7 +21,16 @@ from pathlib import Path
 
 Entry = tuple[int, str]  # a folder's number, and a name in it
 ROOT_FOLDER = 0
-OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
+OPERATIONS = (
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.truncate",
+    "os.link",
+    "os.symlink",
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,9 @@ class Moment:
     """What is on the disk for certain, and what may be besides."""
 
     certain: dict[Entry, int]  # name -> number of the file or folder
-    possible: list[dict[Entry, int | None]]  # operations not yet certain, in order: names given or (None) taken away
+    possible: list[
+        dict[Entry, int | None]
+    ]  # operations not yet certain, in order: names given or (None) taken away
     folders: set[int]
     flushed: dict[int, bytes]  # a file's bytes when it was last flushed
     written: dict[int, bytes]  # and as the program sees them
@@ -37,15 +48,30 @@ class Moment:
 
     def lay_out(self, folder: Path, names: str, contents: str, chance: random.Random) -> None:
         """Write to a new folder what a cut leaves. `names` and `contents`: of what is not certain, none, all or some reached the disk."""
-        kept = {"none": [], "all": range(len(self.possible)), "some": [i for i in range(len(self.possible)) if chance.random() < 0.5]}[
-            names
-        ]
+        kept = {
+            "none": [],
+            "all": range(len(self.possible)),
+            "some": [i for i in range(len(self.possible)) if chance.random() < 0.5],
+        }[names]
         entries: dict[Entry, int | None] = dict(self.certain)
         for operation in _with_what_they_build_on(self.possible, kept):
             entries.update(self.possible[operation])
-        self._write(ROOT_FOLDER, folder, {entry: number for entry, number in entries.items() if number is not None}, contents, chance)
+        self._write(
+            ROOT_FOLDER,
+            folder,
+            {entry: number for entry, number in entries.items() if number is not None},
+            contents,
+            chance,
+        )
 
-    def _write(self, number: int, path: Path, entries: dict[Entry, int], contents: str, chance: random.Random) -> None:
+    def _write(
+        self,
+        number: int,
+        path: Path,
+        entries: dict[Entry, int],
+        contents: str,
+        chance: random.Random,
+    ) -> None:
         path.mkdir()
         for (parent, name), child in entries.items():
             if parent != number:
@@ -54,12 +80,18 @@ class Moment:
                 self._write(child, path / name, entries, contents, chance)
             else:
                 old = self.flushed.get(child, b"")
-                new = self.written.get(child, old)  # a file that has lost its name is written to no more
+                new = self.written.get(
+                    child, old
+                )  # a file that has lost its name is written to no more
                 part = new[: chance.randrange(len(new) + 1)] if old != new else new
-                (path / name).write_bytes({"none": old, "all": new, "some": chance.choice([old, new, part])}[contents])
+                (path / name).write_bytes(
+                    {"none": old, "all": new, "some": chance.choice([old, new, part])}[contents]
+                )
 
 
-def _with_what_they_build_on(operations: list[dict[Entry, int | None]], kept: list[int] | range) -> list[int]:
+def _with_what_they_build_on(
+    operations: list[dict[Entry, int | None]], kept: list[int] | range
+) -> list[int]:
     """The kept operations and every earlier one on a name of theirs, in order."""
     found: list[int] = []
     concerned: set[Entry] = set()
@@ -92,7 +124,9 @@ class Recorder:
         """Take down what has changed since the last look: one operation."""
         entries = self._scan()
         changed: dict[Entry, int | None] = {
-            entry: entries.get(entry) for entry in self._entries.keys() | entries.keys() if entries.get(entry) != self._entries.get(entry)
+            entry: entries.get(entry)
+            for entry in self._entries.keys() | entries.keys()
+            if entries.get(entry) != self._entries.get(entry)
         }
         self._entries = entries
         if changed:
@@ -108,11 +142,17 @@ class Recorder:
         if number is None or not self.flushes:
             return
         if number in self._folders:
-            mine = [i for i, operation in enumerate(self._possible) if any(parent == number for parent, _ in operation)]
+            mine = [
+                i
+                for i, operation in enumerate(self._possible)
+                if any(parent == number for parent, _ in operation)
+            ]
             done = _with_what_they_build_on(self._possible, mine)
             for i in done:
                 self._apply(self._possible[i])
-            self._possible = [operation for i, operation in enumerate(self._possible) if i not in done]
+            self._possible = [
+                operation for i, operation in enumerate(self._possible) if i not in done
+            ]
         else:
             self._flushed[number] = self._paths[number].read_bytes()
         self._remember(False)
@@ -126,10 +166,23 @@ class Recorder:
 
     def _remember(self, finished: bool) -> None:
         possible = [dict(operation) for operation in self._possible]
-        self.moments.append(Moment(dict(self._certain), possible, set(self._folders), dict(self._flushed), self._written(), finished))
+        self.moments.append(
+            Moment(
+                dict(self._certain),
+                possible,
+                set(self._folders),
+                dict(self._flushed),
+                self._written(),
+                finished,
+            )
+        )
 
     def _written(self) -> dict[int, bytes]:
-        return {number: path.read_bytes() for number, path in self._paths.items() if number not in self._folders}
+        return {
+            number: path.read_bytes()
+            for number, path in self._paths.items()
+            if number not in self._folders
+        }
 
     def _scan(self) -> dict[Entry, int]:
         found: dict[int, int] = {}

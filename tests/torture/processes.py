@@ -15,7 +15,10 @@ def living(mark: str) -> dict[int, str]:
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if f"{MARK}={mark}".encode() in (process / "environ").read_bytes().split(b"\0") and _state(process) != "Z":
+            if (
+                f"{MARK}={mark}".encode() in (process / "environ").read_bytes().split(b"\0")
+                and _state(process) != "Z"
+            ):
                 found[int(process.name)] = command_line(int(process.name))
         except OSError:
             continue
@@ -23,14 +26,25 @@ def living(mark: str) -> dict[int, str]:
 
 
 def command_line(pid: int) -> str:
-    return (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    return (
+        (Path("/proc") / str(pid) / "cmdline")
+        .read_bytes()
+        .replace(b"\0", b" ")
+        .decode(errors="replace")
+        .strip()
+    )
 
 
 def parent_of(pid: int) -> int:
     return int(_stat(Path("/proc") / str(pid))[1])
 
 
-def wait_for(what: Callable[[], object], seconds: float, while_true: Callable[[], bool] = lambda: True, every: float = 0.003) -> object:
+def wait_for(
+    what: Callable[[], object],
+    seconds: float,
+    while_true: Callable[[], bool] = lambda: True,
+    every: float = 0.003,
+) -> object:
     """The first true answer of `what`; None when there was none in time, or `while_true` is no longer so."""
     deadline = time.monotonic() + seconds
     while True:
@@ -65,4 +79,6 @@ def _state(process: Path) -> str:
 
 
 def _stat(process: Path) -> list[str]:
-    return (process / "stat").read_text(errors="replace").rpartition(")")[2].split()  # the name before it may hold spaces
+    return (
+        (process / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    )  # the name before it may hold spaces

@@ -27,8 +27,12 @@ STATE = {
 SHARD = "__0_0.distcp"
 MEGABYTES_FOR_DAMAGE = 128
 # Places, as fractions of a file, and the bytes that are put there.
-CHANGES = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4)
-same_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
+CHANGES = st.lists(
+    st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4
+)
+same_folder = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+)
 
 
 def changed(data: bytes, changes: list[tuple[float, int]], kept: float = 1) -> bytes:
@@ -64,7 +68,9 @@ def opened(shards: Path) -> metadata.Metadata:
 
 def placed(found: metadata.Metadata, name: str) -> filesystem._StorageInfo:
     """Where the metadata says that a tensor lies."""
-    return next(place for index, place in found.storage_data.items() if index.fqn == f"model.{name}")
+    return next(
+        place for index, place in found.storage_data.items() if index.fqn == f"model.{name}"
+    )
 
 
 def change(shards: Path, name: str, **changes: Any) -> None:
@@ -77,7 +83,9 @@ def change(shards: Path, name: str, **changes: Any) -> None:
             tensor.size = value
             tensor.chunks[0] = metadata.ChunkStorageMetadata(torch.Size([0] * len(value)), value)
             found.storage_data = {
-                metadata.MetadataIndex(index.fqn, torch.Size([0] * len(value))) if index.fqn == f"model.{name}" else index: each
+                metadata.MetadataIndex(index.fqn, torch.Size([0] * len(value)))
+                if index.fqn == f"model.{name}"
+                else index: each
                 for index, each in found.storage_data.items()
             }
         elif key == "chunks":

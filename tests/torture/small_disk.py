@@ -36,7 +36,12 @@ class SmallDisk:
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a command within, in the project's folder."""
-        enter = ["nsenter", f"--target={self.keeper}", "--mount", *([] if os.getuid() == 0 else ["--user", "--preserve-credentials"])]
+        enter = [
+            "nsenter",
+            f"--target={self.keeper}",
+            "--mount",
+            *([] if os.getuid() == 0 else ["--user", "--preserve-credentials"]),
+        ]
         command = (*enter, "env", f"--chdir={self.project.folder}", *command)
         return subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
 
@@ -53,7 +58,9 @@ class SmallDisk:
         """Fill the disk until `room` bytes are left of it, in whole pages of memory."""
         (self.outputs / FILLER).unlink(missing_ok=True)
         with (self.outputs / FILLER).open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(self.outputs).free - room))
+            os.posix_fallocate(
+                file.fileno(), 0, max(1, shutil.disk_usage(self.outputs).free - room)
+            )
 
     def free(self) -> None:
         (self.outputs / FILLER).unlink(missing_ok=True)
@@ -69,7 +76,11 @@ def small_disk(project: Project, size: int = 64 * MEGABYTE) -> Iterator[SmallDis
     namespace = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--user", "--map-root-user"])]
     script = 'mount -t tmpfs -o size="$1" none "$2" && echo mounted && exec cat'
     command = [*namespace, "sh", "-c", script, "sh", str(size), str(project.folder / "outputs")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as keeper:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as keeper:
         if keeper.stdout.readline() != "mounted\n":
             pytest.skip(f"no disk can be mounted here: {keeper.communicate()[1].strip()}")
-        yield SmallDisk(project, keeper.pid)  # behind it `with` closes stdin, which ends `cat`, and the namespace with it
+        yield SmallDisk(
+            project, keeper.pid
+        )  # behind it `with` closes stdin, which ends `cat`, and the namespace with it

@@ -25,7 +25,12 @@ def start(project: Project, *arguments: str) -> subprocess.Popen:
     log = project.folder / f"{len(list(project.folder.glob('*.log')))}.log"
     with log.open("w") as file:
         make = subprocess.Popen(
-            ["make", *arguments], cwd=project.folder, env=clean_environment(), stdout=file, stderr=file, start_new_session=True
+            ["make", *arguments],
+            cwd=project.folder,
+            env=clean_environment(),
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
     make.log = log  # type: ignore[attr-defined]
     return make
@@ -38,7 +43,9 @@ def said(make: subprocess.Popen) -> str:
 def require_same(project: Project, stages: tuple[str, ...], run: str, other: str) -> None:
     for stage in stages:
         if stage not in DIFFERING:
-            assert project.manifest(stage, run)["content"] == project.manifest(stage, other)["content"], stage
+            assert (
+                project.manifest(stage, run)["content"] == project.manifest(stage, other)["content"]
+            ), stage
 
 
 def test_two_makes_in_one_run_give_what_one_gives(built: Project, torture: Torture) -> None:
@@ -49,34 +56,55 @@ def test_two_makes_in_one_run_give_what_one_gives(built: Project, torture: Tortu
     outputs = [said(make) for make in two]
     assert statuses == [0, 0], outputs
     for stage in stages:
-        assert sorted(f"{stage}: published" in output for output in outputs) == [False, True], outputs
+        assert sorted(f"{stage}: published" in output for output in outputs) == [False, True], (
+            outputs
+        )
     assert any(WAITS.search(output) for output in outputs), outputs
     require_same(built, stages, "shared", "tiny")
 
 
-def test_makes_in_two_runs_work_at_once_and_share_what_is_cached(built: Project, torture: Torture) -> None:
+def test_makes_in_two_runs_work_at_once_and_share_what_is_cached(
+    built: Project, torture: Torture
+) -> None:
     stages = STAGES[: torture.times(2, 4)]
     models = built.folder / "outputs" / ".cache" / "models"
     for path in models.rglob("*.safetensors"):
         path.unlink()
     subprocess.run(["rm", "-r", str(models)], check=True)
     two = [start(built, stages[-1], "RECIPE=tiny", f"RUN={run}") for run in ("one", "two")]
-    made = processes.wait_for(lambda: [path.stat().st_ino for path in models.glob("*") if path.is_dir() and "." not in path.name], 120)
+    made = processes.wait_for(
+        lambda: [
+            path.stat().st_ino
+            for path in models.glob("*")
+            if path.is_dir() and "." not in path.name
+        ],
+        120,
+    )
     assert [make.wait() for make in two] == [0, 0], [said(make) for make in two]
-    assert [path.stat().st_ino for path in models.glob("*") if path.is_dir()] == made, "the random model was made twice"
-    assert not any(re.search("(data|precompile|train).*waiting", said(make)) for make in two), "a run waited for the other"
+    assert [path.stat().st_ino for path in models.glob("*") if path.is_dir()] == made, (
+        "the random model was made twice"
+    )
+    assert not any(re.search("(data|precompile|train).*waiting", said(make)) for make in two), (
+        "a run waited for the other"
+    )
     require_same(built, stages, "one", "tiny")
     require_same(built, stages, "two", "tiny")
 
 
-def test_a_make_that_waits_goes_on_when_the_other_is_killed(built: Project, torture: Torture) -> None:
+def test_a_make_that_waits_goes_on_when_the_other_is_killed(
+    built: Project, torture: Torture
+) -> None:
     torture.require_long()
     stages = STAGES[:4]
     settings = ("RECIPE=tiny", "RUN=shared")
     first = start(built, "train", *settings)
-    assert processes.wait_for(lambda: "$ python" in said(first), 120, lambda: first.poll() is None), said(first)
+    assert processes.wait_for(
+        lambda: "$ python" in said(first), 120, lambda: first.poll() is None
+    ), said(first)
     second = start(built, stages[-1], *settings)
-    waiting = processes.wait_for(lambda: WAITS.search(said(second)), 120, lambda: second.poll() is None)
+    waiting = processes.wait_for(
+        lambda: WAITS.search(said(second)), 120, lambda: second.poll() is None
+    )
     assert waiting, said(second)
     first.send_signal(torture.random.choice([signal.SIGKILL, signal.SIGTERM]))
     assert first.wait() != 0 and second.wait() == 0, said(second)

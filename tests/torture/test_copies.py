@@ -26,11 +26,15 @@ def require_fresh(project: Project) -> None:
 
 
 @pytest.mark.parametrize("copy", ["cp -r", "cp -a", "rsync -a", "rsync -r --checksum"])
-def test_outputs_copied_to_another_clone_are_fresh(copy: str, built_once: Project, tmp_path: Path) -> None:
+def test_outputs_copied_to_another_clone_are_fresh(
+    copy: str, built_once: Project, tmp_path: Path
+) -> None:
     if shutil.which(copy.split()[0]) is None:
         pytest.skip(f"{copy.split()[0]} is not installed")
     there = Project(tmp_path / "clone")
-    shutil.copytree(built_once.folder, there.folder, symlinks=True, ignore=shutil.ignore_patterns("outputs"))
+    shutil.copytree(
+        built_once.folder, there.folder, symlinks=True, ignore=shutil.ignore_patterns("outputs")
+    )
     subprocess.run([*copy.split(), f"{built_once.folder}/outputs", f"{there.folder}/"], check=True)
     require_fresh(there)
     done = there.make("all", *TINY)
@@ -65,7 +69,11 @@ def edit_unseen(path: Path, old: str, new: str) -> None:
         file.write(text.replace(old, new))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     after = path.stat()
-    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (
+        stat.st_size,
+        stat.st_mtime_ns,
+        stat.st_ino,
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,17 +81,30 @@ def edit_unseen(path: Path, old: str, new: str) -> None:
     [
         ("data/tiny/rows.jsonl", "Trainium", "Tranquil", ["data", *AFTER_DATA]),
         ("data/tiny/prompts.jsonl", "instruction", "Instruction", ["eval"]),
-        ("data/tiny/config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05', ["precompile", *AFTER_DATA]),
+        (
+            "data/tiny/config.json",
+            '"rms_norm_eps": 1e-06',
+            '"rms_norm_eps": 1e-05',
+            ["precompile", *AFTER_DATA],
+        ),
         ("stages/backends/torch/optimizer.py", "return", "yield ", AFTER_DATA),
     ],
 )
-def test_an_edit_that_keeps_size_and_time_is_seen(file: str, old: str, new: str, stages: list[str], built: Project) -> None:
+def test_an_edit_that_keeps_size_and_time_is_seen(
+    file: str, old: str, new: str, stages: list[str], built: Project
+) -> None:
     edit_unseen(built.folder / file, old, new)
-    assert [stage for stage in built.stages_to_run("all", *TINY) if stage != "precompile" or stage in stages] == stages
+    assert [
+        stage
+        for stage in built.stages_to_run("all", *TINY)
+        if stage != "precompile" or stage in stages
+    ] == stages
 
 
 @pytest.mark.parametrize("copied", ["all of it", "its files but not the manifest"])
-def test_outputs_of_another_run_copied_over_this_ones_are_not_taken_for_its_own(copied: str, built: Project) -> None:
+def test_outputs_of_another_run_copied_over_this_ones_are_not_taken_for_its_own(
+    copied: str, built: Project
+) -> None:
     built.make("data", *TINY, "RUN=other", "VALIDATION_FRACTION=0.5")
     other, own = built.folder / "outputs/other/data", built.folder / "outputs/tiny/data"
     manifest = (own / "manifest.json").read_bytes()
@@ -93,7 +114,9 @@ def test_outputs_of_another_run_copied_over_this_ones_are_not_taken_for_its_own(
     assert built.stages_to_run("all", *TINY) == ["data", *AFTER_DATA]
     done = built.make("all", *TINY)
     assert "data: published" in done.stdout
-    assert all(f"{stage}: up to date" in done.stdout for stage in AFTER_DATA), "data came out as before"
+    assert all(f"{stage}: up to date" in done.stdout for stage in AFTER_DATA), (
+        "data came out as before"
+    )
 
 
 # Runs in each stage before the stage itself: the clock that it asks goes back an hour at each look.
@@ -108,7 +131,9 @@ time.gmtime = lambda seconds=None: true_gmtime(back() if seconds is None else se
 """
 
 
-def test_a_clock_that_is_set_back_while_a_stage_runs_changes_nothing(built: Project, tmp_path: Path) -> None:
+def test_a_clock_that_is_set_back_while_a_stage_runs_changes_nothing(
+    built: Project, tmp_path: Path
+) -> None:
     (tmp_path / "sitecustomize.py").write_text(CLOCK_SET_BACK)
     started = time.monotonic()
     built.make("precompile", *TINY, "RUN=back", PYTHONPATH=str(tmp_path))
@@ -117,5 +142,7 @@ def test_a_clock_that_is_set_back_while_a_stage_runs_changes_nothing(built: Proj
         assert 0 <= built.manifest(stage, "back")["seconds"] <= taken
     assert 0 < built.manifest("precompile", "back")["metrics"]["seconds_per_step"] <= taken
     assert built.manifest("data", "back")["content"] == built.manifest("data")["content"]
-    assert built.manifest("data", "back")["finished"] < built.manifest("data")["finished"], "the clock was not set back"
+    assert built.manifest("data", "back")["finished"] < built.manifest("data")["finished"], (
+        "the clock was not set back"
+    )
     assert built.stages_to_run("precompile", *TINY, "RUN=back") == []

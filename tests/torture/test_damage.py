@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from stages.backends.torch.train import environment, train, training_command
+from stages.make.verify import damage_of
 from stages.model.base import base_model_folder
-from stages.run.code import ROOT
-from stages.run.manifest import FILE, damage, manifest_of
-from stages.run.publish import Facts, publish
+from stages.run.fingerprint import ROOT
+from stages.run.manifest import FILE, file_problems, manifest_of
+from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
-from stages.run.verify import damage_of
-from tests.backends.test_torch_train import base, data, weights  # noqa: F401 (fixtures: a two-layer model, and packed rows)
+from tests.backends.torch.test_train import base, data, weights  # noqa: F401 (fixtures: a two-layer model, and packed rows)
 from tests.conftest import Project
 from tests.torture.checkpoints import checkpoint_of, one_rank, resumed  # noqa: F401 (a fixture)
 from tests.torture.plugin import Torture
@@ -87,7 +87,13 @@ FAULTS: list[Callable] = [*SEEN_BY_SIZE, flip_a_bit, fill_with_zeros, add]
 
 
 def a_file_of(folder: Path, chance: random.Random) -> Path:
-    return chance.choice(sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FILE and any(path.read_bytes())))
+    return chance.choice(
+        sorted(
+            path
+            for path in folder.rglob("*")
+            if path.is_file() and path.name != FILE and any(path.read_bytes())
+        )
+    )
 
 
 # Published outputs.
@@ -97,18 +103,20 @@ def a_file_of(folder: Path, chance: random.Random) -> Path:
 def published(tmp_path: Path) -> Path:
     """A small published output in a run."""
 
-    def build(work: Path) -> Facts:
+    def build(work: Path) -> StageResult:
         for name in ("weights", "nested/deeper/shard", "nested/list", "a name with spaces"):
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             (work / name).write_bytes(random.Random(name).randbytes(3000))
-        return Facts()
+        return StageResult()
 
     publish("data", Settings(), {}, tmp_path / "run" / "data", build)
     return tmp_path / "run" / "data"
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found_and_named(fault: Callable, published: Path, tmp_path: Path, torture: Torture) -> None:
+def test_a_fault_is_found_and_named(
+    fault: Callable, published: Path, tmp_path: Path, torture: Torture
+) -> None:
     assert damage_of(published) == []
     for _ in range(torture.times(3, 100)):
         copy = tmp_path / "copies" / "run" / "data"
@@ -116,13 +124,15 @@ def test_a_fault_is_found_and_named(fault: Callable, published: Path, tmp_path: 
         expected = fault(copy, a_file_of(copy, torture.random), torture.random)
         found = damage_of(copy)
         assert len(found) == 1 and found[0].startswith(expected)
-        seen_by_size = damage(manifest_of(copy) or {}, copy)
+        seen_by_size = file_problems(manifest_of(copy) or {}, copy)
         assert seen_by_size == (found if fault in SEEN_BY_SIZE else [])
         torture.count()
         shutil.rmtree(copy)
 
 
-def test_a_manifest_is_no_longer_believed_when_a_byte_of_it_is_changed(published: Path, torture: Torture) -> None:
+def test_a_manifest_is_no_longer_believed_when_a_byte_of_it_is_changed(
+    published: Path, torture: Torture
+) -> None:
     text = (published / FILE).read_bytes()
     for _ in range(torture.times(100, 3000)):
         place, value = torture.random.randrange(len(text)), torture.random.randrange(256)
@@ -141,19 +151,28 @@ def test_nothing_outside_an_output_is_read_for_it(published: Path, tmp_path: Pat
     (published / "nested").rename(tmp_path / "elsewhere")
     (published / "nested").symlink_to(tmp_path / "elsewhere")
     found = damage_of(published)
-    assert "nested/deeper/shard lies outside, behind a link" in found and "nested was not published" in found
+    assert (
+        "nested/deeper/shard lies outside, behind a link" in found
+        and "nested was not published" in found
+    )
 
 
-def test_make_finds_damage_in_every_stage_and_makes_it_again(built: Project, torture: Torture) -> None:
+def test_make_finds_damage_in_every_stage_and_makes_it_again(
+    built: Project, torture: Torture
+) -> None:
     """The long form damages all six stages, the short one those that are made again soon."""
     outputs = built.folder / "outputs/tiny"
     stages = STAGES if torture.long else ("data", "consolidate")
-    same = [stage for stage in STAGES if stage != "compile-inference"]  # inductor does not give the same bytes twice
+    same = [
+        stage for stage in STAGES if stage != "compile-inference"
+    ]  # inductor does not give the same bytes twice
     before = {stage: built.manifest(stage)["content"] for stage in same}
     faults = {}
     for stage in stages:
         fault = torture.random.choice(FAULTS)
-        faults[stage] = fault(outputs / stage, a_file_of(outputs / stage, torture.random), torture.random)
+        faults[stage] = fault(
+            outputs / stage, a_file_of(outputs / stage, torture.random), torture.random
+        )
         torture.count()
     said = built.make("verify", "RECIPE=tiny", check=False)
     assert said.returncode == 2 and "make all VERIFY=1" in said.stderr
@@ -171,17 +190,29 @@ def test_make_finds_damage_in_every_stage_and_makes_it_again(built: Project, tor
     assert built.make("verify", "RECIPE=tiny").stdout.count("as published") == len(STAGES)
 
 
-def test_a_flipped_bit_in_the_trained_shards_stops_consolidation_and_leaves_its_former_output(built: Project, torture: Torture) -> None:
-    shards, change = built.folder / "outputs/tiny/train/shards", ("RECIPE=tiny", "MAX_SHARD_SIZE=100kB")
+def test_a_flipped_bit_in_the_trained_shards_stops_consolidation_and_leaves_its_former_output(
+    built: Project, torture: Torture
+) -> None:
+    shards, change = (
+        built.folder / "outputs/tiny/train/shards",
+        ("RECIPE=tiny", "MAX_SHARD_SIZE=100kB"),
+    )
     file = max(shards.glob("*.distcp"), key=lambda path: path.stat().st_size)
     whole, before = file.read_bytes(), built.manifest("consolidate")
     for _ in range(torture.times(1, 10)):
         place = torture.random.randrange(len(whole) // 4, len(whole) * 3 // 4)
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         done = built.make("consolidate", *change, check=False)
-        assert done.returncode == 2 and f"shards/{file.name} has other bytes" in done.stderr and "VERIFY=1" in done.stderr
+        assert (
+            done.returncode == 2
+            and f"shards/{file.name} has other bytes" in done.stderr
+            and "VERIFY=1" in done.stderr
+        )
         assert "Traceback" not in done.stderr
-        assert built.manifest("consolidate") == before and damage_of(built.folder / "outputs/tiny/consolidate") == []
+        assert (
+            built.manifest("consolidate") == before
+            and damage_of(built.folder / "outputs/tiny/consolidate") == []
+        )
         torture.count()
 
 
@@ -201,12 +232,22 @@ def empty_the_folder(folder: Path, file: Path, chance: random.Random) -> str:
 
 def garble_its_list(folder: Path, file: Path, chance: random.Random) -> str:
     (folder / "files.json").write_bytes(
-        chance.choice([b"[]", b"{", b"\xff", b"{}", b'{"a": 3}', b'{"a\\u0000": {"bytes": 1, "sha256": ""}}'])
+        chance.choice(
+            [b"[]", b"{", b"\xff", b"{}", b'{"a": 3}', b'{"a\\u0000": {"bytes": 1, "sha256": ""}}']
+        )
     )
     return "damaged"
 
 
-CHECKPOINT_FAULTS: list[Callable] = [flip_a_bit, truncate, remove, fill_with_zeros, remove_its_list, empty_the_folder, garble_its_list]
+CHECKPOINT_FAULTS: list[Callable] = [
+    flip_a_bit,
+    truncate,
+    remove,
+    fill_with_zeros,
+    remove_its_list,
+    empty_the_folder,
+    garble_its_list,
+]
 
 
 def a_checkpoint_file(checkpoint: Path, chance: random.Random) -> Path:
@@ -214,19 +255,28 @@ def a_checkpoint_file(checkpoint: Path, chance: random.Random) -> Path:
 
 
 @pytest.mark.parametrize("fault", CHECKPOINT_FAULTS)
-def test_a_training_goes_on_from_the_last_checkpoint_that_is_whole(fault, one_rank, tmp_path, torture: Torture, capsys) -> None:  # noqa: F811
+def test_a_training_goes_on_from_the_last_checkpoint_that_is_whole(
+    fault, one_rank, tmp_path, torture: Torture, capsys
+) -> None:  # noqa: F811
     for step in (2, 4, 6):
         checkpoint_of(tmp_path / "written", step, keep=3)
     for _ in range(torture.times(2, 40)):
         folder = shutil.copytree(tmp_path / "written", tmp_path / "checkpoints")
         damaged = sorted(folder.iterdir(), reverse=True)[: torture.random.randrange(1, 4)]
-        expected = [fault(path, a_checkpoint_file(path, torture.random), torture.random) for path in damaged]
+        expected = [
+            fault(path, a_checkpoint_file(path, torture.random), torture.random) for path in damaged
+        ]
         left = 6 - 2 * len(damaged)
         assert resumed(folder)[0] == left
         said = capsys.readouterr().err
-        assert all(path.name in said and wrong in said for path, wrong in zip(damaged, expected, strict=True))
+        assert all(
+            path.name in said and wrong in said
+            for path, wrong in zip(damaged, expected, strict=True)
+        )
         assert (f"going on from step {left}" if left else "beginning anew") in said
-        assert resumed(folder)[0] == left and capsys.readouterr().err == "", "what was damaged is named once"
+        assert resumed(folder)[0] == left and capsys.readouterr().err == "", (
+            "what was damaged is named once"
+        )
         checkpoint_of(folder, 8, keep=1)
         assert resumed(folder) == (8, 8.0)
         torture.count()
@@ -243,10 +293,17 @@ def test_a_training_that_resumes_behind_a_damaged_checkpoint_ends_with_the_same_
     settings = replace(base, nproc_per_node=processes, save_steps=2, max_steps=8, eval_steps=0)
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
-    command = training_command(settings, base_model_folder(settings), data, undisturbed, max_steps=-1)
-    subprocess.run(command, env={**os.environ, **environment(settings)}, check=True, stderr=subprocess.DEVNULL)
+    command = training_command(
+        settings, base_model_folder(settings), data, undisturbed, max_steps=-1
+    )
+    subprocess.run(
+        command, env={**os.environ, **environment(settings)}, check=True, stderr=subprocess.DEVNULL
+    )
     expected = weights(undisturbed, tmp_path / "expected")
-    assert [path.name for path in sorted((undisturbed / "checkpoints").iterdir())] == ["step-00000004", "step-00000006"]
+    assert [path.name for path in sorted((undisturbed / "checkpoints").iterdir())] == [
+        "step-00000004",
+        "step-00000006",
+    ]
     for number, fault in enumerate(torture.random.sample(CHECKPOINT_FAULTS, torture.times(1, 3))):
         work = tmp_path / f"work-{number}"
         shutil.copytree(undisturbed, work)
@@ -257,7 +314,11 @@ def test_a_training_that_resumes_behind_a_damaged_checkpoint_ends_with_the_same_
         said = capfd.readouterr().err
         assert "step-00000006 is damaged" in said and "going on from step 4" in said
         ours = weights(work, tmp_path / f"weights-{number}")
-        assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
-        steps = [json.loads(line)["step"] for line in (work / "metrics.jsonl").read_text().splitlines()]
+        assert ours.keys() == expected.keys() and all(
+            torch.equal(ours[name], expected[name]) for name in expected
+        )
+        steps = [
+            json.loads(line)["step"] for line in (work / "metrics.jsonl").read_text().splitlines()
+        ]
         assert steps == list(range(1, 9))
         torture.count()

@@ -23,7 +23,9 @@ def ordinary(project: Project, *arguments: str) -> subprocess.CompletedProcess[s
             pytest.skip("root is bound by no permission, and setpriv (util-linux) is not here")
         without = "-dac_override,-dac_read_search"
         command = ["setpriv", f"--bounding-set={without}", f"--inh-caps={without}", *command]
-    return subprocess.run(command, cwd=project.folder, env=clean_environment(), capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=project.folder, env=clean_environment(), capture_output=True, text=True
+    )
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *told: str) -> None:
@@ -36,13 +38,20 @@ def assert_refused(done: subprocess.CompletedProcess[str], *told: str) -> None:
 def test_a_disk_that_is_mounted_read_only_is_named_and_nothing_else_suffers(built: Project) -> None:
     with small_disk(built) as disk:
         disk.restore(built.folder / "outputs")
-        writable = [disk.make(*goal) for goal in (("status",), ("-n", "all"), ("-n", "data", "SEED=3"))]
+        writable = [
+            disk.make(*goal) for goal in (("status",), ("-n", "all"), ("-n", "data", "SEED=3"))
+        ]
         assert disk.run("mount", "-o", "remount,ro", "outputs").returncode == 0
-        asked = [disk.make(*goal) for goal in (("status",), ("-n", "all"), ("-n", "data", "SEED=3"))]
+        asked = [
+            disk.make(*goal) for goal in (("status",), ("-n", "all"), ("-n", "data", "SEED=3"))
+        ]
         assert [done.stdout for done in asked] == [done.stdout for done in writable]
         assert [done.returncode for done in asked] == [0, 0, 0]
         assert disk.make("all").returncode == 0  # nothing is stale
-        assert_refused(disk.make("data", "SEED=3"), "outputs/tiny is on a disk that is mounted read-only. Mount it for writing, or")
+        assert_refused(
+            disk.make("data", "SEED=3"),
+            "outputs/tiny is on a disk that is mounted read-only. Mount it for writing, or",
+        )
         assert disk.run("mount", "-o", "remount,rw", "outputs").returncode == 0
         assert disk.make("data", "SEED=3").returncode == 0
 
@@ -54,7 +63,9 @@ def test_a_folder_that_may_not_be_written_is_named(built: Project, folder: str) 
     done = ordinary(built, "data", "SEED=3", f"RUN={run}")
     asked = ordinary(built, "status", f"RUN={run}")
     (built.folder / folder).chmod(0o755)
-    assert_refused(done, f"{folder} cannot be written by user {os.getuid()}. Change its owner or its mode, or")
+    assert_refused(
+        done, f"{folder} cannot be written by user {os.getuid()}. Change its owner or its mode, or"
+    )
     assert (asked.returncode, asked.stderr) == (0, "")
     assert built.snapshot() == before
 
@@ -67,7 +78,9 @@ def test_a_folder_of_another_that_no_one_may_enter_is_named(built: Project) -> N
 
 
 @pytest.mark.parametrize("place", ["outputs", "outputs/tiny"])
-def test_a_file_where_a_folder_is_to_be_is_named(project: Project, tmp_path: Path, place: str) -> None:
+def test_a_file_where_a_folder_is_to_be_is_named(
+    project: Project, tmp_path: Path, place: str
+) -> None:
     folder = tmp_path / "project"
     shutil.copytree(project.folder, folder, symlinks=True)
     (folder / place).parent.mkdir(exist_ok=True)

@@ -29,7 +29,13 @@ STAGES = {
     "eval": ("TOP_K=3", 12 * KB, 4),
 }
 # Less than a stage can tell that it needs; and enough for its checks, but not for all that it writes.
-TOO_LITTLE = {"data": 16 * KB, "precompile": 100 * KB, "train": 1_000 * KB, "consolidate": 250 * KB, "compile-inference": 250 * KB}
+TOO_LITTLE = {
+    "data": 16 * KB,
+    "precompile": 100 * KB,
+    "train": 1_000 * KB,
+    "consolidate": 250 * KB,
+    "compile-inference": 250 * KB,
+}
 RUNS_OUT = {"data": 150 * KB, "consolidate": 320 * KB, "eval": 0}
 
 
@@ -37,7 +43,9 @@ RUNS_OUT = {"data": 150 * KB, "consolidate": 320 * KB, "eval": 0}
 def disk(built_once: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisk]:
     """A copy of the built project, on a path without a space, so that compilers work in outputs/ too; its outputs are a small disk."""
     folder = tmp_path_factory.mktemp("disk") / "project"
-    shutil.copytree(built_once.folder, folder, symlinks=True, ignore=shutil.ignore_patterns("outputs"))
+    shutil.copytree(
+        built_once.folder, folder, symlinks=True, ignore=shutil.ignore_patterns("outputs")
+    )
     with small_disk(Project(folder)) as disk:
         yield disk
 
@@ -52,9 +60,15 @@ def outputs(built_once: Project, disk: SmallDisk) -> Path:
 
 def digests(outputs: Path) -> dict[str, dict[str, str]]:
     """Stage -> sha256 of each file that its manifest lists, as it is; raises where one is missing."""
-    manifests = {path.parent: json.loads(path.read_bytes()) for path in sorted(outputs.glob("tiny/*/manifest.json"))}
+    manifests = {
+        path.parent: json.loads(path.read_bytes())
+        for path in sorted(outputs.glob("tiny/*/manifest.json"))
+    }
     return {
-        folder.name: {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["outputs"]}
+        folder.name: {
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            for name in manifest["outputs"]
+        }
         for folder, manifest in manifests.items()
     }
 
@@ -71,8 +85,12 @@ def assert_whole(outputs: Path) -> None:
 def assert_told(stderr: str) -> None:
     """The message names a file or folder on the disk, sizes and a remedy; no traceback stands beside it."""
     assert "Traceback" not in stderr, stderr
-    message = next(line for line in stderr.splitlines() if line.startswith("failed: "))  # a rank's, then its stage's
-    assert re.match(r"failed: .*outputs/(tiny|\.cache)/.*\b\d[\d.]* (B|kB|MB)\b.*\. Make room, or", message), message
+    message = next(
+        line for line in stderr.splitlines() if line.startswith("failed: ")
+    )  # a rank's, then its stage's
+    assert re.match(
+        r"failed: .*outputs/(tiny|\.cache)/.*\b\d[\d.]* (B|kB|MB)\b.*\. Make room, or", message
+    ), message
 
 
 def run_out(disk: SmallDisk, stage: str, before: dict) -> bool:
@@ -86,7 +104,9 @@ def run_out(disk: SmallDisk, stage: str, before: dict) -> bool:
 
 
 @pytest.mark.parametrize("stage", TOO_LITTLE)
-def test_a_stage_that_will_not_fit_says_so_before_it_writes(stage: str, disk: SmallDisk, outputs: Path) -> None:
+def test_a_stage_that_will_not_fit_says_so_before_it_writes(
+    stage: str, disk: SmallDisk, outputs: Path
+) -> None:
     disk.leave(TOO_LITTLE[stage])
     done = disk.make(stage, *STAGES[stage][0].split())
     assert done.returncode
@@ -106,12 +126,16 @@ def test_random_weights_that_will_not_fit_are_not_half_made(disk: SmallDisk, out
 
 
 @pytest.mark.parametrize("stage", RUNS_OUT)
-def test_a_disk_that_runs_out_leaves_the_former_outputs_and_a_message(stage: str, disk: SmallDisk, outputs: Path) -> None:
+def test_a_disk_that_runs_out_leaves_the_former_outputs_and_a_message(
+    stage: str, disk: SmallDisk, outputs: Path
+) -> None:
     disk.leave(RUNS_OUT[stage])
     assert run_out(disk, stage, digests(outputs))
 
 
-def test_a_training_goes_on_from_its_checkpoint_once_there_is_room(disk: SmallDisk, outputs: Path, torture: Torture) -> None:
+def test_a_training_goes_on_from_its_checkpoint_once_there_is_room(
+    disk: SmallDisk, outputs: Path, torture: Torture
+) -> None:
     """The disk is filled by another behind the first checkpoint: no later one fits."""
     torture.require_long()
     settings = STAGES["train"][0].split()
@@ -126,7 +150,9 @@ def test_a_training_goes_on_from_its_checkpoint_once_there_is_room(disk: SmallDi
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_any_amount_of_room_is_enough_or_told(stage: str, disk: SmallDisk, outputs: Path, torture: Torture) -> None:
+def test_any_amount_of_room_is_enough_or_told(
+    stage: str, disk: SmallDisk, outputs: Path, torture: Torture
+) -> None:
     """Random amounts of room, then, without cleaning by hand, enough of it."""
     torture.require_long()
     before, (_, most, number) = digests(outputs), STAGES[stage]

@@ -14,15 +14,26 @@ from typing import Any
 
 import pytest
 import torch
+from stages.backends.neuron.shards.read.torch_archive import read_archive
 from torch.distributed.checkpoint import metadata
 
-from stages.backends.neuron.archive import read_archive
 from stages.backends.torch.metadata import METADATA_FILE
 from stages.run.errors import StageFailure
 from tests.pickled import Call
-from tests.torture.shard_damage import MEGABYTES_FOR_DAMAGE, SHARD, change, most_memory, opened, outcome, placed
+from tests.torture.shard_damage import (
+    MEGABYTES_FOR_DAMAGE,
+    SHARD,
+    change,
+    most_memory,
+    opened,
+    outcome,
+    placed,
+)
 
-pytestmark = [pytest.mark.torture("fuzz"), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
+pytestmark = [
+    pytest.mark.torture("fuzz"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 
 NEEDLESSLY_TRUSTED: dict[str, Any] = {
     "a command": Call(os.system, "touch ran"),
@@ -49,7 +60,22 @@ def test_a_pickle_that_asks_for_more_is_refused(shards: Path, place: str, value:
     assert outcome(shards) is None
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "folder/shard", "", ".", "..", "link", "pipe", "folder", 7, "no\0name"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside",
+        "/etc/hostname",
+        "folder/shard",
+        "",
+        ".",
+        "..",
+        "link",
+        "pipe",
+        "folder",
+        7,
+        "no\0name",
+    ],
+)
 def test_metadata_names_no_file_but_the_checkpoints_own(shards: Path, name: Any) -> None:
     shutil.copy(shards / SHARD, shards.parent / "outside")
     (shards / "folder").mkdir()
@@ -75,19 +101,27 @@ WRONG_NUMBERS: dict[str, dict[str, Any]] = {
     "no length": {"length": 0},
     "a length far too large": {"length": 2**70},
     "a length in words": {"length": "all"},
-    "too many shards": {"chunks": [metadata.ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([3, 4]))] * 100_000},
+    "too many shards": {
+        "chunks": [metadata.ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([3, 4]))] * 100_000
+    },
 }
 
 
 @pytest.mark.parametrize("changes", WRONG_NUMBERS.values(), ids=WRONG_NUMBERS)
-def test_numbers_that_no_checkpoint_has_are_refused_and_take_no_memory(shards: Path, changes: dict[str, Any]) -> None:
+def test_numbers_that_no_checkpoint_has_are_refused_and_take_no_memory(
+    shards: Path, changes: dict[str, Any]
+) -> None:
     memory = most_memory()
     change(shards, "first", **changes)
     assert outcome(shards) in (None, {}) or changes["shape"][0] == 0
     assert most_memory() - memory < MEGABYTES_FOR_DAMAGE
 
 
-def rewritten(data: bytes, change: Callable[[zipfile.ZipInfo, bytes], tuple[zipfile.ZipInfo, bytes]], times: int = 1) -> bytes:
+def rewritten(
+    data: bytes,
+    change: Callable[[zipfile.ZipInfo, bytes], tuple[zipfile.ZipInfo, bytes]],
+    times: int = 1,
+) -> bytes:
     """An archive whose records went through `change`, each written `times` times."""
     found = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(found, "w") as new:
@@ -100,7 +134,9 @@ def rewritten(data: bytes, change: Callable[[zipfile.ZipInfo, bytes], tuple[zipf
 
 def compressed(record: str) -> Callable[[bytes], bytes]:
     def change(info: zipfile.ZipInfo, content: bytes) -> tuple[zipfile.ZipInfo, bytes]:
-        info.compress_type = zipfile.ZIP_DEFLATED if info.filename.endswith(record) else zipfile.ZIP_STORED
+        info.compress_type = (
+            zipfile.ZIP_DEFLATED if info.filename.endswith(record) else zipfile.ZIP_STORED
+        )
         return info, content
 
     return lambda data: rewritten(data, change)
@@ -148,14 +184,20 @@ ARCHIVES: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("change_archive", ARCHIVES.values(), ids=ARCHIVES)
-def test_archives_that_lie_are_refused_and_take_no_memory(shards: Path, change_archive: Callable[[bytes], bytes]) -> None:
+def test_archives_that_lie_are_refused_and_take_no_memory(
+    shards: Path, change_archive: Callable[[bytes], bytes]
+) -> None:
     place = placed(opened(shards), "first")
-    stored = change_archive((shards / SHARD).read_bytes()[place.offset : place.offset + place.length])
+    stored = change_archive(
+        (shards / SHARD).read_bytes()[place.offset : place.offset + place.length]
+    )
     memory = most_memory()
     (shards.parent / "shard.pt").write_bytes(stored)
     with pytest.raises(StageFailure):
         read_archive(shards.parent / "shard.pt")
     (shards / SHARD).write_bytes((shards / SHARD).read_bytes() + stored)
-    change(shards, "first", offset=(shards / SHARD).stat().st_size - len(stored), length=len(stored))
+    change(
+        shards, "first", offset=(shards / SHARD).stat().st_size - len(stored), length=len(stored)
+    )
     assert outcome(shards) is None
     assert most_memory() - memory < MEGABYTES_FOR_DAMAGE

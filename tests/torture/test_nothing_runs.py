@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from stages.backends.torch.evaluate import _mean_loss
-from stages.model.base import base_model_folder, load_config
+from stages.backends.evaluate import _mean_loss
+from stages.model.base import base_config, base_model_folder
 from stages.model.check import described_model
-from stages.run.code import ROOT
 from stages.run.errors import InputError, StageFailure
+from stages.run.fingerprint import ROOT
 from stages.run.settings import Settings
-from stages.text.rows import Columns, read_rows
+from stages.text.examples import Columns, read_examples
 from stages.text.tokens import find_tokenizer
 from tests.conftest import Project
 from tests.tiny_llama import tiny_llama
@@ -52,12 +52,24 @@ def folder(tmp_path: Path, marker: Path) -> Path:
     tiny_llama().save_pretrained(model)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "data" / "demo" / "model" / name, model)
-    for name in ("configuration_evil.py", "modeling_evil.py", "tokenization_evil.py", "__init__.py", "model.py"):
+    for name in (
+        "configuration_evil.py",
+        "modeling_evil.py",
+        "tokenization_evil.py",
+        "__init__.py",
+        "model.py",
+    ):
         (model / name).write_text(EVIL.format(marker=str(marker)))
     (model / "custom_generate").mkdir()
-    (model / "custom_generate" / "generate.py").write_text(EVIL.format(marker=str(marker)) + "def generate(*a, **k): pass\n")
-    (model / "chat_template.jinja").write_text("{{ cycler.__init__.__globals__.os.system('touch " + str(marker) + "') }}")
-    (model / "generation_config.json").write_text(json.dumps({"custom_generate": str(model), "trust_remote_code": True}))
+    (model / "custom_generate" / "generate.py").write_text(
+        EVIL.format(marker=str(marker)) + "def generate(*a, **k): pass\n"
+    )
+    (model / "chat_template.jinja").write_text(
+        "{{ cycler.__init__.__globals__.os.system('touch " + str(marker) + "') }}"
+    )
+    (model / "generation_config.json").write_text(
+        json.dumps({"custom_generate": str(model), "trust_remote_code": True})
+    )
     edit(model / "config.json", auto_map=AUTO_MAP, trust_remote_code=True)
     edit(model / "tokenizer_config.json", auto_map=AUTO_MAP, trust_remote_code=True)
     return model
@@ -72,7 +84,7 @@ def settings(folder: Path) -> Settings:
 
 
 def test_a_known_model_with_code_beside_it_is_loaded_without_the_code(folder: Path) -> None:
-    assert load_config(settings(folder)).model_type == "llama"
+    assert base_config(settings(folder)).model_type == "llama"
     assert base_model_folder(settings(folder)) == folder
     assert type(described_model(folder)).__module__.startswith("transformers.")
     assert find_tokenizer(str(folder)).vocab_size > 0
@@ -89,7 +101,7 @@ def test_the_base_models_loss_is_measured_without_the_code(folder: Path) -> None
 def test_a_model_that_needs_its_code_is_refused(folder: Path) -> None:
     edit(folder / "config.json", model_type="evil", architectures=["Evil"])
     with pytest.raises(InputError, match=r"code of its own \(auto_map\), which is never run"):
-        load_config(settings(folder))
+        base_config(settings(folder))
     with pytest.raises(InputError, match=r"code of its own \(auto_map\), which is never run"):
         base_model_folder(settings(folder))
     with pytest.raises(StageFailure, match="code of its own"):
@@ -103,13 +115,22 @@ def test_a_tokenizer_that_needs_its_code_is_refused(folder: Path, of: str) -> No
     if of == "the model":
         (folder / "tokenizer_config.json").unlink()
         edit(folder / "config.json", model_type="evil")
-    with pytest.raises(InputError, match=r"no tokenizer could be made of what is there.*Name a model whose folder has tokenizer\.json"):
+    with pytest.raises(
+        InputError,
+        match=r"no tokenizer could be made of what is there.*Name a model whose folder has tokenizer\.json",
+    ):
         find_tokenizer(str(folder))
 
 
-def test_an_attention_that_would_be_fetched_as_code_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attention_that_would_be_fetched_as_code_is_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "kernels", None)
-    edit(folder / "config.json", attn_implementation="kernels-community/evil", _attn_implementation="kernels-community/evil")
+    edit(
+        folder / "config.json",
+        attn_implementation="kernels-community/evil",
+        _attn_implementation="kernels-community/evil",
+    )
     assert described_model(folder).config._attn_implementation == "eager"
 
 
@@ -120,10 +141,20 @@ def test_a_dataset_with_a_script_is_not_run(tmp_path: Path, marker: Path, name: 
     (dataset / name).write_text(EVIL.format(marker=str(marker)))
     for given in (dataset, dataset / name):
         with pytest.raises(InputError, match=str(given)):
-            list(read_rows(str(given), columns=Columns("instruction", "context", "response"), revision="", config="", split="train"))
+            list(
+                read_examples(
+                    str(given),
+                    columns=Columns("instruction", "context", "response"),
+                    revision="",
+                    config="",
+                    split="train",
+                )
+            )
 
 
-def test_make_refuses_a_model_that_needs_its_code_and_asks_nothing(project: Project, tmp_path: Path, folder: Path) -> None:
+def test_make_refuses_a_model_that_needs_its_code_and_asks_nothing(
+    project: Project, tmp_path: Path, folder: Path
+) -> None:
     edit(folder / "config.json", model_type="evil")
     copy = Project(shutil.copytree(project.folder, tmp_path / "project", symlinks=True))
     done = copy.make("train", "RECIPE=tiny", f"MODEL_ID={folder}", check=False)
@@ -156,7 +187,11 @@ def sources() -> Iterator[tuple[Path, ast.AST]]:
 
 
 def keyword(call: ast.Call, name: str) -> object:
-    values = [given.value.value for given in call.keywords if given.arg == name and isinstance(given.value, ast.Constant)]
+    values = [
+        given.value.value
+        for given in call.keywords
+        if given.arg == name and isinstance(given.value, ast.Constant)
+    ]
     return values[0] if values else None
 
 
@@ -164,20 +199,39 @@ def test_no_call_in_the_stages_leaves_open_whether_a_models_code_is_run() -> Non
     calls = [
         (path, node)
         for path, node in sources()
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LOADERS
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in LOADERS
     ]
     assert len(calls) >= 6
-    assert [f"{path}:{call.lineno}" for path, call in calls if keyword(call, "trust_remote_code") is not False] == []
+    assert [
+        f"{path}:{call.lineno}"
+        for path, call in calls
+        if keyword(call, "trust_remote_code") is not False
+    ] == []
 
 
-def test_no_pickle_in_the_stages_is_opened_but_as_weights_or_by_a_list_of_what_it_may_build() -> None:
+def test_no_pickle_in_the_stages_is_opened_but_as_weights_or_by_a_list_of_what_it_may_build() -> (
+    None
+):
     found = []
     for path, node in sources():
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and isinstance(node.func.value, ast.Name)
+        ):
             called = (node.func.value.id, node.func.attr)
             if called == ("torch", "load") and keyword(node, "weights_only") is not True:
                 found.append(f"{path}:{node.lineno}: torch.load without weights_only=True")
-            if called[0] in ("pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve") and called[1] in (
+            if called[0] in (
+                "pickle",
+                "dill",
+                "cloudpickle",
+                "joblib",
+                "marshal",
+                "shelve",
+            ) and called[1] in (
                 "load",
                 "loads",
                 "Unpickler",
@@ -185,11 +239,23 @@ def test_no_pickle_in_the_stages_is_opened_but_as_weights_or_by_a_list_of_what_i
                 found.append(f"{path}:{node.lineno}: {'.'.join(called)}")
             if called == ("np", "load") and keyword(node, "allow_pickle") not in (None, False):
                 found.append(f"{path}:{node.lineno}: np.load with allow_pickle")
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("eval", "exec")
+        ):
             found.append(f"{path}:{node.lineno}: {node.func.id}")
         if isinstance(node, ast.ClassDef) and path.name != "inert_unpickler.py":
             bases = [ast.unparse(base) for base in node.bases]
-            found += [f"{path}:{node.lineno}: {base}" for base in bases if base.endswith("pickle.Unpickler") or base.endswith("_Unpickler")]
-        if isinstance(node, ast.Attribute) and node.attr in ("unpack_archive", "extractall", "extract"):
+            found += [
+                f"{path}:{node.lineno}: {base}"
+                for base in bases
+                if base.endswith("pickle.Unpickler") or base.endswith("_Unpickler")
+            ]
+        if isinstance(node, ast.Attribute) and node.attr in (
+            "unpack_archive",
+            "extractall",
+            "extract",
+        ):
             found.append(f"{path}:{node.lineno}: {node.attr} of an archive")
     assert found == []

@@ -36,7 +36,9 @@ def wrong_modes(folder: Path, umask: int) -> dict[str, str]:
 # Files.
 
 
-def test_every_file_and_folder_has_the_mode_that_the_umask_gives(built_once: Project, torture: Torture) -> None:
+def test_every_file_and_folder_has_the_mode_that_the_umask_gives(
+    built_once: Project, torture: Torture
+) -> None:
     outputs = built_once.folder / "outputs"
     files = list(outputs.rglob("*"))
     assert {stage for stage in STAGES if outputs / "tiny" / stage / "manifest.json" in files}
@@ -58,7 +60,10 @@ AS_ANOTHER = (
 )  # fmt: skip
 
 
-@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="only root can become another user, by setpriv")
+@pytest.mark.skipif(
+    os.getuid() != 0 or not shutil.which("setpriv"),
+    reason="only root can become another user, by setpriv",
+)
 @pytest.mark.parametrize("umask", [0o077, 0o002])
 def test_another_users_run_is_all_that_users(tmp_path: Path, umask: int, torture: Torture) -> None:
     project = copy_project(tmp_path / "project")
@@ -68,9 +73,15 @@ def test_another_users_run_is_all_that_users(tmp_path: Path, umask: int, torture
             folder.chmod(0o755)
     for path in [tmp_path, *tmp_path.rglob("*")]:
         os.chown(path, ANOTHER_USER, ANOTHER_USER, follow_symlinks=False)
-    environment = clean_environment() | {"HOME": str(tmp_path), "TMPDIR": str(tmp_path / "tmp"), "USER": "another"}
+    environment = clean_environment() | {
+        "HOME": str(tmp_path),
+        "TMPDIR": str(tmp_path / "tmp"),
+        "USER": "another",
+    }
     words = [*AS_ANOTHER, "make", "data", "RECIPE=tiny"]
-    done = subprocess.run(words, cwd=project.folder, env=environment, umask=umask, capture_output=True, text=True)
+    done = subprocess.run(
+        words, cwd=project.folder, env=environment, umask=umask, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     outputs = project.folder / "outputs"
     assert wrong_modes(outputs, umask) == {}
@@ -83,7 +94,14 @@ def test_all_six_stages_leave_a_groups_files_to_the_group(tmp_path: Path, tortur
     torture.require_long()
     project = copy_project(tmp_path / "project")
     words = ["make", "all", "RECIPE=tiny"]
-    done = subprocess.run(words, cwd=project.folder, env=clean_environment(), umask=0o002, capture_output=True, text=True)
+    done = subprocess.run(
+        words,
+        cwd=project.folder,
+        env=clean_environment(),
+        umask=0o002,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert wrong_modes(project.folder / "outputs", 0o002) == {}
 
@@ -102,12 +120,18 @@ def test_a_lock_that_is_a_link_empties_nothing(copy: Project) -> None:
     precious.write_text("of another program")
     (run / ".lock").symlink_to(precious)
     done = copy.make("data", "RECIPE=tiny", "RUN=linked", check=False)
-    assert done.returncode == 2 and "outputs/linked/.lock is a link" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "outputs/linked/.lock is a link" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert precious.read_text() == "of another program"
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc/outside", "a/../../../outside"])
-def test_a_model_or_dataset_named_like_a_path_is_read_from_nowhere_else(copy: Project, name: str) -> None:
+def test_a_model_or_dataset_named_like_a_path_is_read_from_nowhere_else(
+    copy: Project, name: str
+) -> None:
     for setting in ("MODEL_ID", "DATASET"):
         done = copy.make("data", "RECIPE=tiny", "RUN=named", f"{setting}={name}", check=False)
         assert done.returncode == 2 and name in done.stderr and "Traceback" not in done.stderr
@@ -139,14 +163,24 @@ HOSTILE = (
 def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A container engine that prints what it is given."""
     path = tmp_path_factory.mktemp("engine") / "engine"
-    path.write_text(f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n")
+    path.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
+    )
     path.chmod(0o755)
     return path
 
 
-def given_to(engine: Path, project: Project, *words: str, **more: str) -> tuple[list[str], dict[str, str]]:
-    environment = clean_environment() | {"DOCKER": str(engine), "NEURON_COMPILE_CACHE_URL": "/tmp/trn-tune-test-cache"} | more
-    done = subprocess.run(["docker/run", *words], cwd=project.folder, env=environment, capture_output=True, text=True)
+def given_to(
+    engine: Path, project: Project, *words: str, **more: str
+) -> tuple[list[str], dict[str, str]]:
+    environment = (
+        clean_environment()
+        | {"DOCKER": str(engine), "NEURON_COMPILE_CACHE_URL": "/tmp/trn-tune-test-cache"}
+        | more
+    )
+    done = subprocess.run(
+        ["docker/run", *words], cwd=project.folder, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -155,13 +189,21 @@ def given_to(engine: Path, project: Project, *words: str, **more: str) -> tuple[
 def test_a_value_is_one_argument_of_the_container_and_nothing_is_executed(
     recorder: Path, copy: Project, value: str, torture: Torture
 ) -> None:
-    words = [f"{name}={value}" for name in ("PROMPT", "MODEL_ID", "DATASET", "PROMPTS", "RUN", "DATASET_CONFIG")]
+    words = [
+        f"{name}={value}"
+        for name in ("PROMPT", "MODEL_ID", "DATASET", "PROMPTS", "RUN", "DATASET_CONFIG")
+    ]
     arguments, _ = given_to(recorder, copy, "status", *words)
     assert arguments[-len(words) - 2 :] == ["trn-tune", "status", *words]
     arguments, environment = given_to(recorder, copy, "shell", *words)
     assert {word.partition("=")[0] for word in words} <= set(arguments)
-    assert {name: environment[name] for name in ("PROMPT", "RUN")} == {"PROMPT": value, "RUN": value}
-    assert not [argument for argument in arguments if "pwned" in argument or "privileged" in argument]
+    assert {name: environment[name] for name in ("PROMPT", "RUN")} == {
+        "PROMPT": value,
+        "RUN": value,
+    }
+    assert not [
+        argument for argument in arguments if "pwned" in argument or "privileged" in argument
+    ]
     assert not list(copy.folder.rglob("pwned*"))
     torture.count(2 * len(words))
 
@@ -174,16 +216,26 @@ def test_the_container_has_no_capabilities_and_gains_none(recorder: Path, copy: 
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can write into another user's project")
-def test_root_in_another_users_project_keeps_the_capability_to_write_there(recorder: Path, copy: Project) -> None:
+def test_root_in_another_users_project_keeps_the_capability_to_write_there(
+    recorder: Path, copy: Project
+) -> None:
     os.chown(copy.folder, ANOTHER_USER, ANOTHER_USER)
     try:
         arguments, _ = given_to(recorder, copy, "status")
     finally:
         os.chown(copy.folder, 0, 0)
-    assert arguments[arguments.index("--cap-add") + 1] == "DAC_OVERRIDE" and arguments.count("--cap-add") == 1
+    assert (
+        arguments[arguments.index("--cap-add") + 1] == "DAC_OVERRIDE"
+        and arguments.count("--cap-add") == 1
+    )
 
 
 @pytest.mark.parametrize("image", ["--privileged", "-v/:/host"])
 def test_an_image_that_is_an_option_is_refused(recorder: Path, copy: Project, image: str) -> None:
-    done = subprocess.run(["docker/run", "status", f"IMAGE={image}", f"DOCKER={recorder}"], cwd=copy.folder, capture_output=True, text=True)
+    done = subprocess.run(
+        ["docker/run", "status", f"IMAGE={image}", f"DOCKER={recorder}"],
+        cwd=copy.folder,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "is an option, not an image" in done.stderr and not done.stdout

@@ -17,26 +17,29 @@ from stages.backends.torch.metadata import METADATA_FILE
 from stages.backends.torch.reader import load_checkpoint
 from stages.consolidate import join
 from stages.run.errors import StageFailure
-from stages.run.publish import Facts, publish
+from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
 from tests.pickled import Call
 from tests.tiny_llama import tiny_llama
 from tests.torture.shard_damage import SHARD, change
 
-pytestmark = [pytest.mark.torture("fuzz"), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
+pytestmark = [
+    pytest.mark.torture("fuzz"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What train publishes: the shards of a tiny Llama in two files, its config, a tokenizer and a prompt."""
 
-    def build(work: Path) -> Facts:
+    def build(work: Path) -> StageResult:
         model = tiny_llama()
         model.config.save_pretrained(work)
         (work / "tokenizer").mkdir()
         (work / "prompt.json").write_text("{}")
         dcp.save({"model": model.state_dict()}, checkpoint_id=work / "shards", no_dist=True)
-        return Facts(unkeyed=("shards/.metadata",))
+        return StageResult(unkeyed=("shards/.metadata",))
 
     publish("train", Settings(), {}, tmp_path / "train", build)
     return tmp_path / "train"
@@ -56,14 +59,18 @@ def layers_exchanged(shards: Path) -> None:
     """Two matrices of one shape: each is whole, and has the other's place."""
     names = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(2)]
     found = pickle.loads((shards / METADATA_FILE).read_bytes())
-    places = {index.fqn.removeprefix("model."): place for index, place in found.storage_data.items()}
+    places = {
+        index.fqn.removeprefix("model."): place for index, place in found.storage_data.items()
+    }
     for name, other in (names, reversed(names)):
         change(shards, name, offset=places[other].offset, length=places[other].length)
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "two layers exchanged": layers_exchanged,
-    "a byte of the metadata": lambda shards: (shards / METADATA_FILE).write_bytes((shards / METADATA_FILE).read_bytes() + b"."),
+    "a byte of the metadata": lambda shards: (shards / METADATA_FILE).write_bytes(
+        (shards / METADATA_FILE).read_bytes() + b"."
+    ),
     "a byte of a shard": lambda shards: os.truncate(shards / SHARD, 10**7),
     "a file more": lambda shards: shutil.copy(shards / SHARD, shards / "__1_0.distcp"),
     "a file less": lambda shards: (shards / SHARD).unlink(),
@@ -76,7 +83,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_shards_other_than_those_that_were_published_are_not_joined(train: Path, damage: Callable[[Path], object]) -> None:
+def test_shards_other_than_those_that_were_published_are_not_joined(
+    train: Path, damage: Callable[[Path], object]
+) -> None:
     damage(train / "shards")
     with pytest.raises(StageFailure, match=r"Run `make train"):
         joined(train)
@@ -104,13 +113,18 @@ def test_a_checkpoint_is_resumed_with_its_numbers(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["the metadata", "a number"])
-def test_a_checkpoint_with_a_command_in_it_is_not_resumed_and_nothing_runs(checkpoint: Path, place: str) -> None:
+def test_a_checkpoint_with_a_command_in_it_is_not_resumed_and_nothing_runs(
+    checkpoint: Path, place: str
+) -> None:
     command = Call(os.system, "touch ran")
     if place == "the metadata":
         (checkpoint / METADATA_FILE).write_bytes(pickle.dumps(command))
     else:
         shutil.rmtree(checkpoint)
-        state = {"model": {"w": torch.arange(3.0)}, "optimizer": {"lr": command, "betas": (0.9, 0.95)}}
+        state = {
+            "model": {"w": torch.arange(3.0)},
+            "optimizer": {"lr": command, "betas": (0.9, 0.95)},
+        }
         dcp.save(state, checkpoint_id=checkpoint, no_dist=True)
     with pytest.raises(StageFailure, match=r"cannot be resumed from"):
         resumed(checkpoint)

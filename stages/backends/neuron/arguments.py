@@ -26,12 +26,29 @@ RUNTIME = {
 }
 
 
-def training_command(settings: Settings, base: Path, data: Path, work: Path, *, steps: int, first_step: int = 0) -> list[str]:
+def training_command(
+    settings: Settings, base: Path, data: Path, work: Path, *, steps: int, first_step: int = 0
+) -> list[str]:
     """torchrun and the worker for optimizer steps `first_step` to `steps` (exclusive), as train and precompile run them."""
-    launcher = ["torchrun", "--nproc_per_node", str(settings.nproc_per_node), "-m", "stages.backends.neuron.worker"]
-    worker: dict[str, object] = {"base": base, "data": data, "work": work, "first_step": first_step, **lora_arguments(settings)}
+    launcher = [
+        "torchrun",
+        "--nproc_per_node",
+        str(settings.nproc_per_node),
+        "-m",
+        "stages.backends.neuron.worker",
+    ]
+    worker: dict[str, object] = {
+        "base": base,
+        "data": data,
+        "work": work,
+        "first_step": first_step,
+        **lora_arguments(settings),
+    }
     worker |= training_arguments(settings, work / "checkpoints", steps - first_step)
-    return [*launcher, *(part for name, value in worker.items() for part in (f"--{name}", str(value)))]
+    return [
+        *launcher,
+        *(part for name, value in worker.items() for part in (f"--{name}", str(value))),
+    ]
 
 
 def lora_arguments(settings: Settings) -> dict[str, str]:
@@ -78,7 +95,10 @@ def training_arguments(settings: Settings, output_dir: Path, max_steps: int) -> 
         "report_to": "none",
         "disable_tqdm": True,  # the worker shows its own progress
     }
-    return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
+    return {
+        name: str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in values.items()
+    }
 
 
 def attention_implementation(max_length: int) -> str:
@@ -88,7 +108,9 @@ def attention_implementation(max_length: int) -> str:
 
 def environment(settings: Settings) -> dict[str, str]:
     """What the workers, the compiler and the runtime get besides the caller's environment."""
-    repository = {"CUSTOM_CACHE_REPO": settings.custom_cache_repo} if settings.custom_cache_repo else {}
+    repository = (
+        {"CUSTOM_CACHE_REPO": settings.custom_cache_repo} if settings.custom_cache_repo else {}
+    )
     return {
         **repository,
         **{name: os.environ.get(name, value) for name, value in RUNTIME.items()},
@@ -96,8 +118,12 @@ def environment(settings: Settings) -> dict[str, str]:
         # Whose torchrun is found on the PATH, it starts this Python; and this Python's scripts are found behind the PATH's.
         "PYTHON_EXEC": sys.executable,
         "PATH": f"{os.environ.get('PATH', os.defpath)}:{Path(sys.executable).parent}",
-        "PET_MASTER_PORT": os.environ.get("PET_MASTER_PORT", str(free_port())),  # torchrun's default lets one training run per host
-        "LOGLEVEL": os.environ.get("LOGLEVEL", "CRITICAL"),  # torchrun repeats a worker's failure at ERROR
+        "PET_MASTER_PORT": os.environ.get(
+            "PET_MASTER_PORT", str(free_port())
+        ),  # torchrun's default lets one training run per host
+        "LOGLEVEL": os.environ.get(
+            "LOGLEVEL", "CRITICAL"
+        ),  # torchrun repeats a worker's failure at ERROR
         "TOKENIZERS_PARALLELISM": "false",
     }
 
@@ -114,7 +140,11 @@ def cache_environment(settings: Settings) -> dict[str, str]:
 
     A bucket cannot be said in the second (optimum-neuron would take `s3` for a folder); the first is then alone.
     """
-    given = [flag for flag in os.environ.get("NEURON_CC_FLAGS", COMPILER_FLAGS).split() if not flag.startswith("--cache_dir")]
+    given = [
+        flag
+        for flag in os.environ.get("NEURON_CC_FLAGS", COMPILER_FLAGS).split()
+        if not flag.startswith("--cache_dir")
+    ]
     url = settings.neuron_compile_cache_url
     flags = given if url.startswith("s3://") else [*given, f"--cache_dir={url}"]
     return {"NEURON_COMPILE_CACHE_URL": url, "NEURON_CC_FLAGS": " ".join(flags)}

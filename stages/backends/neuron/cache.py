@@ -23,7 +23,7 @@ from pathlib import Path
 import click
 
 from stages.backends.neuron.arguments import cache_environment
-from stages.run.command import with_exit_status
+from stages.run.cli import with_exit_status
 from stages.run.errors import InputError, StageFailure
 from stages.run.progress import duration
 from stages.run.settings import Settings
@@ -32,8 +32,20 @@ from stages.run.sizes import show_size
 STATES = ("done", "poisoned", "locked", "unfinished")
 
 # How the Hub's libraries, in all their versions, say that there is no way to it, and that it says no.
-UNREACHABLE = ("not reachable", "ConnectionError", "ConnectError", "OfflineMode", "LocalEntryNotFoundError", "Temporary failure in name")
-REFUSED = ("401 Client Error", "403 Client Error", "RepositoryNotFoundError", "does not exist or you don't have access")
+UNREACHABLE = (
+    "not reachable",
+    "ConnectionError",
+    "ConnectError",
+    "OfflineMode",
+    "LocalEntryNotFoundError",
+    "Temporary failure in name",
+)
+REFUSED = (
+    "401 Client Error",
+    "403 Client Error",
+    "RepositoryNotFoundError",
+    "does not exist or you don't have access",
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,11 @@ def folder_of(url: str | Path) -> Path | None:
 def entries(url: str | Path) -> list[Entry]:
     """Every graph in the cache, by name; empty where there is no cache yet, and for s3://."""
     root = folder_of(url)
-    return [_entry(module) for module in sorted(root.glob("neuronxcc-*/MODULE_*")) if module.is_dir()] if root else []
+    return (
+        [_entry(module) for module in sorted(root.glob("neuronxcc-*/MODULE_*")) if module.is_dir()]
+        if root
+        else []
+    )
 
 
 def names(url: str | Path, state: str = "done") -> set[str]:
@@ -85,7 +101,9 @@ def _entry(module: Path) -> Entry:
     else:
         state = "poisoned" if "model.log" in sizes or sizes.get("model.neff") == 0 else "unfinished"
     name = f"{module.parent.name}/{module.name}"
-    return Entry(name, state, sum(sizes.values()), max(locks) if locks and state == "locked" else None)
+    return Entry(
+        name, state, sum(sizes.values()), max(locks) if locks and state == "locked" else None
+    )
 
 
 def summary(found: Sequence[Entry]) -> dict[str, dict[str, int]]:
@@ -103,12 +121,18 @@ def blocked(found: Sequence[Entry], url: str | Path) -> list[str]:
     locked = [entry for entry in found if entry.state == "locked"]
     lines = []
     if poisoned:
-        lines.append(f"{_graphs(poisoned)} failed to compile; without --retry_failed_compilation a run ends at them. See model.log, then:")
+        lines.append(
+            f"{_graphs(poisoned)} failed to compile; without --retry_failed_compilation a run ends at them. See model.log, then:"
+        )
         lines += [f"  rm -r '{Path(url) / entry.name}'" for entry in poisoned]
     if locked:
         oldest = duration(max(entry.lock_seconds or 0.0 for entry in locked))
-        lines.append(f"{_graphs(locked)} locked, the longest for {oldest}. If nothing compiles now, a killed run left them; remove them:")
-        lines.append(f"  NEURON_COMPILE_CACHE_URL='{url}' neuron_parallel_compile --command clear-locks")
+        lines.append(
+            f"{_graphs(locked)} locked, the longest for {oldest}. If nothing compiles now, a killed run left them; remove them:"
+        )
+        lines.append(
+            f"  NEURON_COMPILE_CACHE_URL='{url}' neuron_parallel_compile --command clear-locks"
+        )
     return lines
 
 
@@ -125,7 +149,10 @@ def report(url: str) -> str:
         return f"compile cache {url}: no graphs yet; precompile fills it"
     counts = summary(found)
     width = max(map(len, counts))
-    lines = [f"compile cache {url}", f"{'compiler':<{width}}" + "".join(f"{state:>12}" for state in STATES) + f"{'size':>10}"]
+    lines = [
+        f"compile cache {url}",
+        f"{'compiler':<{width}}" + "".join(f"{state:>12}" for state in STATES) + f"{'size':>10}",
+    ]
     for compiler, count in sorted(counts.items()):
         numbers = "".join(f"{count[state]:>12}" for state in STATES)
         lines.append(f"{compiler:<{width}}{numbers}{show_size(count['bytes']):>10}")
@@ -135,7 +162,16 @@ def report(url: str) -> str:
 def lookup_command(settings: Settings, model: str) -> list[str]:
     """optimum-neuron's search for compiled inference graphs of `model` on the Hub."""
     repository = ["--repo_id", settings.custom_cache_repo] if settings.custom_cache_repo else []
-    return ["optimum-cli", "neuron", "cache", "lookup", model, "--task", "text-generation", *repository]
+    return [
+        "optimum-cli",
+        "neuron",
+        "cache",
+        "lookup",
+        model,
+        "--task",
+        "text-generation",
+        *repository,
+    ]
 
 
 def synchronize_command(settings: Settings) -> list[str]:
@@ -148,15 +184,30 @@ def synchronize_command(settings: Settings) -> list[str]:
         )
     root, found = folder_of(url), entries(url)
     if root is None:
-        problems.append(f"NEURON_COMPILE_CACHE_URL={url}: optimum-neuron uploads a folder alone. Copy the bucket to one and name that.")
+        problems.append(
+            f"NEURON_COMPILE_CACHE_URL={url}: optimum-neuron uploads a folder alone. Copy the bucket to one and name that."
+        )
     elif not names(url):
-        problems.append(f"NEURON_COMPILE_CACHE_URL={url} holds no compiled graph to upload. Run precompile first.")
+        problems.append(
+            f"NEURON_COMPILE_CACHE_URL={url} holds no compiled graph to upload. Run precompile first."
+        )
     # The upload takes every file, failed graphs and locks too: whoever downloads them is blocked as well.
     if waiting := blocked(found, url):
-        problems.append("\n".join(["The cache holds what would block all who download it.", *waiting]))
+        problems.append(
+            "\n".join(["The cache holds what would block all who download it.", *waiting])
+        )
     if problems:
         raise InputError(problems)
-    return ["optimum-cli", "neuron", "cache", "synchronize", "--repo_id", settings.custom_cache_repo, "--cache_dir", url]
+    return [
+        "optimum-cli",
+        "neuron",
+        "cache",
+        "synchronize",
+        "--repo_id",
+        settings.custom_cache_repo,
+        "--cache_dir",
+        url,
+    ]
 
 
 def run(command: list[str], settings: Settings) -> None:
@@ -164,10 +215,16 @@ def run(command: list[str], settings: Settings) -> None:
     here = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
     tool = shutil.which(command[0], path=here)
     if tool is None:
-        raise InputError(f"{command[0]} is not installed here; it comes with optimum-neuron (docker/requirements.txt). Use the image.")
-    repository = {"CUSTOM_CACHE_REPO": settings.custom_cache_repo} if settings.custom_cache_repo else {}
+        raise InputError(
+            f"{command[0]} is not installed here; it comes with optimum-neuron (docker/requirements.txt). Use the image."
+        )
+    repository = (
+        {"CUSTOM_CACHE_REPO": settings.custom_cache_repo} if settings.custom_cache_repo else {}
+    )
     environment = {**os.environ, **cache_environment(settings), **repository}
-    done = subprocess.run([tool, *command[1:]], env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
+    done = subprocess.run(
+        [tool, *command[1:]], env=environment, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
     if done.returncode:
         raise StageFailure(_failure(command, done.stderr))
     sys.stderr.write(done.stderr)

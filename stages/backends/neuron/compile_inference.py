@@ -15,13 +15,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.backends.neuron.compiled import PROGRAM, missing_files, missing_packages, read_description, weight_files
+from stages.backends.neuron.compiled import (
+    PROGRAM,
+    missing_files,
+    missing_packages,
+    read_description,
+    weight_files,
+)
 from stages.model.size import weight_bytes
+from stages.run.disk import require_space
 from stages.run.errors import InputError, StageFailure
 from stages.run.launch import launch
 from stages.run.lock import locked
 from stages.run.settings import Settings
-from stages.run.space import require_space
 
 # What training on Neuron gives and optimum-neuron's inference takes (models/inference/auto_models.py).
 SUPPORTED = ("granite", "llama", "qwen3")
@@ -52,7 +58,11 @@ def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[
     started = time.monotonic()
     with locked(scratch, "compile-inference"):
         try:
-            launch(export_command(model_dir, output, scratch / "error", settings), environment(settings, scratch), scratch / "error")
+            launch(
+                export_command(model_dir, output, scratch / "error", settings),
+                environment(settings, scratch),
+                scratch / "error",
+            )
         except StageFailure as error:
             raise StageFailure(
                 f"{error}\nThe compiler's logs are in {scratch / 'graphs'}. Where something was killed, memory ran out: lower "
@@ -60,15 +70,37 @@ def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[
             ) from error
     seconds = time.monotonic() - started
     facts = _check(output, settings)
-    shutil.rmtree(scratch / "graphs", ignore_errors=True)  # kept where compiling failed: the compiler's logs lie there
+    shutil.rmtree(
+        scratch / "graphs", ignore_errors=True
+    )  # kept where compiling failed: the compiler's logs lie there
     return {**facts, "compile_seconds": round(seconds, 1)}
 
 
-def export_command(model_dir: Path, output: Path, error_file: Path, settings: Settings) -> list[str]:
+def export_command(
+    model_dir: Path, output: Path, error_file: Path, settings: Settings
+) -> list[str]:
     """The process that compiles."""
-    command = [sys.executable, "-m", "stages.backends.neuron.export", "--model", str(model_dir.absolute()), "--output"]
-    command += [str(output.absolute()), "--error-file", str(error_file), "--instance-type", settings.instance_type]
-    command += ["--batch-size", str(settings.inference_batch_size), "--sequence-length", str(settings.inference_sequence_length)]
+    command = [
+        sys.executable,
+        "-m",
+        "stages.backends.neuron.export",
+        "--model",
+        str(model_dir.absolute()),
+        "--output",
+    ]
+    command += [
+        str(output.absolute()),
+        "--error-file",
+        str(error_file),
+        "--instance-type",
+        settings.instance_type,
+    ]
+    command += [
+        "--batch-size",
+        str(settings.inference_batch_size),
+        "--sequence-length",
+        str(settings.inference_sequence_length),
+    ]
     return [*command, "--tensor-parallel-size", str(settings.inference_tensor_parallel_size)]
 
 
@@ -85,15 +117,25 @@ def environment(settings: Settings, scratch: Path) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",  # optimum-neuron uses names that transformers calls deprecated
     }
-    return {**given, "CUSTOM_CACHE_REPO": settings.custom_cache_repo} if settings.custom_cache_repo else {**given, "HF_HUB_OFFLINE": "1"}
+    return (
+        {**given, "CUSTOM_CACHE_REPO": settings.custom_cache_repo}
+        if settings.custom_cache_repo
+        else {**given, "HF_HUB_OFFLINE": "1"}
+    )
 
 
 def _refuse_unfit(model_dir: Path, settings: Settings) -> None:
     """Everything that can be refused before a byte of weights is read."""
     if not (model_dir / "config.json").is_file():
-        raise InputError(f"{model_dir} holds no model (config.json is missing): run `make consolidate` first")
+        raise InputError(
+            f"{model_dir} holds no model (config.json is missing): run `make consolidate` first"
+        )
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    problems = [*_model_problems(model_dir, config), *_size_problems(settings, config), *_machine_problems()]
+    problems = [
+        *_model_problems(model_dir, config),
+        *_size_problems(settings, config),
+        *_machine_problems(),
+    ]
     if problems:
         raise InputError(problems)
 
@@ -112,7 +154,11 @@ def _model_problems(model_dir: Path, config: dict[str, Any]) -> Iterator[str]:
     if dtype != "bfloat16":
         # The compiler takes the dtype from here, and float32 would need twice the memory at a quarter of the speed.
         yield f"config.json in {model_dir} says dtype {dtype}: the neuron backend compiles bfloat16. Set BF16=1 and consolidate again"
-    heads, hidden, head_dim = config.get("num_attention_heads"), config.get("hidden_size"), config.get("head_dim")
+    heads, hidden, head_dim = (
+        config.get("num_attention_heads"),
+        config.get("hidden_size"),
+        config.get("head_dim"),
+    )
     if model_type in HEADS_OF_HIDDEN_SIZE and head_dim and heads and head_dim * heads != hidden:
         yield f"the model's {heads} heads of {head_dim} are not its hidden size {hidden}: optimum-neuron compiles no such {model_type}"
     rope = config.get("rope_scaling") or {}
@@ -152,7 +198,9 @@ def _check(output: Path, settings: Settings) -> dict[str, Any]:
     """The facts of what was compiled; StageFailure where it is not what was asked for, or could not be loaded."""
     size = settings.inference_tensor_parallel_size
     if missing := missing_files(output, size):
-        raise StageFailure(f"Compiling ended well but left no {', '.join(missing)}. Nothing was published. Run it again.")
+        raise StageFailure(
+            f"Compiling ended well but left no {', '.join(missing)}. Nothing was published. Run it again."
+        )
     written = read_description(output)
     asked = {
         "target": TARGETS[settings.instance_type][0],
@@ -163,8 +211,14 @@ def _check(output: Path, settings: Settings) -> dict[str, Any]:
         "on_device_sampling": False,
         "checkpoint_id": None,  # else loading would fetch weights from there when it misses its own
     }
-    if wrong := [f"{name} {written.get(name)}, not {value}" for name, value in asked.items() if written.get(name) != value]:
-        raise StageFailure(f"The compiled model is not what was asked for: {'; '.join(wrong)}. Nothing was published.")
+    if wrong := [
+        f"{name} {written.get(name)}, not {value}"
+        for name, value in asked.items()
+        if written.get(name) != value
+    ]:
+        raise StageFailure(
+            f"The compiled model is not what was asked for: {'; '.join(wrong)}. Nothing was published."
+        )
     return {
         "device": settings.instance_type,
         "target": written["target"],

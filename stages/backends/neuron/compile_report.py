@@ -41,7 +41,11 @@ class CompileReport:
 def read_compile_report(lines: Iterable[str]) -> CompileReport:
     """The report in the output of neuron_parallel_compile, given line by line."""
     report = CompileReport()
-    fields = {"graphs": "graphs", "successful compilations": "succeeded", "failed compilations": "failed"}
+    fields = {
+        "graphs": "graphs",
+        "successful compilations": "succeeded",
+        "failed compilations": "failed",
+    }
     graph = ""
     for line in lines:
         for what, number in _TOTAL.findall(line):

@@ -1,4 +1,4 @@
-"""A compiled model's folder, as optimum-neuron writes and reads it, and whether this machine can run it.
+"""A compiled model's folder, as optimum-neuron writes and reads it, and whether this runtime can run it.
 
 neuron_config.json names the versions that wrote it and the target: a model loads only with exactly those. optimum-neuron says so
 too, but one thing at a time and with a traceback.
@@ -15,15 +15,15 @@ from typing import Any
 
 from stages.run.errors import InputError
 
-DESCRIPTION, PROGRAM, CONFIG = "neuron_config.json", "model.pt", "config.json"
+NEURON_CONFIG, PROGRAM, CONFIG = "neuron_config.json", "model.pt", "config.json"
 
 # What optimum-neuron's inference imports of AWS's wheels. On PyPI, projects of these names hold no code.
 PACKAGES = ("libneuronxla", "neuronx_distributed", "neuronxcc", "torch_neuronx", "torch_xla")
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What runs compiled models here. `target` is what the compiler calls this machine; None, and no cores, without devices."""
+class Runtime:
+    """What runs compiled models here. `target` is what the compiler calls this runtime; None, and no cores, without devices."""
 
     optimum_neuron: str
     neuronx_cc: str
@@ -43,8 +43,8 @@ def _is_installed(name: str) -> bool:
         return False
 
 
-def this_machine() -> Machine:
-    """This machine as optimum-neuron sees it, which is how it will judge the model. Needs the packages above.
+def this_runtime() -> Runtime:
+    """This runtime as optimum-neuron sees it, which is how it will judge the model. Needs the packages above.
 
     Raises InputError for an instance type that optimum-neuron does not know.
     """
@@ -57,20 +57,28 @@ def this_machine() -> Machine:
     try:
         target = current_instance_type() if cores else None
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"optimum-neuron {__version__} cannot tell what this machine is: {error}") from None
-    return Machine(__version__, get_neuronxcc_version(), target, cores)
+        raise InputError(
+            f"optimum-neuron {__version__} cannot tell what this runtime is: {error}"
+        ) from None
+    return Runtime(__version__, get_neuronxcc_version(), target, cores)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
     """neuron_config.json; raises InputError where there is none."""
-    if not (folder / DESCRIPTION).is_file():
-        raise InputError(f"{folder} holds no model compiled for Neuron ({DESCRIPTION} is missing): run `make compile-inference` first")
-    return json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    if not (folder / NEURON_CONFIG).is_file():
+        raise InputError(
+            f"{folder} holds no model compiled for Neuron ({NEURON_CONFIG} is missing): run `make compile-inference` first"
+        )
+    return json.loads((folder / NEURON_CONFIG).read_text(encoding="utf-8"))
 
 
 def missing_files(folder: Path, cores: int) -> list[str]:
     """The files that a model compiled for `cores` cores lacks. Without its weights it would look for others on the Hub."""
-    return [name for name in (CONFIG, DESCRIPTION, PROGRAM, *weight_files(cores)) if not (folder / name).is_file()]
+    return [
+        name
+        for name in (CONFIG, NEURON_CONFIG, PROGRAM, *weight_files(cores))
+        if not (folder / name).is_file()
+    ]
 
 
 def weight_files(cores: int) -> list[str]:
@@ -78,19 +86,19 @@ def weight_files(cores: int) -> list[str]:
     return [f"checkpoint/weights/tp{rank}_sharded_checkpoint.safetensors" for rank in range(cores)]
 
 
-def problems_on(machine: Machine, description: dict[str, Any]) -> Iterator[str]:
-    """Why the model that `description` describes cannot run on `machine`."""
+def problems_on(runtime: Runtime, description: dict[str, Any]) -> Iterator[str]:
+    """Why the model that `description` describes cannot run on `runtime`."""
     for name, then, now in (
-        ("optimum-neuron", description["optimum_neuron_version"], machine.optimum_neuron),
-        ("neuronx-cc", description["neuronxcc_version"], machine.neuronx_cc),
+        ("optimum-neuron", description["optimum_neuron_version"], runtime.optimum_neuron),
+        ("neuronx-cc", description["neuronxcc_version"], runtime.neuronx_cc),
     ):
         if then != now:
             yield f"it was compiled with {name} {then}, this is {name} {now}"
     target, cores = description["target"], description["tp_degree"]
-    if machine.target is None:
+    if runtime.target is None:
         yield f"it was compiled for {target}, and there is no Neuron device here"
         return
-    if machine.target != target:
-        yield f"it was compiled for {target}, this machine is a {machine.target}"
-    if machine.cores < cores:
-        yield f"it runs on {cores} NeuronCores (INFERENCE_TENSOR_PARALLEL_SIZE), this machine gives {machine.cores}"
+    if runtime.target != target:
+        yield f"it was compiled for {target}, this runtime is a {runtime.target}"
+    if runtime.cores < cores:
+        yield f"it runs on {cores} NeuronCores (INFERENCE_TENSOR_PARALLEL_SIZE), this runtime gives {runtime.cores}"

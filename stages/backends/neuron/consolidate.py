@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stages.backends.neuron.archive import RowReader
-from stages.backends.neuron.shards import ShardedTensor, Shards, read_shards, refusal
+from stages.backends.neuron.shards.read import ShardedTensor, Shards, read_shards, refusal
+from stages.backends.neuron.shards.read.torch_archive import RowReader
 from stages.model.weights import ReadTensor, TensorSpec, write_safetensors
 from stages.run.errors import StageFailure
 
@@ -40,10 +40,12 @@ def consolidate(
     """
     found = read_shards(shards)
     if found.problems:
-        raise refusal(f"The shards {shards} cannot be joined; use an earlier checkpoint.", found.problems)
+        raise refusal(
+            f"The shards {shards} cannot be joined; use an earlier checkpoint.", found.problems
+        )
     reader = RowReader()
     if found.adapter:
-        from stages.backends.neuron.adapter import merged_tensors
+        from stages.backends.neuron.shards.read.merge_lora import merged_tensors
 
         sources, base_bytes = merged_tensors(found, reader, base, dtype, tied or {})
     else:
@@ -57,7 +59,9 @@ def consolidate(
     }
 
 
-def _whole_model(shards: Shards, reader: RowReader, tied: Mapping[str, str]) -> list[tuple[TensorSpec, ReadTensor]]:
+def _whole_model(
+    shards: Shards, reader: RowReader, tied: Mapping[str, str]
+) -> list[tuple[TensorSpec, ReadTensor]]:
     tensors = dict(shards.tensors)
     for name, kept in tied.items():
         if kept in tensors:
@@ -76,8 +80,12 @@ def _tied_tensor(shards: Shards, name: str, kept: str) -> ShardedTensor | None:
         return shards.tensors.get(name)
     listed = shards.tensors[kept]
     if len(stored) != len(listed.parts):
-        raise StageFailure(f"{shards.folder}: {name} has {len(stored)} shards, {kept}, which it is tied to, has {len(listed.parts)}.")
-    parts = tuple(replace(part, stored=piece) for part, piece in zip(listed.parts, stored, strict=True))
+        raise StageFailure(
+            f"{shards.folder}: {name} has {len(stored)} shards, {kept}, which it is tied to, has {len(listed.parts)}."
+        )
+    parts = tuple(
+        replace(part, stored=piece) for part, piece in zip(listed.parts, stored, strict=True)
+    )
     return replace(listed, spec=replace(listed.spec, name=name), parts=parts)
 
 
@@ -87,9 +95,13 @@ def _check_tie(tensor: ShardedTensor | None, kept: ShardedTensor, reader: RowRea
     if tensor is None:  # it was saved once
         return
     same = (tensor.spec.shape, tensor.spec.dtype) == (kept.spec.shape, kept.spec.dtype)
-    same = same and [part.stored.shape for part in tensor.parts] == [part.stored.shape for part in kept.parts]
+    same = same and [part.stored.shape for part in tensor.parts] == [
+        part.stored.shape for part in kept.parts
+    ]
     if same:
-        same = all(torch.equal(a, b) for a, b in zip(tensor.read(reader), kept.read(reader), strict=True))
+        same = all(
+            torch.equal(a, b) for a, b in zip(tensor.read(reader), kept.read(reader), strict=True)
+        )
     if not same:
         raise StageFailure(
             f"{tensor.spec.name} and {kept.spec.name} are one parameter in config.json but two different ones in the shards: "

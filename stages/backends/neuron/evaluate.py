@@ -6,6 +6,6 @@ row for 7B parameters: EVAL_MAX_DOCUMENTS bounds it.
 
 from __future__ import annotations
 
-from stages.backends.torch.evaluate import validation_losses
+from stages.backends.evaluate import validation_losses
 
 __all__ = ["validation_losses"]

@@ -11,19 +11,38 @@ from pathlib import Path
 
 import click
 
+from stages.run.disk import disk_failure
 from stages.run.errors import StageFailure
 from stages.run.launch import report_error
-from stages.run.space import disk_failure
 
 
 @click.command()
-@click.option("--model", type=click.Path(path_type=Path), required=True, help="Model folder: config.json and safetensors.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder for the compiled model.")
-@click.option("--error-file", type=click.Path(path_type=Path), required=True, help="Where a failure is told to the stage.")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Model folder: config.json and safetensors.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for the compiled model.",
+)
+@click.option(
+    "--error-file",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Where a failure is told to the stage.",
+)
 @click.option("--instance-type", required=True, help="Machine that the model will run on.")
 @click.option("--batch-size", type=int, required=True, help="Prompts at once.")
-@click.option("--sequence-length", type=int, required=True, help="Prompt and answer together, in tokens.")
-@click.option("--tensor-parallel-size", type=int, required=True, help="NeuronCores that share the model.")
+@click.option(
+    "--sequence-length", type=int, required=True, help="Prompt and answer together, in tokens."
+)
+@click.option(
+    "--tensor-parallel-size", type=int, required=True, help="NeuronCores that share the model."
+)
 def main(model: Path, output: Path, error_file: Path, **sizes: int | str) -> None:
     try:
         export(model.absolute(), output.absolute(), **sizes)
@@ -44,7 +63,9 @@ def export(model: Path, output: Path, **sizes: int | str) -> None:
     # Logits instead of ids: generate.py chooses on the host. The graph is the one that optimum-neuron itself uses where its
     # sampling on the device is at fault (Qwen with continuous batching on two cores), and for speculation.
     neuron_config.on_device_sampling = False
-    compiled = NeuronModelForCausalLM.export(str(model), neuron_config, config=config, load_weights=False)
+    compiled = NeuronModelForCausalLM.export(
+        str(model), neuron_config, config=config, load_weights=False
+    )
     compiled.save_pretrained(str(output))
 
 

@@ -13,25 +13,32 @@ from typing import Any
 from stages.backends.metrics import last_line
 from stages.backends.neuron import cache
 from stages.backends.neuron.arguments import attention_implementation, environment, training_command
-from stages.backends.neuron.graphs import recompilations
-from stages.backends.neuron.interrupted import CHECKPOINTS, INTERRUPTED, RESUMED, choose_start, finished, saved_shards
-from stages.backends.neuron.shards import ADAPTER_CONFIG, is_whole
-from stages.backends.neuron.topology import device_name, topology_problems
-from stages.backends.steps import derivation, rows_per_step, total_steps
-from stages.model.base import base_model_folder, copy_description, load_config
+from stages.backends.neuron.graph_key import recompilations
+from stages.backends.neuron.parallel_sizes import device_name, topology_problems
+from stages.backends.neuron.resume import (
+    CHECKPOINTS,
+    INTERRUPTED,
+    RESUMED,
+    choose_start,
+    finished,
+    saved_shards,
+)
+from stages.backends.neuron.shards.read import ADAPTER_CONFIG, is_whole
+from stages.backends.schedule import derivation, sequences_per_step, total_steps
+from stages.model.base import base_config, base_model_folder, copy_config
 from stages.model.fit import fit_problems
 from stages.model.size import training_bytes
-from stages.run.durable import flush, flush_tree
+from stages.run.disk import disk_guard
 from stages.run.errors import InputError, StageFailure
+from stages.run.fsync import flush, fsync_tree
 from stages.run.launch import launch
-from stages.run.publish import Facts, write_json
+from stages.run.publish import StageResult, write_json
 from stages.run.settings import Settings
-from stages.run.space import room_for
 
 START = "start.json"  # the step from which the training began: not 0 when RESUME=weights went on
 
 
-def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Facts:
+def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> StageResult:
     """Train on the rows in `data`; leaves shards, metrics.jsonl, config, tokenizer and prompt in `work`.
 
     `precompiled` is what precompile published: what of it no longer holds is said before the training starts.
@@ -45,26 +52,38 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Fact
         flush(work)
         for line in recompilations(settings, precompiled):
             print(f"note: {line}", flush=True)
-        command = training_command(settings, start.base, data, work, steps=steps, first_step=start.step)
-        with room_for("the training's checkpoints and shards", work, training_bytes(settings, "neuron", steps - start.step)):
+        command = training_command(
+            settings, start.base, data, work, steps=steps, first_step=start.step
+        )
+        with disk_guard(
+            "the training's checkpoints and shards",
+            work,
+            training_bytes(settings, "neuron", steps - start.step),
+        ):
             launch(command, environment(settings), work / "error")
     if not is_whole(work / "shards"):
         _keep_shards(settings, work)
     for name in (CHECKPOINTS, INTERRUPTED, RESUMED, "saved"):
         shutil.rmtree(work / name, ignore_errors=True)
-    copy_description(base_model_folder(settings), data, work)
+    copy_config(base_model_folder(settings), data, work)
     first = json.loads((work / START).read_text(encoding="utf-8"))["step"]
     url = settings.neuron_compile_cache_url
     compiled = len(cache.names(url) - before) if cache.folder_of(url) else None  # None: in S3
-    metrics = {**last_line(work / "metrics.jsonl"), "first_step": first, "graphs_compiled": compiled}
-    tokens = (steps - first) * settings.max_length * rows_per_step(settings)
-    return Facts(device=device_name(), tokens=tokens, metrics=metrics, unkeyed=("metrics.jsonl",))
+    metrics = {
+        **last_line(work / "metrics.jsonl"),
+        "first_step": first,
+        "graphs_compiled": compiled,
+    }
+    tokens = (steps - first) * settings.max_length * sequences_per_step(settings)
+    return StageResult(
+        device=device_name(), tokens=tokens, metrics=metrics, unkeyed=("metrics.jsonl",)
+    )
 
 
 def prepare(settings: Settings, data: Path) -> int:
     """Check that the training can run, print what follows from the settings; returns the number of training rows."""
     figures = json.loads((data / "manifest.json").read_bytes())["metrics"]
-    check(settings, load_config(settings), figures["vocabulary"])
+    check(settings, base_config(settings), figures["vocabulary"])
     rows = figures["train"]["rows"]
     lines = [
         f"device           {device_name()}",
@@ -72,9 +91,13 @@ def prepare(settings: Settings, data: Path) -> int:
         f"attention        {attention_implementation(settings.max_length)}; documents in a row see each other (no mask but the causal one)",
     ]
     if not settings.zero_1:
-        lines.append("ZERO_1=0         the library then keeps neither weights nor accumulated gradients in float32")
+        lines.append(
+            "ZERO_1=0         the library then keeps neither weights nor accumulated gradients in float32"
+        )
     if settings.lora_r:
-        lines.append(f"LoRA             rank {settings.lora_r}, alpha {settings.lora_alpha}, on {settings.lora_target_modules}")
+        lines.append(
+            f"LoRA             rank {settings.lora_r}, alpha {settings.lora_alpha}, on {settings.lora_target_modules}"
+        )
     print("\n".join(lines), flush=True)
     return rows
 
@@ -83,9 +106,13 @@ def check(settings: Settings, config: Any, vocabulary: int) -> None:
     """Raise InputError with everything that keeps this model from being trained with these settings on this machine."""
     problems = [*topology_problems(settings, config), *fit_problems(settings, config, vocabulary)]
     if not settings.bf16:
-        problems.append("BF16=0: the Neuron backend trains and compiles bfloat16 alone. Leave BF16=1.")
+        problems.append(
+            "BF16=0: the Neuron backend trains and compiles bfloat16 alone. Leave BF16=1."
+        )
     if settings.torch_compile:
-        problems.append("TORCH_COMPILE=1: on Neuron neuronx-cc compiles, not inductor. Leave TORCH_COMPILE=0.")
+        problems.append(
+            "TORCH_COMPILE=1: on Neuron neuronx-cc compiles, not inductor. Leave TORCH_COMPILE=0."
+        )
     if problems:
         raise InputError(problems)
 
@@ -94,12 +121,17 @@ def _keep_shards(settings: Settings, work: Path) -> None:
     """Take the shards out of what the trainer saved: adapters' with their config, else the model's."""
     shards = saved_shards(work / "saved")
     if not is_whole(shards):
-        raise StageFailure(f"The training ended, but {shards} is not whole: its last save was cut off. Give the same command again.")
+        raise StageFailure(
+            f"The training ended, but {shards} is not whole: its last save was cut off. Give the same command again."
+        )
     if settings.lora_r:
         config = json.loads((shards.parent / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         # A path of this machine, and a set, whose order changes from run to run: the same training is to be the same content.
-        config |= {"base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}
+        config |= {
+            "base_model_name_or_path": None,
+            "target_modules": sorted(config["target_modules"]),
+        }
         write_json(shards / ADAPTER_CONFIG, config)
     shutil.rmtree(work / "shards", ignore_errors=True)
-    flush_tree(shards)
+    fsync_tree(shards)
     shards.rename(work / "shards")

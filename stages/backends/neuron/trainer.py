@@ -8,7 +8,9 @@ import torch
 from transformers import TrainerCallback, default_data_collator
 
 
-def make_trainer(model: Any, arguments: Any, rows: torch.utils.data.Dataset, first_step: int) -> Any:
+def make_trainer(
+    model: Any, arguments: Any, rows: torch.utils.data.Dataset, first_step: int
+) -> Any:
     """A NeuronTrainer for `rows` in their order, with the learning rates from step `first_step` on.
 
     What it mends was found in optimum-neuron 0.4.5 and shown by tests/backends/neuron/test_worker.py, which fails without.
@@ -17,10 +19,14 @@ def make_trainer(model: Any, arguments: Any, rows: torch.utils.data.Dataset, fir
 
     class OrderedTrainer(NeuronTrainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-            return torch.utils.data.SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+            return torch.utils.data.SequentialSampler(
+                train_dataset if train_dataset is not None else self.train_dataset
+            )
 
         def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
-            super().create_optimizer_and_scheduler(num_training_steps=first_step + num_training_steps)
+            super().create_optimizer_and_scheduler(
+                num_training_steps=first_step + num_training_steps
+            )
             for _ in range(first_step):
                 self.lr_scheduler.step()
 
@@ -35,7 +41,9 @@ def make_trainer(model: Any, arguments: Any, rows: torch.utils.data.Dataset, fir
             if self.trn_config.sequence_parallel_enabled:
                 mark_sequence_parallel(self.model)
 
-    trainer = OrderedTrainer(model=model, args=arguments, train_dataset=rows, data_collator=default_data_collator)
+    trainer = OrderedTrainer(
+        model=model, args=arguments, train_dataset=rows, data_collator=default_data_collator
+    )
     trainer.add_callback(SumsMainGradients)
     return trainer
 
@@ -59,6 +67,8 @@ class SumsMainGradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if args.zero_1 and args.trn_config.sequence_parallel_enabled:
-            from neuronx_distributed.parallel_layers.grads import allreduce_sequence_parallel_gradients
+            from neuronx_distributed.parallel_layers.grads import (
+                allreduce_sequence_parallel_gradients,
+            )
 
             allreduce_sequence_parallel_gradients(given["optimizer"].optimizer)

@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from transformers import HfArgumentParser, PrinterCallback, set_seed
 
+from stages.backends.batches import PackedSequences, sequences_of_step
 from stages.backends.neuron.arguments import attention_implementation
-from stages.backends.neuron.figures import FiguresCallback
+from stages.backends.neuron.metrics_callback import MetricsCallback
 from stages.backends.neuron.trainer import make_trainer
-from stages.backends.rows import PackedRows, rows_of_step
+from stages.run.disk import disk_failure
 from stages.run.errors import InputError, StageFailure
 from stages.run.guard import die_with_parent
 from stages.run.launch import report_error
-from stages.run.space import disk_failure
-from stages.text.saved_rows import IGNORED_LABEL
+from stages.text.sequences import IGNORED_LABEL
 
 
 @dataclass
@@ -50,7 +50,9 @@ def main() -> None:
     """Train as the command line says; the exit status is 0, that of an InputError or StageFailure, or 1 with a traceback."""
     die_with_parent()
     # Of the scheduler, whose optimizer is another one than it was made for: trainer.py says why.
-    warnings.filterwarnings("ignore", "Seems like `optimizer.step|Detected call of `lr_scheduler.step")
+    warnings.filterwarnings(
+        "ignore", "Seems like `optimizer.step|Detected call of `lr_scheduler.step"
+    )
     from optimum.neuron import NeuronTrainingArguments
 
     dataclasses: Any = (WorkerArguments, NeuronTrainingArguments)
@@ -73,15 +75,29 @@ def main() -> None:
 def train(own: WorkerArguments, arguments: Any) -> None:
     """Train for `arguments.max_steps` steps and save the shards to `saved/` in the work folder."""
     set_seed(arguments.seed)
-    rows = OrderedRows(Path(own.data), own.first_step, arguments.max_steps, rows_per_step=rows_per_step(arguments), seed=arguments.seed)
-    trainer = make_trainer(build_model(own, arguments, rows.length), arguments, rows, own.first_step)
-    trainer.remove_callback(PrinterCallback)  # prints every log as a dict; FiguresCallback says it in a line
-    trainer.add_callback(FiguresCallback(Path(own.work), own.first_step, rows.count, rows.rows_per_step, rows.length))
+    rows = OrderedSequences(
+        Path(own.data),
+        own.first_step,
+        arguments.max_steps,
+        sequences_per_step=sequences_per_step(arguments),
+        seed=arguments.seed,
+    )
+    trainer = make_trainer(
+        build_model(own, arguments, rows.length), arguments, rows, own.first_step
+    )
+    trainer.remove_callback(
+        PrinterCallback
+    )  # prints every log as a dict; MetricsCallback says it in a line
+    trainer.add_callback(
+        MetricsCallback(
+            Path(own.work), own.first_step, rows.count, rows.sequences_per_step, rows.length
+        )
+    )
     trainer.train()
     trainer.save_model(str(Path(own.work) / "saved"))
 
 
-def rows_per_step(arguments: Any) -> int:
+def sequences_per_step(arguments: Any) -> int:
     """Rows in the global batch of one optimizer step. (In a pipeline the library folds the accumulation into the batch.)"""
     per_rank = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     return per_rank * arguments.trn_config.data_parallel_size
@@ -93,7 +109,11 @@ def build_model(own: WorkerArguments, arguments: Any, length: int) -> Any:
 
     attention = attention_implementation(length)
     model = NeuronModelForCausalLM.from_pretrained(
-        own.base, arguments.trn_config, dtype=torch.bfloat16, attn_implementation=attention, trust_remote_code=False
+        own.base,
+        arguments.trn_config,
+        dtype=torch.bfloat16,
+        attn_implementation=attention,
+        trust_remote_code=False,
     )
     if not own.lora_r:
         return model
@@ -113,26 +133,38 @@ def build_model(own: WorkerArguments, arguments: Any, length: int) -> Any:
     return get_peft_model(model, adapters)
 
 
-class OrderedRows(torch.utils.data.Dataset):
+class OrderedSequences(torch.utils.data.Dataset):
     """The packed rows of steps `first` to `first + steps` one after another: rank r of n data-parallel ranks takes every n-th.
 
     An item: int64 `input_ids`, `attention_mask`, `labels`, [length] each. The labels are those of the torch backend's loss: the
     first token of a document is predicted by nothing.
     """
 
-    def __init__(self, data: Path, first: int, steps: int, *, rows_per_step: int, seed: int):
-        self._table = PackedRows(data / "train")
-        self.count, self.rows_per_step = len(self._table), rows_per_step
-        self.order = np.concatenate([rows_of_step(first + step, rows_per_step, self.count, seed) for step in range(steps)])
+    def __init__(self, data: Path, first: int, steps: int, *, sequences_per_step: int, seed: int):
+        self._table = PackedSequences(data / "train")
+        self.count, self.sequences_per_step = len(self._table), sequences_per_step
+        self.order = np.concatenate(
+            [
+                sequences_of_step(first + step, sequences_per_step, self.count, seed)
+                for step in range(steps)
+            ]
+        )
         self.length = len(self[0]["input_ids"])
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = {name: column[0] for name, column in self._table.batch(self.order[[index]], torch.device("cpu")).items()}
+        row = {
+            name: column[0]
+            for name, column in self._table.batch(self.order[[index]], torch.device("cpu")).items()
+        }
         labels = row["labels"].masked_fill(row["position_ids"] == 0, IGNORED_LABEL)
-        return {"input_ids": row["input_ids"], "attention_mask": torch.ones_like(row["input_ids"]), "labels": labels}
+        return {
+            "input_ids": row["input_ids"],
+            "attention_mask": torch.ones_like(row["input_ids"]),
+            "labels": labels,
+        }
 
 
 def _leave(status: int) -> None:

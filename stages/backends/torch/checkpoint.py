@@ -17,17 +17,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
 from stages.backends.torch.reader import load_checkpoint
-from stages.run.content import file_digest
-from stages.run.durable import flush, flush_tree, make_folder
-from stages.run.space import room_for
+from stages.run.digests import file_digest
+from stages.run.disk import disk_guard
+from stages.run.fsync import flush, fsync_tree, make_durable_folder
 
 LIST = "files.json"  # name -> bytes and sha256 of each other file of a checkpoint
 
 
-def save_checkpoint(folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
+def save_checkpoint(
+    folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, keep: int
+) -> None:
     """Write `folder/step-N` with weights and optimizer state, then remove all but the last `keep`."""
     weights, moments = get_state_dict(model, optimizer)
     _write(folder / f"step-{step:08d}", {"model": weights, "optimizer": moments}, listed=True)
@@ -44,19 +50,27 @@ def resume(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimize
     damaged = _remove_damaged(folder)
     step = last_step(folder)
     if damaged and dist.get_rank() == 0:
-        print("\n".join([*damaged, f"going on from step {step}" if step else "beginning anew"]), file=sys.stderr, flush=True)
+        print(
+            "\n".join([*damaged, f"going on from step {step}" if step else "beginning anew"]),
+            file=sys.stderr,
+            flush=True,
+        )
     if not step:
         return 0
     weights, moments = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     load_checkpoint(_checkpoints(folder)[-1], state)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
     return step
 
 
 def save_shards(folder: Path, model: torch.nn.Module) -> None:
     """Write the trained weights alone: float32, under their Hugging Face names with the prefix `model.`."""
-    _write(folder, {"model": get_model_state_dict(model)}, listed=False)  # the stage's manifest will list them
+    _write(
+        folder, {"model": get_model_state_dict(model)}, listed=False
+    )  # the stage's manifest will list them
 
 
 def last_step(folder: Path) -> int:
@@ -74,9 +88,9 @@ def _write(folder: Path, state: dict[str, Any], listed: bool) -> None:
     if dist.get_rank() == 0:
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
-        make_folder(folder.parent)
+        make_durable_folder(folder.parent)
     dist.barrier()
-    with room_for(folder.name, beside, _bytes(state)):
+    with disk_guard(folder.name, beside, _bytes(state)):
         try:
             dcp.save(state, checkpoint_id=beside)
         except dcp.CheckpointException as error:  # no Exception: nothing above would catch it
@@ -86,7 +100,7 @@ def _write(folder: Path, state: dict[str, Any], listed: bool) -> None:
     if dist.get_rank() == 0:
         if listed:
             (beside / LIST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
-        flush_tree(beside)
+        fsync_tree(beside)
         beside.rename(folder)
         flush(folder.parent)
     dist.barrier()
@@ -96,7 +110,12 @@ def _bytes(state: Any) -> int:
     """Bytes of the tensors in a nested state, each counted whole, whatever part of it lies here."""
     if isinstance(state, torch.Tensor):
         return state.numel() * state.element_size()
-    return sum(map(_bytes, state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()))
+    return sum(
+        map(
+            _bytes,
+            state.values() if isinstance(state, dict) else state if isinstance(state, list) else (),
+        )
+    )
 
 
 def _remove_damaged(folder: Path) -> list[str]:
@@ -134,8 +153,18 @@ def _listed(checkpoint: Path) -> dict[str, dict[str, Any]] | None:
     """What `_write` listed; None where that cannot be read."""
     try:
         listed = json.loads((checkpoint / LIST).read_bytes())
-        return {Path(name).name: {"bytes": facts["bytes"], "sha256": facts["sha256"]} for name, facts in listed.items()} or None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # damaged bytes may be JSON of any shape
+        return {
+            Path(name).name: {"bytes": facts["bytes"], "sha256": facts["sha256"]}
+            for name, facts in listed.items()
+        } or None
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ):  # damaged bytes may be JSON of any shape
         return None
 
 
@@ -144,7 +173,10 @@ def _facts(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     mine = {}
     for name in names[dist.get_rank() :: dist.get_world_size()]:
         try:
-            mine[name] = {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
+            mine[name] = {
+                "bytes": (folder / name).stat().st_size,
+                "sha256": file_digest(folder / name),
+            }
         except (OSError, ValueError):  # a damaged list may hold what no file can be called
             continue
     shares: list[Any] = [None] * dist.get_world_size()

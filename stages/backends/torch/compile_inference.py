@@ -26,13 +26,13 @@ from typing import Any
 import torch
 
 from stages.backends.torch.export import LlamaStep, StepName, export_step
-from stages.backends.torch.generate import DESCRIPTION, WEIGHTS, constant_facts, load
+from stages.backends.torch.generate import COMPILED_INFO, WEIGHTS, constant_facts, load
 from stages.backends.torch.inductor import scratch_space
-from stages.backends.torch.machine import instruction_set
+from stages.backends.torch.instruction_set import instruction_set
 from stages.model.size import weight_bytes
+from stages.run.disk import disk_failure, disk_guard
 from stages.run.errors import InputError, StageFailure
 from stages.run.settings import Settings
-from stages.run.space import disk_failure, room_for
 
 STEPS: tuple[StepName, ...] = ("prefill", "decode")
 SHORTEST_SEQUENCE = 16
@@ -74,11 +74,13 @@ def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[
     be compiled, StageFailure when compiling fails or the compiled logits differ from the eager model's.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    work = Compilation(model_dir, output, device, settings.inference_batch_size, settings.inference_sequence_length)
+    work = Compilation(
+        model_dir, output, device, settings.inference_batch_size, settings.inference_sequence_length
+    )
     _refuse_unfit(work)
     output.mkdir(parents=True, exist_ok=True)
     probe = _random_probe(work)
-    with room_for("the compiled model's weights", output, weight_bytes(model_dir)):
+    with disk_guard("the compiled model's weights", output, weight_bytes(model_dir)):
         expected = _write_model(work, probe)
     started = time.monotonic()
     _compile_packages(work)
@@ -97,16 +99,23 @@ def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[
 def _refuse_unfit(work: Compilation) -> None:
     """Everything that can be refused before a byte of weights is read."""
     if not (work.model_dir / "config.json").is_file():
-        raise InputError(f"{work.model_dir} holds no model (config.json is missing): run `make consolidate` first")
+        raise InputError(
+            f"{work.model_dir} holds no model (config.json is missing): run `make consolidate` first"
+        )
     config = json.loads((work.model_dir / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != "llama":
-        raise InputError(f'{work.model_dir} holds a model of type "{config.get("model_type")}"; the torch backend compiles "llama" only')
+        raise InputError(
+            f'{work.model_dir} holds a model of type "{config.get("model_type")}"; the torch backend compiles "llama" only'
+        )
     if problems := [*_size_problems(work, config), *_compiler_problems(work.device)]:
         raise InputError(problems)
 
 
 def _size_problems(work: Compilation, config: dict[str, Any]) -> Iterator[str]:
-    length, positions = work.sequence_length, config.get("max_position_embeddings", 2048)  # LlamaConfig's default
+    length, positions = (
+        work.sequence_length,
+        config.get("max_position_embeddings", 2048),
+    )  # LlamaConfig's default
     if work.batch_size < 1:
         yield f"INFERENCE_BATCH_SIZE is {work.batch_size}: give at least 1"
     if length < SHORTEST_SEQUENCE:
@@ -139,14 +148,22 @@ def _load_llama(work: Compilation) -> Any:
     from transformers import LlamaForCausalLM
 
     llama, report = LlamaForCausalLM.from_pretrained(
-        work.model_dir, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=False
+        work.model_dir,
+        dtype="auto",
+        output_loading_info=True,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:5])
-        raise InputError(f"{work.model_dir} lacks {len(report['missing_keys'])} of its weights ({missing}): run `make consolidate` again")
+        raise InputError(
+            f"{work.model_dir} lacks {len(report['missing_keys'])} of its weights ({missing}): run `make consolidate` again"
+        )
     if llama.dtype not in TOLERANCE:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in TOLERANCE)
-        raise InputError(f"{work.model_dir} has weights of {llama.dtype}: the torch backend compiles {names}")
+        raise InputError(
+            f"{work.model_dir} has weights of {llama.dtype}: the torch backend compiles {names}"
+        )
     return llama.to(work.device).eval().requires_grad_(False)
 
 
@@ -161,13 +178,21 @@ def _write_model(work: Compilation, probe: Probe) -> torch.Tensor:
     step = LlamaStep(llama)
     constants = {**dict(step.named_parameters()), **dict(step.named_buffers())}
     description = _description(work, llama, constants)
-    (work.output / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    save_file({name: tensor.contiguous() for name, tensor in constants.items()}, work.output / WEIGHTS)
-    shutil.copymode(work.output / DESCRIPTION, work.output / WEIGHTS)  # safetensors lets only the owner read
+    (work.output / COMPILED_INFO).write_text(
+        json.dumps(description, indent=2) + "\n", encoding="utf-8"
+    )
+    save_file(
+        {name: tensor.contiguous() for name, tensor in constants.items()}, work.output / WEIGHTS
+    )
+    shutil.copymode(
+        work.output / COMPILED_INFO, work.output / WEIGHTS
+    )  # safetensors lets only the owner read
     return _eager_logits(llama, probe)
 
 
-def _description(work: Compilation, llama: Any, constants: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _description(
+    work: Compilation, llama: Any, constants: dict[str, torch.Tensor]
+) -> dict[str, Any]:
     """compiled.json: what generate.py needs to know of the model, and what the packages take for granted."""
     config, ids = llama.config, llama.generation_config
     head_dim = llama.model.layers[0].self_attn.head_dim
@@ -179,7 +204,12 @@ def _description(work: Compilation, llama: Any, constants: dict[str, torch.Tenso
         "sequence_length": work.sequence_length,
         "vocab_size": config.vocab_size,
         "layers": config.num_hidden_layers,
-        "cache_shape": [work.batch_size, config.num_key_value_heads, work.sequence_length, head_dim],
+        "cache_shape": [
+            work.batch_size,
+            config.num_key_value_heads,
+            work.sequence_length,
+            head_dim,
+        ],
         "bos_token_id": ids.bos_token_id,
         "eos_token_id": ids.eos_token_id,
         "pad_token_id": ids.pad_token_id,
@@ -191,11 +221,15 @@ def _description(work: Compilation, llama: Any, constants: dict[str, torch.Tenso
 
 def _random_probe(work: Compilation) -> Probe:
     """Seeded random ids; prompts from the longest that the check reads down to one token."""
-    vocab_size = json.loads((work.model_dir / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    vocab_size = json.loads((work.model_dir / "config.json").read_text(encoding="utf-8"))[
+        "vocab_size"
+    ]
     longest = min(work.sequence_length, CHECKED_TOKENS) - CHECKED_STEPS
     lengths = [int(length) for length in torch.linspace(longest, 1, work.batch_size)]
     shape = (work.batch_size, longest + CHECKED_STEPS)
-    return Probe(torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)), lengths)
+    return Probe(
+        torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)), lengths
+    )
 
 
 @torch.inference_mode()
@@ -207,7 +241,9 @@ def _eager_logits(llama: Any, probe: Probe) -> torch.Tensor:
     rows = []
     for sequence, length in zip(probe.sequences, probe.lengths, strict=True):
         read = sequence[None, : length + CHECKED_STEPS].to(llama.device)
-        rows.append(llama(read, use_cache=False, logits_to_keep=CHECKED_STEPS + 1).logits[0].float().cpu())
+        rows.append(
+            llama(read, use_cache=False, logits_to_keep=CHECKED_STEPS + 1).logits[0].float().cpu()
+        )
     return torch.stack(rows, dim=1)
 
 
@@ -219,17 +255,25 @@ def _compile_packages(work: Compilation) -> None:
     if work.device == "cuda":
         torch.cuda.empty_cache()  # what the eager model held, for the process that compiles
     sizes = f"{work.batch_size} prompt{'s' * (work.batch_size > 1)} of up to {work.sequence_length} tokens"
-    print(f"compiling {' and '.join(STEPS)} for {instruction_set(work.device).name}, {sizes}", flush=True)
+    print(
+        f"compiling {' and '.join(STEPS)} for {instruction_set(work.device).name}, {sizes}",
+        flush=True,
+    )
     workers = 1 if work.device == "cuda" else len(STEPS)
     with scratch_space(work.output), ExitStack() as started:
         # A process each: of two in one pool, CPython may see that the second has ended only when the first is done.
-        pools = [started.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for _ in range(workers)]
+        pools = [
+            started.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+            for _ in range(workers)
+        ]
         jobs = [pool.submit(_compile_step, step, work) for step, pool in zip(STEPS, cycle(pools))]
         try:
             for job in as_completed(jobs):
                 job.result()
         except BaseException as error:
-            for process in active_children():  # else leaving the pool would wait until the other has compiled
+            for (
+                process
+            ) in active_children():  # else leaving the pool would wait until the other has compiled
                 process.kill()
             if not isinstance(error, BrokenProcessPool):
                 raise
@@ -244,7 +288,9 @@ def _compile_step(step: StepName, work: Compilation) -> None:
     if work.device == "cpu":
         # Inductor would start processes for Triton's kernels, of which a CPU's package has none.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    os.environ["TQDM_DISABLE"] = "1"  # two processes' bars for loading the weights would overwrite each other
+    os.environ["TQDM_DISABLE"] = (
+        "1"  # two processes' bars for loading the weights would overwrite each other
+    )
     try:
         from torch._inductor import aoti_compile_and_package
 
@@ -256,7 +302,10 @@ def _compile_step(step: StepName, work: Compilation) -> None:
                 program,
                 package_path=str(work.output / f"{step}.pt2"),
                 # Compiled headers would take 280 MB of /tmp for each model, in a folder that any user can make first.
-                inductor_configs={"aot_inductor.package_constants_in_so": False, "aot_inductor.precompile_headers": False},
+                inductor_configs={
+                    "aot_inductor.package_constants_in_so": False,
+                    "aot_inductor.precompile_headers": False,
+                },
             )
     except Exception as error:
         # As text: some of the compiler's exceptions do not survive the way between processes.
@@ -273,11 +322,18 @@ def _check(compiled: Path, probe: Probe, expected: torch.Tensor) -> dict[str, An
     """
     model = load(compiled)
     cache = model.new_cache()
-    prompts = [sequence[:length].tolist() for sequence, length in zip(probe.sequences, probe.lengths, strict=True)]
+    prompts = [
+        sequence[:length].tolist()
+        for sequence, length in zip(probe.sequences, probe.lengths, strict=True)
+    ]
     logits, positions = model.prefill(prompts, cache)
     found = [logits]
     for step in range(CHECKED_STEPS):
-        ids = probe.sequences.gather(1, torch.tensor(probe.lengths).unsqueeze(1) + step).squeeze(1).to(model.device)
+        ids = (
+            probe.sequences.gather(1, torch.tensor(probe.lengths).unsqueeze(1) + step)
+            .squeeze(1)
+            .to(model.device)
+        )
         found.append(model.decode_one_token(ids, positions + step, cache))
     got = torch.stack(found).float().cpu()
     difference, largest = (got - expected).abs().max().item(), expected.abs().max().item()

@@ -55,10 +55,13 @@ def consolidate(
     tensors = sharded_tensors(shards, prefix)
     problems = list(itertools.islice(_problems(tensors), PROBLEMS_SHOWN))
     if problems:
-        raise StageFailure("\n".join([f"The checkpoint {shards} is not whole; use an earlier one.", *problems]))
+        raise StageFailure(
+            "\n".join([f"The checkpoint {shards} is not whole; use an earlier one.", *problems])
+        )
     with contextlib.ExitStack() as stack:
         files = {
-            file: stack.enter_context(file.open("rb")) for file in {shard.file for tensor in tensors.values() for shard in tensor.shards}
+            file: stack.enter_context(file.open("rb"))
+            for file in {shard.file for tensor in tensors.values() for shard in tensor.shards}
         }
         for name, kept in (tied or {}).items():
             if name in tensors and kept in tensors:
@@ -79,11 +82,21 @@ def _problems(tensors: dict[str, ShardedTensor]) -> Iterator[str]:
     needed: dict[Path, tuple[int, str]] = {}
     for name, tensor in tensors.items():
         for shard in tensor.shards:
-            needed[shard.file] = max(needed.get(shard.file, (0, "")), (shard.offset + shard.length, name))
+            needed[shard.file] = max(
+                needed.get(shard.file, (0, "")), (shard.offset + shard.length, name)
+            )
         found = sum(math.prod(shard.shape) for shard in tensor.shards)
         boxes = [shard for shard in tensor.shards if math.prod(shard.shape)]
-        outside = any(end > size for shard in boxes for end, size in zip(shard.end, tensor.spec.shape, strict=True))
-        if found != tensor.spec.elements or outside or any(itertools.starmap(_overlap, itertools.combinations(boxes, 2))):
+        outside = any(
+            end > size
+            for shard in boxes
+            for end, size in zip(shard.end, tensor.spec.shape, strict=True)
+        )
+        if (
+            found != tensor.spec.elements
+            or outside
+            or any(itertools.starmap(_overlap, itertools.combinations(boxes, 2)))
+        ):
             yield f"{name}: its shards ({found} values) do not cover its shape {list(tensor.spec.shape)} exactly once."
     for file, (size, name) in needed.items():
         if not file.is_file():
@@ -93,14 +106,19 @@ def _problems(tensors: dict[str, ShardedTensor]) -> Iterator[str]:
 
 
 def _overlap(first: Shard, second: Shard) -> bool:
-    return all(a < d and c < b for a, b, c, d in zip(first.start, first.end, second.start, second.end, strict=True))
+    return all(
+        a < d and c < b
+        for a, b, c, d in zip(first.start, first.end, second.start, second.end, strict=True)
+    )
 
 
 def _check_tie(tensor: ShardedTensor, kept: ShardedTensor, files: Mapping[Path, BinaryIO]) -> None:
     same = (tensor.spec.shape, tensor.spec.dtype) == (kept.spec.shape, kept.spec.dtype)
     if same:
         # Equal shape and dtype are cut into equal pieces, whatever the shards.
-        same = all(torch.equal(a, b) for a, b in zip(_read(tensor, files), _read(kept, files), strict=True))
+        same = all(
+            torch.equal(a, b) for a, b in zip(_read(tensor, files), _read(kept, files), strict=True)
+        )
     if not same:
         raise StageFailure(
             f"{tensor.spec.name} and {kept.spec.name} are one parameter in config.json but two different ones in the checkpoint: "
@@ -113,7 +131,11 @@ def _read(tensor: ShardedTensor, files: Mapping[Path, BinaryIO]) -> Iterator[tor
     shape = tensor.spec.shape or (1,)
     dtype = getattr(torch, tensor.spec.dtype)
     rows = max(1, PIECE_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize))
-    readers = [_ShardReader(shard, tensor.spec.name, dtype, files[shard.file]) for shard in tensor.shards if math.prod(shard.shape)]
+    readers = [
+        _ShardReader(shard, tensor.spec.name, dtype, files[shard.file])
+        for shard in tensor.shards
+        if math.prod(shard.shape)
+    ]
     for first in range(0, shape[0], rows):
         block = torch.empty(min(rows, shape[0] - first), *shape[1:], dtype=dtype)
         for reader in readers:
@@ -132,14 +154,23 @@ class _ShardReader:
             with io.BufferedReader(_Slice(file, shard.offset, shard.length)) as archive:
                 start, size, self.expected_crc = _stored_record(archive)
                 self.position = shard.offset + start
-                with skip_data():  # shape, strides and dtype; memory that is reserved but not touched
+                with (
+                    skip_data()
+                ):  # shape, strides and dtype; memory that is reserved but not touched
                     saved = torch.load(archive, map_location="cpu", weights_only=True)
             if saved.untyped_storage().nbytes() != size:
-                raise ValueError(f"its pickle says {saved.untyped_storage().nbytes()} bytes, the archive has {size}")
+                raise ValueError(
+                    f"its pickle says {saved.untyped_storage().nbytes()} bytes, the archive has {size}"
+                )
         except Exception as error:  # from damaged bytes, zipfile and pickle raise anything
-            reason = error.__context__ or error  # torch's own words advise to open it without weights_only
+            reason = (
+                error.__context__ or error
+            )  # torch's own words advise to open it without weights_only
             raise self._failure(str(reason).partition("\n")[0].partition(". ")[0]) from error
-        if not isinstance(saved, torch.Tensor) or (saved.shape, saved.dtype) != (torch.Size(shard.shape), dtype):
+        if not isinstance(saved, torch.Tensor) or (saved.shape, saved.dtype) != (
+            torch.Size(shard.shape),
+            dtype,
+        ):
             raise self._failure("it is not what the metadata says")
         self.whole: torch.Tensor | None = None
         if not saved.is_contiguous() or saved.untyped_storage().nbytes() != saved.nbytes:
@@ -150,7 +181,10 @@ class _ShardReader:
 
     def copy_rows(self, block: torch.Tensor, first: int) -> None:
         """Copy what the shard has of the tensor's rows from `first` on into `block`. Blocks must come in order."""
-        begin, end = max(self.start[0], first), min(self.start[0] + self.shape[0], first + block.shape[0])
+        begin, end = (
+            max(self.start[0], first),
+            min(self.start[0] + self.shape[0], first + block.shape[0]),
+        )
         if begin >= end:
             return
         box = block[begin - first : end - first]
@@ -180,7 +214,9 @@ class _ShardReader:
 
     def _check_crc(self) -> None:
         if self.crc != self.expected_crc:
-            raise self._failure(f"its checksum is {self.crc:08x}, {self.expected_crc:08x} was written")
+            raise self._failure(
+                f"its checksum is {self.crc:08x}, {self.expected_crc:08x} was written"
+            )
 
     def _failure(self, reason: str) -> StageFailure:
         return StageFailure(
@@ -192,7 +228,12 @@ class _Slice(io.RawIOBase):
     """Bytes `offset` to `offset + length` of a file as a file of its own."""
 
     def __init__(self, file: BinaryIO, offset: int, length: int):
-        self._descriptor, self._offset, self._length, self._position = file.fileno(), offset, length, 0
+        self._descriptor, self._offset, self._length, self._position = (
+            file.fileno(),
+            offset,
+            length,
+            0,
+        )
 
     def readable(self) -> bool:
         return True
@@ -201,7 +242,10 @@ class _Slice(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = (
+            offset
+            + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        )
         return self._position
 
     def readinto(self, buffer: Any) -> int:
@@ -215,7 +259,10 @@ def _stored_record(archive: BinaryIO) -> tuple[int, int, int]:
     """Where, in the archive that torch.save wrote, the bytes of its one storage begin, how many they are, and their CRC-32."""
     with zipfile.ZipFile(archive) as records:
         # A compressed record (torch.save writes none) can be a thousand times as large in memory.
-        if any(info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size for info in records.infolist()):
+        if any(
+            info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size
+            for info in records.infolist()
+        ):
             raise zipfile.BadZipFile("its records are compressed")
         storages = [info for info in records.infolist() if info.filename.endswith("/data/0")]
         if len(storages) != 1:
@@ -223,7 +270,9 @@ def _stored_record(archive: BinaryIO) -> tuple[int, int, int]:
         [record] = storages
         for info in records.infolist():
             if info is not record:
-                records.read(info)  # raises where its CRC-32 is not the one written: torch itself does not look
+                records.read(
+                    info
+                )  # raises where its CRC-32 is not the one written: torch itself does not look
     archive.seek(record.header_offset)
     # APPNOTE.TXT 4.3.7: a local header is 30 bytes, its last four the lengths of the name and of the extra field that follow it.
     name_length, extra_length = struct.unpack("<26xHH", archive.read(30))

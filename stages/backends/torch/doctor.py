@@ -8,44 +8,55 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+from stages.run.check_result import Check, CheckResult, fail
 from stages.run.errors import InputError
-from stages.run.finding import Check, Finding, fail
 from stages.run.settings import Settings
 from stages.run.sizes import show_size
 
 
-def torch_build(settings: Settings) -> Iterator[Finding]:
+def torch_build(settings: Settings) -> Iterator[CheckResult]:
     import torch
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs alone"
-    yield Finding("PyTorch", f"{torch.__version__}, {cuda}, {torch.get_num_threads()} threads")
+    yield CheckResult("PyTorch", f"{torch.__version__}, {cuda}, {torch.get_num_threads()} threads")
 
 
-def devices(settings: Settings) -> Iterator[Finding]:
+def devices(settings: Settings) -> Iterator[CheckResult]:
     import torch
 
     if not torch.cuda.is_available():
-        yield Finding("devices", f"no CUDA device; {os.cpu_count()} CPU cores for NPROC_PER_NODE={settings.nproc_per_node}")
+        yield CheckResult(
+            "devices",
+            f"no CUDA device; {os.cpu_count()} CPU cores for NPROC_PER_NODE={settings.nproc_per_node}",
+        )
         return
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    yield Finding("devices", ", ".join(f"{gpu.name} with {show_size(gpu.total_memory)}" for gpu in gpus))
+    yield CheckResult(
+        "devices", ", ".join(f"{gpu.name} with {show_size(gpu.total_memory)}" for gpu in gpus)
+    )
 
 
-def compiler(settings: Settings) -> Iterator[Finding]:
+def compiler(settings: Settings) -> Iterator[CheckResult]:
     """compile-inference, and training with TORCH_COMPILE, have inductor call a C++ compiler."""
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     tool = shutil.which(name)
     if tool is None:
-        yield fail("C++ compiler", f"{name} is not on the PATH. Install it (Debian, Ubuntu: apt install g++), or name another in CXX.")
+        yield fail(
+            "C++ compiler",
+            f"{name} is not on the PATH. Install it (Debian, Ubuntu: apt install g++), or name another in CXX.",
+        )
         return
     said = subprocess.run([tool, "--version"], capture_output=True, text=True)
     if said.returncode:
-        yield fail("C++ compiler", f"{tool} --version ends with {said.returncode}. Install it again, or name another in CXX.")
+        yield fail(
+            "C++ compiler",
+            f"{tool} --version ends with {said.returncode}. Install it again, or name another in CXX.",
+        )
     else:
-        yield Finding("C++ compiler", said.stdout.partition("\n")[0])
+        yield CheckResult("C++ compiler", said.stdout.partition("\n")[0])
 
 
-def training(settings: Settings) -> Iterator[Finding]:
+def training(settings: Settings) -> Iterator[CheckResult]:
     """What train would refuse before it starts; the tokenizer's size is not known before the data stage ran."""
     from stages.backends.torch.train import check
 
@@ -54,7 +65,7 @@ def training(settings: Settings) -> Iterator[Finding]:
     except InputError as error:
         yield from (fail("training", problem) for problem in error.problems)
     else:
-        yield Finding("training", "the model can be trained with these settings")
+        yield CheckResult("training", "the model can be trained with these settings")
 
 
 CHECKS: list[Check] = [torch_build, devices, compiler, training]

@@ -34,7 +34,9 @@ class LlamaStep(torch.nn.Module):
         if not self.tied:
             self.lm_head = llama.lm_head
 
-    def hidden_states(self, ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def hidden_states(
+        self, ids: torch.Tensor, positions: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
         """ids [batch, tokens], positions broadcastable to them -> normalised hidden states [batch, tokens, hidden]."""
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -43,7 +45,10 @@ class LlamaStep(torch.nn.Module):
         for index, layer in enumerate(self.model.layers):
             attention, normed = layer.self_attn, layer.input_layernorm(hidden)
             projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-            queries, keys, values = (p(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for p in projections)
+            queries, keys, values = (
+                p(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+                for p in projections
+            )
             queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
             context = attend(index, queries, keys, values)
             hidden = hidden + attention.o_proj(context.transpose(1, 2).flatten(2))
@@ -52,21 +57,31 @@ class LlamaStep(torch.nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [batch, hidden] -> [batch, vocab]."""
-        return functional.linear(hidden, self.model.embed_tokens.weight) if self.tied else self.lm_head(hidden)
+        return (
+            functional.linear(hidden, self.model.embed_tokens.weight)
+            if self.tied
+            else self.lm_head(hidden)
+        )
 
 
 class Prefill(LlamaStep):
     """Reads whole prompts into an empty cache; only each prompt's last token asks for logits."""
 
-    def forward(self, ids: torch.Tensor, lengths: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, ids: torch.Tensor, lengths: torch.Tensor, cache: list[torch.Tensor]
+    ) -> torch.Tensor:
         """ids [batch, longest prompt] padded on the right, lengths [batch] >= 1 (int64) -> logits [batch, vocab]."""
         batch, longest = ids.shape
 
-        def attend(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        def attend(
+            layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        ) -> torch.Tensor:
             cache[2 * layer][:, :, :longest] = keys
             cache[2 * layer + 1][:, :, :longest] = values
             # The cache was empty: these are all the keys there are, so no mask need be made.
-            return functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+            return functional.scaled_dot_product_attention(
+                queries, keys, values, is_causal=True, enable_gqa=True
+            )
 
         positions = torch.arange(longest, device=ids.device).unsqueeze(0)
         hidden = self.hidden_states(ids, positions, attend)
@@ -77,26 +92,34 @@ class Prefill(LlamaStep):
 class Decode(LlamaStep):
     """Reads one token per row at that row's own position."""
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, cache: list[torch.Tensor]
+    ) -> torch.Tensor:
         """ids [batch], positions [batch] < sequence length (int64) -> logits of the next token [batch, vocab]."""
         batch, kv_heads, sequence_length, head_dim = cache[0].shape
         rows = torch.arange(batch, device=ids.device)
         seen = torch.arange(sequence_length, device=ids.device) <= positions.unsqueeze(1)
 
-        def attend(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        def attend(
+            layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        ) -> torch.Tensor:
             past_keys, past_values = cache[2 * layer], cache[2 * layer + 1]
             past_keys[rows, :, positions] = keys[:, :, 0]
             past_values[rows, :, positions] = values[:, :, 0]
             # The query heads that share a KV head stand in its queries' place: grouped attention without repeating the cache.
             grouped = queries.reshape(batch, kv_heads, -1, head_dim)
-            context = functional.scaled_dot_product_attention(grouped, past_keys, past_values, attn_mask=seen[:, None, None])
+            context = functional.scaled_dot_product_attention(
+                grouped, past_keys, past_values, attn_mask=seen[:, None, None]
+            )
             return context.reshape(queries.shape)
 
         hidden = self.hidden_states(ids.unsqueeze(1), positions.unsqueeze(1), attend)
         return self.logits(hidden[:, 0])
 
 
-def export_step(step: StepName, llama: Any, batch_size: int, sequence_length: int) -> torch.export.ExportedProgram:
+def export_step(
+    step: StepName, llama: Any, batch_size: int, sequence_length: int
+) -> torch.export.ExportedProgram:
     """The graph of one step at a fixed batch and cache; prefill's prompt length is dynamic, 2 to sequence_length - 1.
 
     torch.export gives lengths 0 and 1 graphs of their own, so prefill starts at 2 and a lone token is padded. It ends one
@@ -105,7 +128,12 @@ def export_step(step: StepName, llama: Any, batch_size: int, sequence_length: in
     config, device = llama.config, llama.device
     cache = empty_cache(
         layers=config.num_hidden_layers,
-        shape=(batch_size, config.num_key_value_heads, sequence_length, llama.model.layers[0].self_attn.head_dim),
+        shape=(
+            batch_size,
+            config.num_key_value_heads,
+            sequence_length,
+            llama.model.layers[0].self_attn.head_dim,
+        ),
         dtype=llama.dtype,
         device=device,
     )

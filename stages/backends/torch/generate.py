@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from stages.backends.decoding import Decoder, right_padded
-from stages.backends.torch.machine import instruction_set
-from stages.run.content import file_digest
+from stages.backends.torch.instruction_set import instruction_set
+from stages.run.digests import file_digest
 from stages.run.errors import InputError
 from stages.run.manifest import manifest_of
 
-DESCRIPTION, WEIGHTS = "compiled.json", "weights.safetensors"
+COMPILED_INFO, WEIGHTS = "compiled.json", "weights.safetensors"
 
 # run(ids, lengths or positions, cache) -> logits [batch, vocab]
 Step = Callable[[torch.Tensor, torch.Tensor, list[torch.Tensor]], torch.Tensor]
@@ -32,7 +32,13 @@ class CompiledModel(Decoder):
     the cache.
     """
 
-    def __init__(self, description: dict[str, Any], weights: dict[str, torch.Tensor], prefill: Step, decode: Step):
+    def __init__(
+        self,
+        description: dict[str, Any],
+        weights: dict[str, torch.Tensor],
+        prefill: Step,
+        decode: Step,
+    ):
         self.batch_size: int = description["batch_size"]
         self.sequence_length: int = description["sequence_length"]
         self.vocab_size: int = description["vocab_size"]
@@ -43,26 +49,38 @@ class CompiledModel(Decoder):
         self.dtype: torch.dtype = getattr(torch, description["dtype"])
         self._layers: int = description["layers"]
         self._cache_shape: tuple[int, ...] = tuple(description["cache_shape"])
-        self._weights = weights  # the packages hold pointers into these tensors and do not keep them alive
+        self._weights = (
+            weights  # the packages hold pointers into these tensors and do not keep them alive
+        )
         self._prefill, self._decode = prefill, decode
 
-    def prefill(self, prompts: list[list[int]], cache: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def prefill(
+        self, prompts: list[list[int]], cache: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the prompts into an empty cache; the logits of what follows each [batch, vocab], and its position [batch]."""
         # 2 is the shortest length the graph takes.
-        ids, lengths = right_padded(prompts, rows=self.batch_size, length=max(2, *map(len, prompts)))
+        ids, lengths = right_padded(
+            prompts, rows=self.batch_size, length=max(2, *map(len, prompts))
+        )
         lengths = lengths.to(self.device)
         return self._prefill(ids.to(self.device), lengths, cache), lengths
 
-    def decode_one_token(self, ids: torch.Tensor, positions: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
+    def decode_one_token(
+        self, ids: torch.Tensor, positions: torch.Tensor, cache: list[torch.Tensor]
+    ) -> torch.Tensor:
         """Read one token per row, ids [batch] at positions [batch]; the logits of what follows it [batch, vocab]."""
         return self._decode(ids, positions, cache)
 
     def new_cache(self) -> list[torch.Tensor]:
         """An empty KV cache for `prefill`."""
-        return empty_cache(layers=self._layers, shape=self._cache_shape, dtype=self.dtype, device=self.device)
+        return empty_cache(
+            layers=self._layers, shape=self._cache_shape, dtype=self.dtype, device=self.device
+        )
 
 
-def empty_cache(*, layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> list[torch.Tensor]:
+def empty_cache(
+    *, layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+) -> list[torch.Tensor]:
     """Keys and values of each layer in turn, `shape` = [batch, kv heads, sequence length, head dim].
 
     Zeros, not uninitialised memory: a masked position has weight 0, and 0 times a stray NaN is NaN.
@@ -77,18 +95,27 @@ def load(compiled: Path) -> CompiledModel:
     when a weight differs from what the packages were compiled for in name, dtype or shape: the packages trust the bytes
     that they are given, and would answer with nonsense. Or when a package is not the one that was published.
     """
-    if not (compiled / DESCRIPTION).is_file():
-        raise InputError(f"{compiled} holds no compiled model ({DESCRIPTION} is missing): run `make compile-inference` first")
-    description = json.loads((compiled / DESCRIPTION).read_text(encoding="utf-8"))
+    if not (compiled / COMPILED_INFO).is_file():
+        raise InputError(
+            f"{compiled} holds no compiled model ({COMPILED_INFO} is missing): run `make compile-inference` first"
+        )
+    description = json.loads((compiled / COMPILED_INFO).read_text(encoding="utf-8"))
     _refuse_another_machines(compiled, description)
     _refuse_other_code(compiled)
     weights = _read_weights(compiled, description)
-    return CompiledModel(description, weights, _load_step(compiled / "prefill.pt2", weights), _load_step(compiled / "decode.pt2", weights))
+    return CompiledModel(
+        description,
+        weights,
+        _load_step(compiled / "prefill.pt2", weights),
+        _load_step(compiled / "decode.pt2", weights),
+    )
 
 
 def _refuse_other_code(compiled: Path) -> None:
     """A package is machine code that runs in this process: it is loaded as it was published, or not at all."""
-    published = manifest_of(compiled)  # None while the stage itself checks what it has just compiled
+    published = manifest_of(
+        compiled
+    )  # None while the stage itself checks what it has just compiled
     for name, facts in (published or {"outputs": {}})["outputs"].items():
         if name.endswith(".pt2") and file_digest(compiled / name) != facts["sha256"]:
             raise InputError(
@@ -104,21 +131,39 @@ def _refuse_another_machines(compiled: Path, description: dict[str, Any]) -> Non
     else:
         problems = instruction_set(device).problems_with(description["instruction_set"])
     if description["torch"] != torch.__version__:
-        problems.append(f"it was compiled with torch {description['torch']}, this is torch {torch.__version__}")
+        problems.append(
+            f"it was compiled with torch {description['torch']}, this is torch {torch.__version__}"
+        )
     if problems:
         remedy = f"Remove {compiled} and run `make compile-inference` on this machine: it compiles again from the consolidated model."
-        raise InputError([f"The compiled model in {compiled} cannot run here: {problem}." for problem in problems] + [remedy])
+        raise InputError(
+            [
+                f"The compiled model in {compiled} cannot run here: {problem}."
+                for problem in problems
+            ]
+            + [remedy]
+        )
 
 
 def _read_weights(compiled: Path, description: dict[str, Any]) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     weights = load_file(compiled / WEIGHTS, device=description["device"])
-    expected, found = description["constants"], {name: constant_facts(tensor) for name, tensor in weights.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    expected, found = (
+        description["constants"],
+        {name: constant_facts(tensor) for name, tensor in weights.items()},
+    )
+    wrong = sorted(
+        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+    )
     if wrong:
-        problems = [f"{compiled / WEIGHTS} is not what was compiled: {len(wrong)} of {len(expected.keys() | found.keys())} tensors differ."]
-        problems += [f"  {name}: compiled {expected.get(name, 'nothing')}, the file has {found.get(name, 'nothing')}" for name in wrong[:5]]
+        problems = [
+            f"{compiled / WEIGHTS} is not what was compiled: {len(wrong)} of {len(expected.keys() | found.keys())} tensors differ."
+        ]
+        problems += [
+            f"  {name}: compiled {expected.get(name, 'nothing')}, the file has {found.get(name, 'nothing')}"
+            for name in wrong[:5]
+        ]
         problems += [f"  and {len(wrong) - 5} more"] if len(wrong) > 5 else []
         raise InputError([*problems, f"Remove {compiled} and run `make compile-inference` again."])
     return weights
@@ -137,7 +182,9 @@ def _load_step(package: Path, weights: dict[str, torch.Tensor]) -> Step:
     except (AttributeError, TypeError):  # private, so a later torch may move or change it
         return _load_step_publicly(package, weights)
     constants = _constants_of(package, loader.get_constant_fqns(), weights)
-    loader.load_constants(constants, False, True, True)  # use_inactive, check_full_update, user_managed
+    loader.load_constants(
+        constants, False, True, True
+    )  # use_inactive, check_full_update, user_managed
 
     def run(ids: torch.Tensor, counts: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
         return loader.run([ids, counts, *cache])[0]
@@ -154,8 +201,12 @@ def _load_step_publicly(package: Path, weights: dict[str, torch.Tensor]) -> Step
     return model
 
 
-def _constants_of(package: Path, names: list[str], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _constants_of(
+    package: Path, names: list[str], weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """The weights that a package asks for: all, but for vectors of up to 8 numbers, which inductor writes into the code."""
     if missing := sorted(set(names) - set(weights)):
-        raise InputError(f"{package} and {WEIGHTS} beside it were not made together: the weights lack {', '.join(missing[:5])}")
+        raise InputError(
+            f"{package} and {WEIGHTS} beside it were not made together: the weights lack {', '.join(missing[:5])}"
+        )
     return {name: weights[name] for name in names}

@@ -20,7 +20,9 @@ COMPILE_CACHE = Path("outputs/.cache/inductor")
 
 def unusable_path() -> str | None:
     """The path that keeps inductor from working with its cache in the project, if any."""
-    return next((path for path in (torch.__file__, str(COMPILE_CACHE.absolute())) if " " in path), None)
+    return next(
+        (path for path in (torch.__file__, str(COMPILE_CACHE.absolute())) if " " in path), None
+    )
 
 
 @contextmanager
@@ -31,7 +33,9 @@ def scratch_space(beside: Path) -> Iterator[None]:
     link in it.
     """
     usable = " " not in str(beside.absolute())
-    with tempfile.TemporaryDirectory(prefix="inductor-", dir=beside.absolute() if usable else None) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="inductor-", dir=beside.absolute() if usable else None
+    ) as folder:
         link = Path(folder) / "site-packages"
         link.symlink_to(Path(torch.__file__).parents[1])
         before = dict(os.environ)

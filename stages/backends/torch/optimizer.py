@@ -13,7 +13,10 @@ def adamw(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
     """AdamW over the model's parameters; weight decay on matrices alone, not on norms and biases."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     rest = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=settings.learning_rate,
@@ -31,5 +34,9 @@ def learning_rate(step: int, total: int, settings: Settings) -> float:
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / (settings.warmup_steps + 1)
     progress = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
-    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    shape = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }
     return settings.learning_rate * shape[settings.lr_scheduler_type]

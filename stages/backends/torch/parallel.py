@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from stages.model.check import read_config, tied_weights
+from stages.model.check import pretrained_config, tied_weights
 from stages.run.settings import Settings
 
 # Architectures whose modules have the names below.
@@ -39,13 +39,17 @@ def mesh_of(settings: Settings, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))
 
 
-def build_model(base: Path, settings: Settings, mesh: DeviceMesh, device: torch.device) -> torch.nn.Module:
+def build_model(
+    base: Path, settings: Settings, mesh: DeviceMesh, device: torch.device
+) -> torch.nn.Module:
     """The base model, parallelised over `mesh`, with its weights read from `base`: each rank reads its part alone."""
     from transformers import AutoModelForCausalLM
 
-    config = read_config(base)
+    config = pretrained_config(base)
     with torch.device("meta"):  # no rank ever holds the whole model
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+        )
     model.train()
     if settings.tensor_parallel_size > 1:
         _split_layers(model, mesh["tensor"])
@@ -57,7 +61,11 @@ def build_model(base: Path, settings: Settings, mesh: DeviceMesh, device: torch.
     if settings.gradient_checkpointing:
         for index, layer in enumerate(model.model.layers):
             model.model.layers[index] = checkpoint_wrapper(layer)
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if settings.bf16 else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if settings.bf16
+        else MixedPrecisionPolicy()
+    )
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh["data"], mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh["data"], mp_policy=policy, reshard_after_forward=False)
@@ -73,7 +81,8 @@ def _split_layers(model: Any, mesh: DeviceMesh) -> None:
     layer_plan = {
         "input_layernorm": SequenceParallel(),
         "self_attn": PrepareModuleInput(
-            input_kwarg_layouts={"hidden_states": Shard(1)}, desired_input_kwarg_layouts={"hidden_states": Replicate()}
+            input_kwarg_layouts={"hidden_states": Shard(1)},
+            desired_input_kwarg_layouts={"hidden_states": Replicate()},
         ),
         "self_attn.q_proj": ColwiseParallel(),
         "self_attn.k_proj": ColwiseParallel(),
@@ -87,12 +96,18 @@ def _split_layers(model: Any, mesh: DeviceMesh) -> None:
     }
     # The sequence is scattered at the first layer, not at the embedding: the mask and the rotary embedding are made
     # from the whole length.
-    scatter = PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),), use_local_output=True)
+    scatter = PrepareModuleInput(
+        input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),), use_local_output=True
+    )
     plan: dict[str, Any] = {
-        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
+        "model.embed_tokens": RowwiseParallel(
+            input_layouts=Replicate(), output_layouts=Replicate()
+        ),
         "model.layers.0": scatter,
         "model.norm": SequenceParallel(),
-        "lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
+        "lm_head": ColwiseParallel(
+            input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False
+        ),
     }
     for index in range(len(model.model.layers)):
         plan |= {f"model.layers.{index}.{name}": style for name, style in layer_plan.items()}

@@ -11,20 +11,20 @@ import shutil
 from pathlib import Path
 from statistics import median
 
-from stages.backends.steps import rows_per_step, total_steps
+from stages.backends.schedule import sequences_per_step, total_steps
 from stages.backends.torch.train import device_name, environment, prepare, training_command
 from stages.model.base import base_model_folder
 from stages.model.size import training_bytes
+from stages.run.disk import disk_guard
 from stages.run.launch import launch
 from stages.run.progress import duration
-from stages.run.publish import Facts, write_json
+from stages.run.publish import StageResult, write_json
 from stages.run.settings import Settings
-from stages.run.space import room_for
 
 STEPS = 4
 
 
-def precompile(settings: Settings, data: Path, work: Path) -> Facts:
+def precompile(settings: Settings, data: Path, work: Path) -> StageResult:
     """Run STEPS steps in a throw-away folder below `work`; leaves precompile.json, what was cached and measured."""
     rows = prepare(settings, data)
     before = _cached()
@@ -32,16 +32,33 @@ def precompile(settings: Settings, data: Path, work: Path) -> Facts:
     shutil.rmtree(throw_away, ignore_errors=True)
     throw_away.mkdir()
     try:
-        command = training_command(settings, base_model_folder(settings), data, throw_away, max_steps=STEPS)
-        with room_for("the rehearsal's shards", throw_away, training_bytes(settings, "torch", steps=1)):
-            launch(command, {**environment(settings), "LOGGING_STEPS": "1", "EVAL_STEPS": "0"}, throw_away / "error")
-        lines = [json.loads(line) for line in (throw_away / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        command = training_command(
+            settings, base_model_folder(settings), data, throw_away, max_steps=STEPS
+        )
+        with disk_guard(
+            "the rehearsal's shards", throw_away, training_bytes(settings, "torch", steps=1)
+        ):
+            launch(
+                command,
+                {**environment(settings), "LOGGING_STEPS": "1", "EVAL_STEPS": "0"},
+                throw_away / "error",
+            )
+        lines = [
+            json.loads(line)
+            for line in (throw_away / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
     finally:
         shutil.rmtree(throw_away)
     cached = _cached()
-    seconds = median(rows_per_step(settings) * settings.max_length / line["tokens_per_second"] for line in lines[1:])
+    seconds = median(
+        sequences_per_step(settings) * settings.max_length / line["tokens_per_second"]
+        for line in lines[1:]
+    )
     steps = total_steps(settings, rows)
-    print(f"a step takes {seconds:.3g} s after the first: {steps:,} steps about {duration(steps * seconds)}", flush=True)
+    print(
+        f"a step takes {seconds:.3g} s after the first: {steps:,} steps about {duration(steps * seconds)}",
+        flush=True,
+    )
     report = {
         "compile_cache_files": len(cached),
         "compile_cache_files_new": len(cached - before),
@@ -49,7 +66,7 @@ def precompile(settings: Settings, data: Path, work: Path) -> Facts:
         "train_seconds_expected": round(seconds * steps, 1),
     }
     write_json(work / "precompile.json", report)
-    return Facts(device=device_name(), metrics=report, unkeyed=("precompile.json",))
+    return StageResult(device=device_name(), metrics=report, unkeyed=("precompile.json",))
 
 
 def _cached() -> set[Path]:

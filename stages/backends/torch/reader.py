@@ -21,8 +21,12 @@ def load_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     try:
         dcp.load(state, storage_reader=CheckpointReader(folder), planner=WeightsOnlyPlanner())
     except dcp.CheckpointException as error:  # no Exception: nothing above would catch it
-        reasons = sorted({str(failure).partition("\n")[0] for failure, _ in error.failures.values()})
-        raise StageFailure(f"{folder} cannot be resumed from: {'; '.join(reasons)}. Remove it and give the same command again.") from error
+        reasons = sorted(
+            {str(failure).partition("\n")[0] for failure, _ in error.failures.values()}
+        )
+        raise StageFailure(
+            f"{folder} cannot be resumed from: {'; '.join(reasons)}. Remove it and give the same command again."
+        ) from error
 
 
 class CheckpointReader(FileSystemReader):
@@ -42,7 +46,9 @@ class WeightsOnlyPlanner(DefaultLoadPlanner):
     """Takes numbers and plain containers beside the tensors, nothing else."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        again = io.BytesIO()  # DCP opens it without weights_only: it is given what is left when that is over
+        again = (
+            io.BytesIO()
+        )  # DCP opens it without weights_only: it is given what is left when that is over
         torch.save(torch.load(value, weights_only=True), again)
         again.seek(0)
         super().load_bytes(read_item, again)

@@ -20,16 +20,20 @@ from stages.run.launch import ERROR_FILE, report_error
 
 def _killed(failure: ChildFailedError) -> StageFailure | None:
     """The rank that a signal ended, in words; the other ranks' broken connections only follow from it."""
-    signals = {rank: -failed.exitcode for rank, failed in failure.failures.items() if failed.exitcode < 0}
+    signals = {
+        rank: -failed.exitcode for rank, failed in failure.failures.items() if failed.exitcode < 0
+    }
     # torchrun itself ends by SIGTERM what is left of the others: this is the cause only where there is no other.
-    causes = {rank: number for rank, number in signals.items() if number != signal.SIGTERM}
-    if not causes and len(signals) == len(failure.failures):
-        causes = signals
-    if not causes:
+    exception_chain = {rank: number for rank, number in signals.items() if number != signal.SIGTERM}
+    if not exception_chain and len(signals) == len(failure.failures):
+        exception_chain = signals
+    if not exception_chain:
         return None
-    rank, number = min(causes.items())
+    rank, number = min(exception_chain.items())
     why = ", most often because memory ran out" if number == signal.SIGKILL else ""
-    return StageFailure(f"Rank {rank} was killed by {signal.Signals(number).name}{why}. Nothing was published.")
+    return StageFailure(
+        f"Rank {rank} was killed by {signal.Signals(number).name}{why}. Nothing was published."
+    )
 
 
 def _tell(failure: StageFailure) -> None:

@@ -12,40 +12,51 @@ import sys
 from pathlib import Path
 
 from stages.backends.metrics import last_line
-from stages.backends.steps import derivation, rows_per_step, total_steps
-from stages.model.base import base_model_folder, copy_description, load_config
+from stages.backends.schedule import derivation, sequences_per_step, total_steps
+from stages.model.base import base_config, base_model_folder, copy_config
 from stages.model.fit import division_problems, fit_problems
 from stages.model.size import training_bytes
-from stages.run.content import files_below
+from stages.run.digests import files_below
+from stages.run.disk import disk_guard
 from stages.run.errors import InputError
 from stages.run.launch import launch
-from stages.run.publish import Facts
+from stages.run.publish import StageResult
 from stages.run.settings import Settings
-from stages.run.space import room_for
 
 
-def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Facts:
+def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> StageResult:
     """Train on the rows in `data`; leaves shards, metrics.jsonl, config, tokenizer and prompt in `work`.
 
     `precompiled`: what precompile published; inductor looks in its cache by itself.
     """
     rows = prepare(settings, data)
     base = base_model_folder(settings)
-    if not (work / "shards").is_dir():  # else a former call trained to the end and was killed before it published
+    if not (
+        work / "shards"
+    ).is_dir():  # else a former call trained to the end and was killed before it published
         _remove_half_written(work)  # of a training that was killed
         kept = sum(file.stat().st_size for file in files_below(work / "checkpoints"))
         needed = training_bytes(settings, "torch", total_steps(settings, rows)) - kept
         try:
-            with room_for("the training's checkpoints and shards", work, max(0, needed)):
-                launch(training_command(settings, base, data, work, max_steps=-1), environment(settings), work / "error")
+            with disk_guard("the training's checkpoints and shards", work, max(0, needed)):
+                launch(
+                    training_command(settings, base, data, work, max_steps=-1),
+                    environment(settings),
+                    work / "error",
+                )
         finally:
             _remove_half_written(work)
     shutil.rmtree(work / "checkpoints", ignore_errors=True)
-    copy_description(base, data, work)
+    copy_config(base, data, work)
     steps = total_steps(settings, rows)
     last = last_line(work / "metrics.jsonl")
-    tokens = steps * settings.max_length * rows_per_step(settings)
-    return Facts(device=device_name(), tokens=tokens, metrics=last, unkeyed=("metrics.jsonl", "shards/.metadata"))
+    tokens = steps * settings.max_length * sequences_per_step(settings)
+    return StageResult(
+        device=device_name(),
+        tokens=tokens,
+        metrics=last,
+        unkeyed=("metrics.jsonl", "shards/.metadata"),
+    )
 
 
 def _remove_half_written(work: Path) -> None:
@@ -62,9 +73,17 @@ def prepare(settings: Settings, data: Path) -> int:
     return rows
 
 
-def training_command(settings: Settings, base: Path, data: Path, work: Path, max_steps: int) -> list[str]:
+def training_command(
+    settings: Settings, base: Path, data: Path, work: Path, max_steps: int
+) -> list[str]:
     """torchrun and the worker, as train and precompile run them; only `work` and `max_steps` differ."""
-    launcher = ["-m", "stages.backends.torch.torchrun", "--standalone", "--nproc-per-node", str(settings.nproc_per_node)]
+    launcher = [
+        "-m",
+        "stages.backends.torch.torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        str(settings.nproc_per_node),
+    ]
     worker = ["-m", "stages.backends.torch.worker", "--base", str(base), "--data", str(data)]
     return [sys.executable, *launcher, *worker, "--work", str(work), "--max-steps", str(max_steps)]
 
@@ -79,7 +98,9 @@ def environment(settings: Settings) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "TORCHINDUCTOR_CACHE_DIR": str(COMPILE_CACHE.absolute()),
         "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",  # they would lie in /tmp, where any user can plant its own
-        "LOGLEVEL": os.environ.get("LOGLEVEL", "CRITICAL"),  # torchrun repeats a worker's failure at ERROR
+        "LOGLEVEL": os.environ.get(
+            "LOGLEVEL", "CRITICAL"
+        ),  # torchrun repeats a worker's failure at ERROR
         "TOKENIZERS_PARALLELISM": "false",
     }
 
@@ -94,27 +115,41 @@ def check(settings: Settings, vocabulary: int) -> None:
     from stages.backends.torch.inductor import unusable_path
     from stages.backends.torch.parallel import SUPPORTED
 
-    config = load_config(settings)
+    config = base_config(settings)
     problems = []
     if config.model_type not in SUPPORTED:
-        problems.append(f"MODEL_ID={settings.model_id} is a {config.model_type}; the torch backend trains {', '.join(SUPPORTED)}.")
+        problems.append(
+            f"MODEL_ID={settings.model_id} is a {config.model_type}; the torch backend trains {', '.join(SUPPORTED)}."
+        )
     else:
         problems += division_problems(settings, config)
         if config.num_key_value_heads % settings.tensor_parallel_size:
             size, heads = settings.tensor_parallel_size, config.num_key_value_heads
-            problems.append(f"TENSOR_PARALLEL_SIZE={size} does not divide the model's {heads} KV heads. Set a divisor of it.")
+            problems.append(
+                f"TENSOR_PARALLEL_SIZE={size} does not divide the model's {heads} KV heads. Set a divisor of it."
+            )
     problems += fit_problems(settings, config, vocabulary)
     if settings.pipeline_parallel_size > 1:
-        problems.append(f"PIPELINE_PARALLEL_SIZE={settings.pipeline_parallel_size}: the torch backend has no pipeline. Leave it 1.")
+        problems.append(
+            f"PIPELINE_PARALLEL_SIZE={settings.pipeline_parallel_size}: the torch backend has no pipeline. Leave it 1."
+        )
     if settings.lora_r:
-        problems.append(f"LORA_R={settings.lora_r}: the torch backend trains all weights. Set LORA_R=0.")
+        problems.append(
+            f"LORA_R={settings.lora_r}: the torch backend trains all weights. Set LORA_R=0."
+        )
     if not settings.zero_1:
-        problems.append("ZERO_1=0: the torch backend always shards the optimizer (FSDP2). Leave ZERO_1=1.")
+        problems.append(
+            "ZERO_1=0: the torch backend always shards the optimizer (FSDP2). Leave ZERO_1=1."
+        )
     if settings.torch_compile and unusable_path():
-        problems.append(f"TORCH_COMPILE=1: inductor cannot use a path with a space ({unusable_path()}). Move the project, or leave it 0.")
+        problems.append(
+            f"TORCH_COMPILE=1: inductor cannot use a path with a space ({unusable_path()}). Move the project, or leave it 0."
+        )
     gpus = torch.cuda.device_count()
     if gpus and settings.nproc_per_node > gpus:
-        problems.append(f"NPROC_PER_NODE={settings.nproc_per_node} is above the {gpus} visible GPU(s). Lower it (CUDA_VISIBLE_DEVICES).")
+        problems.append(
+            f"NPROC_PER_NODE={settings.nproc_per_node} is above the {gpus} visible GPU(s). Lower it (CUDA_VISIBLE_DEVICES)."
+        )
     if problems:
         raise InputError(problems)
 
@@ -123,4 +158,8 @@ def device_name() -> str:
     """What did the work, for the manifest: the GPU's name, or the CPU."""
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {os.cpu_count()} cores"
+    return (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"cpu, {os.cpu_count()} cores"
+    )

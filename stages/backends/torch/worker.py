@@ -21,13 +21,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
+from stages.backends.batches import PackedSequences, sequences_of_step
+from stages.backends.loss import loss_sum, supervised
 from stages.backends.metrics import Metrics, require_finite
-from stages.backends.rows import PackedRows, rows_of_step
-from stages.backends.steps import rows_per_step, total_steps
+from stages.backends.schedule import sequences_per_step, total_steps
 from stages.backends.torch import checkpoint, optimizer
-from stages.backends.torch.loss import loss_sum, supervised
 from stages.backends.torch.parallel import build_model, mesh_of
-from stages.backends.torch.ranks import run_rank
+from stages.backends.torch.rank import run_rank
 from stages.run.progress import Progress
 from stages.run.settings import Settings
 
@@ -41,8 +41,8 @@ class Training:
     mesh: DeviceMesh
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    train: PackedRows
-    validation: PackedRows | None
+    train: PackedSequences
+    validation: PackedSequences | None
 
     @property
     def data_rank(self) -> int:
@@ -50,17 +50,38 @@ class Training:
 
 
 @click.command()
-@click.option("--base", type=click.Path(path_type=Path), required=True, help="Base model: config.json and safetensors.")
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder that the data stage published.")
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for checkpoints, metrics and shards.")
-@click.option("--max-steps", type=int, required=True, help="Optimizer steps; -1 = as the settings say.")
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Base model: config.json and safetensors.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder that the data stage published.",
+)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for checkpoints, metrics and shards.",
+)
+@click.option(
+    "--max-steps", type=int, required=True, help="Optimizer steps; -1 = as the settings say."
+)
 def main(base: Path, data: Path, work: Path, max_steps: int) -> None:
     # The gradients' norm is summed over both dimensions of the mesh one after the other, and DTensor warns that this is slow.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    run_rank(lambda device: train(Settings.read(), base, data, work, max_steps, device), work / "error")
+    run_rank(
+        lambda device: train(Settings.read(), base, data, work, max_steps, device), work / "error"
+    )
 
 
-def train(settings: Settings, base: Path, data: Path, work: Path, max_steps: int, device: torch.device) -> None:
+def train(
+    settings: Settings, base: Path, data: Path, work: Path, max_steps: int, device: torch.device
+) -> None:
     """Train from the last whole checkpoint in `work`, or from the base model, to the last step."""
     state = _prepare(settings, base, data, device)
     total = max_steps if max_steps > 0 else total_steps(settings, len(state.train))
@@ -71,15 +92,38 @@ def train(settings: Settings, base: Path, data: Path, work: Path, max_steps: int
             figures = train_step(state, step, total)
             require_finite(step + 1, figures, lambda: checkpoint.last_step(work / "checkpoints"))
             done, last = step + 1, step + 1 == total
-            if state.validation and settings.eval_steps and (done % settings.eval_steps == 0 or last):
+            if (
+                state.validation
+                and settings.eval_steps
+                and (done % settings.eval_steps == 0 or last)
+            ):
                 figures["validation_loss"] = validation_loss(state, state.validation)
             logged = done % settings.logging_steps == 0 or last
             if logged:
-                metrics.write({"step": done, "epoch": round(done * rows_per_step(settings) / len(state.train), 4), **figures})
-            progress.update(1, {name: f"{value:.4g}" for name, value in figures.items()}, line=logged)
-            if settings.save_steps and done % settings.save_steps == 0 and not last and max_steps < 0:
+                metrics.write(
+                    {
+                        "step": done,
+                        "epoch": round(done * sequences_per_step(settings) / len(state.train), 4),
+                        **figures,
+                    }
+                )
+            progress.update(
+                1, {name: f"{value:.4g}" for name, value in figures.items()}, line=logged
+            )
+            if (
+                settings.save_steps
+                and done % settings.save_steps == 0
+                and not last
+                and max_steps < 0
+            ):
                 metrics.flush()
-                checkpoint.save_checkpoint(work / "checkpoints", done, state.model, state.optimizer, settings.save_total_limit)
+                checkpoint.save_checkpoint(
+                    work / "checkpoints",
+                    done,
+                    state.model,
+                    state.optimizer,
+                    settings.save_total_limit,
+                )
     metrics.flush()
     checkpoint.save_shards(work / "shards", state.model)
 
@@ -91,19 +135,27 @@ def train_step(state: Training, step: int, total: int) -> dict[str, float]:
     rate = optimizer.learning_rate(step, total, settings)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    rows = rows_of_step(step, rows_per_step(settings), len(state.train), settings.seed)
-    mine = rows.reshape(settings.data_parallel_size, settings.gradient_accumulation_steps, -1)[state.data_rank]
+    rows = sequences_of_step(step, sequences_per_step(settings), len(state.train), settings.seed)
+    mine = rows.reshape(settings.data_parallel_size, settings.gradient_accumulation_steps, -1)[
+        state.data_rank
+    ]
     batches = [state.train.batch(indices, state.device) for indices in mine]
-    tokens = _sum_over_data(state, sum(int(supervised(b["labels"], b["position_ids"]).sum()) for b in batches))
+    tokens = _sum_over_data(
+        state, sum(int(supervised(b["labels"], b["position_ids"]).sum()) for b in batches)
+    )
     local = torch.zeros((), device=state.device)
     for index, batch in enumerate(batches):
-        cast(FSDPModule, state.model).set_requires_gradient_sync(index == len(batches) - 1)  # one exchange of gradients per step
+        cast(FSDPModule, state.model).set_requires_gradient_sync(
+            index == len(batches) - 1
+        )  # one exchange of gradients per step
         with loss_parallel():
             loss = loss_sum(state.model, batch)
             # FSDP averages gradients over the data-parallel ranks; the loss is a mean over the whole global batch's tokens.
             (loss * (settings.data_parallel_size / max(1, tokens))).backward()
         local += _whole(loss.detach())
-    norm = _whole(torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.max_grad_norm or math.inf))
+    norm = _whole(
+        torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.max_grad_norm or math.inf)
+    )
     state.optimizer.step()
     state.optimizer.zero_grad()
     loss_mean = _sum_over_data(state, float(local)) / max(1, tokens)
@@ -117,7 +169,7 @@ def train_step(state: Training, step: int, total: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def validation_loss(state: Training, held_out: PackedRows) -> float:
+def validation_loss(state: Training, held_out: PackedSequences) -> float:
     """Mean loss over the held-out rows, in nats per supervised token; the data-parallel ranks share them."""
     state.model.eval()
     size, ranks = state.settings.per_device_train_batch_size, state.settings.data_parallel_size
@@ -130,7 +182,10 @@ def validation_loss(state: Training, held_out: PackedRows) -> float:
         with loss_parallel():
             loss = float(_whole(loss_sum(state.model, batch)))
         if indices:
-            total, tokens = total + loss, tokens + int(supervised(batch["labels"], batch["position_ids"]).sum())
+            total, tokens = (
+                total + loss,
+                tokens + int(supervised(batch["labels"], batch["position_ids"]).sum()),
+            )
     state.model.train()
     return _sum_over_data(state, total) / max(1.0, _sum_over_data(state, tokens))
 
@@ -140,8 +195,16 @@ def _prepare(settings: Settings, base: Path, data: Path, device: torch.device) -
     mesh = mesh_of(settings, device)
     model = build_model(base, settings, mesh, device)
     held_out = data / "validation"
-    validation = PackedRows(held_out) if held_out.is_dir() else None
-    return Training(settings, device, mesh, model, optimizer.adamw(model, settings), PackedRows(data / "train"), validation)
+    validation = PackedSequences(held_out) if held_out.is_dir() else None
+    return Training(
+        settings,
+        device,
+        mesh,
+        model,
+        optimizer.adamw(model, settings),
+        PackedSequences(data / "train"),
+        validation,
+    )
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.run.code import ROOT
+from stages.run.fingerprint import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def written_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder for each of nxd_shards.LAYOUTS. Tests copy what they change."""
     folder = tmp_path_factory.mktemp("neuron")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.backends.neuron.nxd_shards", str(folder)],
+        [sys.executable, "-m", "tests.fakes.nxd_shards", str(folder)],
         cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 
-from stages.backends.neuron.arguments import attention_implementation, environment, training_arguments, training_command
-from stages.backends.neuron.graphs import REPORT, graph_key, recompilations
+from stages.backends.neuron.arguments import (
+    attention_implementation,
+    environment,
+    training_arguments,
+    training_command,
+)
+from stages.backends.neuron.graph_key import REPORT, graph_key, recompilations
 from stages.backends.neuron.precompile import precompile_command
 from stages.run.settings import Settings
 from tests.conftest import ROOT
@@ -30,7 +35,9 @@ def flags(command: list[str]) -> dict[str, str]:
 @pytest.fixture
 def base(monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = Path("/models/base")
-    monkeypatch.setattr("stages.backends.neuron.precompile.base_model_folder", lambda settings: folder)
+    monkeypatch.setattr(
+        "stages.backends.neuron.precompile.base_model_folder", lambda settings: folder
+    )
     return folder
 
 
@@ -38,11 +45,19 @@ def test_precompile_runs_the_command_of_train_for_fewer_steps_and_saves_nothing(
     data = Path("outputs/run/data")
     train = training_command(LLAMA, base, data, Path("work"), steps=72)
     precompile = precompile_command(LLAMA, data, Path("throw-away"))
-    assert precompile[:3] == ["neuron_parallel_compile", "--parallel_compile_workdir", str(Path("throw-away/compile").absolute())]
-    assert precompile[3 : precompile.index("-m") + 2] == train[: train.index("-m") + 2]  # torchrun, its options, the worker
+    assert precompile[:3] == [
+        "neuron_parallel_compile",
+        "--parallel_compile_workdir",
+        str(Path("throw-away/compile").absolute()),
+    ]
+    assert (
+        precompile[3 : precompile.index("-m") + 2] == train[: train.index("-m") + 2]
+    )  # torchrun, its options, the worker
     before, after = flags(train), flags(precompile[3:])
     assert before.keys() == after.keys()
-    assert {name: (before[name], after[name]) for name in before if before[name] != after[name]} == {
+    assert {
+        name: (before[name], after[name]) for name in before if before[name] != after[name]
+    } == {
         "--work": ("work", "throw-away"),
         "--output_dir": ("work/checkpoints", "throw-away/checkpoints"),
         "--max_steps": ("72", "15"),  # LOGGING_STEPS + 5
@@ -53,22 +68,44 @@ def test_precompile_runs_the_command_of_train_for_fewer_steps_and_saves_nothing(
 
 # neuron_parallel_compile --help (aws-neuron-sdk, torch-neuronx 2.8): it parses the whole command line, with abbreviations.
 OPTIONS_OF_THE_TOOL = (
-    *("--command", "--num_parallel", "--node_id", "--world_size", "--static_schedule", "--analyze-output", "--analyze-verbosity"),
+    *(
+        "--command",
+        "--num_parallel",
+        "--node_id",
+        "--world_size",
+        "--static_schedule",
+        "--analyze-output",
+        "--analyze-verbosity",
+    ),
     *("--parallel_compile_workdir", "--log_level", "--help"),
 )
 
 
 def test_neuron_parallel_compile_takes_no_flag_of_the_workers_for_its_own(base: Path) -> None:
-    emitted = flags(precompile_command(replace(LLAMA, lora_r=8), Path("data"), Path("throw-away"))[3:])
-    assert not [(flag, option) for flag in emitted for option in OPTIONS_OF_THE_TOOL if option.startswith(flag)]
+    emitted = flags(
+        precompile_command(replace(LLAMA, lora_r=8), Path("data"), Path("throw-away"))[3:]
+    )
+    assert not [
+        (flag, option)
+        for flag in emitted
+        for option in OPTIONS_OF_THE_TOOL
+        if option.startswith(flag)
+    ]
 
 
 def test_what_upstream_would_lose_is_always_switched(base: Path) -> None:
     given = training_arguments(LLAMA, Path("out"), 72)
-    assert (given["save_only_model"], given["skip_cache_push"], given["report_to"]) == ("true", "true", "none")
+    assert (given["save_only_model"], given["skip_cache_push"], given["report_to"]) == (
+        "true",
+        "true",
+        "none",
+    )
 
 
-@pytest.mark.parametrize(("length", "kernel"), [(2048, "flash_attention_2"), (4096, "flash_attention_2"), (1024, "eager"), (2050, "eager")])
+@pytest.mark.parametrize(
+    ("length", "kernel"),
+    [(2048, "flash_attention_2"), (4096, "flash_attention_2"), (1024, "eager"), (2050, "eager")],
+)
 def test_flash_attention_is_used_where_the_length_allows_it(length: int, kernel: str) -> None:
     assert attention_implementation(length) == kernel
 
@@ -77,7 +114,10 @@ def test_the_compile_cache_is_said_both_ways(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("NEURON_CC_FLAGS", raising=False)
     found = environment(replace(LLAMA, neuron_compile_cache_url="/cache/neuron"))
     assert found["NEURON_COMPILE_CACHE_URL"] == "/cache/neuron"
-    assert found["NEURON_CC_FLAGS"] == "--model-type transformer --retry_failed_compilation --cache_dir=/cache/neuron"
+    assert (
+        found["NEURON_CC_FLAGS"]
+        == "--model-type transformer --retry_failed_compilation --cache_dir=/cache/neuron"
+    )
 
 
 def test_a_bucket_is_not_handed_over_as_a_folder() -> None:
@@ -86,25 +126,43 @@ def test_a_bucket_is_not_handed_over_as_a_folder() -> None:
     assert "--cache_dir" not in found["NEURON_CC_FLAGS"]
 
 
-def test_the_callers_compiler_flags_are_kept_but_for_another_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_callers_compiler_flags_are_kept_but_for_another_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("NEURON_CC_FLAGS", "--cache_dir=/elsewhere -O1")
-    assert environment(LLAMA)["NEURON_CC_FLAGS"] == f"-O1 --cache_dir={LLAMA.neuron_compile_cache_url}"
+    assert (
+        environment(LLAMA)["NEURON_CC_FLAGS"] == f"-O1 --cache_dir={LLAMA.neuron_compile_cache_url}"
+    )
 
 
-def test_the_callers_path_comes_before_this_pythons_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_callers_path_comes_before_this_pythons_scripts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("PATH", "/first:/second")
     assert environment(LLAMA)["PATH"].startswith("/first:/second:/")
 
 
 def test_an_empty_cache_repository_is_not_handed_on() -> None:
     assert "CUSTOM_CACHE_REPO" not in environment(LLAMA)
-    assert environment(replace(LLAMA, custom_cache_repo="me/cache"))["CUSTOM_CACHE_REPO"] == "me/cache"
+    assert (
+        environment(replace(LLAMA, custom_cache_repo="me/cache"))["CUSTOM_CACHE_REPO"] == "me/cache"
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"learning_rate": 1e-4, "seed": 7, "num_train_epochs": 9, "warmup_steps": 3, "logging_steps": 5, "weight_decay": 0.0}, None),
+        (
+            {
+                "learning_rate": 1e-4,
+                "seed": 7,
+                "num_train_epochs": 9,
+                "warmup_steps": 3,
+                "logging_steps": 5,
+                "weight_decay": 0.0,
+            },
+            None,
+        ),
         ({"max_length": 1024}, "row"),
         ({"tensor_parallel_size": 4}, "tensor_parallel_size"),
         ({"nproc_per_node": 8}, "processes"),
@@ -126,7 +184,9 @@ def published(folder: Path, settings: Settings, cache: Path, graphs: list[str]) 
         (cache / graph).mkdir(parents=True)
         (cache / graph / "model.neff").write_bytes(b"neff")
         (cache / graph / "model.done").touch()
-    (folder / REPORT).write_text(json.dumps({"graph_key": graph_key(settings), "graph_names": graphs}))
+    (folder / REPORT).write_text(
+        json.dumps({"graph_key": graph_key(settings), "graph_names": graphs})
+    )
     return folder
 
 
@@ -146,7 +206,10 @@ def test_train_compiles_nothing_again_after_precompile(tmp_path: Path, cache: Pa
 
 def test_train_says_when_precompile_ran_for_other_graphs(tmp_path: Path, cache: Path) -> None:
     settings = replace(LLAMA, neuron_compile_cache_url=str(cache))
-    (said,) = recompilations(replace(settings, gradient_accumulation_steps=8), published(tmp_path, settings, cache, GRAPHS))
+    (said,) = recompilations(
+        replace(settings, gradient_accumulation_steps=8),
+        published(tmp_path, settings, cache, GRAPHS),
+    )
     assert "gradient_accumulation_steps 16 -> 8" in said
 
 

@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 
 from stages.backends.neuron import cache
-from stages.run.code import ROOT
 from stages.run.errors import InputError, StageFailure
+from stages.run.fingerprint import ROOT
 from stages.run.settings import Settings
 from tests.conftest import clean_environment
 
 COMPILER = "neuronxcc-2.21.33363.0+82129205"
-needs_optimum = pytest.mark.skipif(importlib.util.find_spec("optimum") is None, reason="optimum-neuron has no release for this Python")
+needs_optimum = pytest.mark.skipif(
+    importlib.util.find_spec("optimum") is None,
+    reason="optimum-neuron has no release for this Python",
+)
 
 
 def graph(root: Path, module: str, compiler: str = COMPILER, **files: str) -> str:
@@ -27,7 +30,10 @@ def graph(root: Path, module: str, compiler: str = COMPILER, **files: str) -> st
     folder = root / compiler / f"MODULE_{module}"
     folder.mkdir(parents=True)
     for name, content in {"model_hlo_module_pb": "graph", **files}.items():
-        (folder / name.replace("_pb", ".pb").replace("model_", "model.").replace("_lock", ".lock")).write_text(content)
+        (
+            folder
+            / name.replace("_pb", ".pb").replace("model_", "model.").replace("_lock", ".lock")
+        ).write_text(content)
     return f"{compiler}/MODULE_{module}"
 
 
@@ -61,7 +67,9 @@ def test_each_graph_has_the_state_that_its_files_tell(filled: Path) -> None:
         ({"model_log": "failed", "model_hlo_module_pb_lock": ""}, "locked"),
     ],
 )
-def test_where_files_contradict_each_other_what_the_compiler_would_do_counts(tmp_path: Path, files: dict[str, str], state: str) -> None:
+def test_where_files_contradict_each_other_what_the_compiler_would_do_counts(
+    tmp_path: Path, files: dict[str, str], state: str
+) -> None:
     graph(tmp_path, "1+aa", **files)
     assert [entry.state for entry in cache.entries(tmp_path)] == [state]
 
@@ -75,9 +83,17 @@ def test_what_a_run_compiled_is_the_difference_of_the_names(filled: Path) -> Non
 
 
 def test_graphs_are_counted_by_the_compiler_that_made_them(filled: Path) -> None:
-    graph(filled, "1+aa", compiler="neuronxcc-2.15.128.0+56dc5a86", model_neff="older", model_done="")
+    graph(
+        filled, "1+aa", compiler="neuronxcc-2.15.128.0+56dc5a86", model_neff="older", model_done=""
+    )
     counts = cache.summary(cache.entries(filled))
-    assert counts[COMPILER]["done"] == counts[COMPILER]["poisoned"] == counts[COMPILER]["locked"] == counts[COMPILER]["unfinished"] == 1
+    assert (
+        counts[COMPILER]["done"]
+        == counts[COMPILER]["poisoned"]
+        == counts[COMPILER]["locked"]
+        == counts[COMPILER]["unfinished"]
+        == 1
+    )
     assert counts["neuronxcc-2.15.128.0+56dc5a86"] == {
         "done": 1,
         "poisoned": 0,
@@ -104,7 +120,9 @@ def test_a_cache_that_is_in_s3_or_not_there_yet_has_no_graphs(url: str) -> None:
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "stages.backends.neuron.cache", *arguments]
-    return subprocess.run(line, cwd=ROOT, env={**clean_environment(), **environment}, capture_output=True, text=True)
+    return subprocess.run(
+        line, cwd=ROOT, env={**clean_environment(), **environment}, capture_output=True, text=True
+    )
 
 
 def test_status_names_what_blocks_and_what_removes_it(filled: Path) -> None:
@@ -125,8 +143,12 @@ def test_what_status_says_to_remove_is_enough(filled: Path) -> None:
 
 
 def test_status_of_an_empty_cache_and_of_a_bucket_says_so(tmp_path: Path) -> None:
-    assert "no graphs yet" in command("status", NEURON_COMPILE_CACHE_URL=str(tmp_path / "none")).stdout
-    assert "not looked at here" in command("status", NEURON_COMPILE_CACHE_URL="s3://bucket/x").stdout
+    assert (
+        "no graphs yet" in command("status", NEURON_COMPILE_CACHE_URL=str(tmp_path / "none")).stdout
+    )
+    assert (
+        "not looked at here" in command("status", NEURON_COMPILE_CACHE_URL="s3://bucket/x").stdout
+    )
 
 
 def test_an_impossible_cache_folder_is_refused(tmp_path: Path) -> None:
@@ -145,14 +167,21 @@ def test_nothing_is_uploaded_without_a_repository_of_ones_own(tmp_path: Path) ->
 
 def test_nothing_is_uploaded_that_would_block_others(filled: Path) -> None:
     with pytest.raises(InputError, match="failed to compile") as refused:
-        cache.synchronize_command(Settings(neuron_compile_cache_url=str(filled), custom_cache_repo="me/cache"))
+        cache.synchronize_command(
+            Settings(neuron_compile_cache_url=str(filled), custom_cache_repo="me/cache")
+        )
     assert "clear-locks" in str(refused.value)
 
 
-@pytest.mark.parametrize(("url", "words"), [("s3://bucket/cache", "uploads a folder alone"), ("/nowhere/cache", "no compiled graph")])
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [("s3://bucket/cache", "uploads a folder alone"), ("/nowhere/cache", "no compiled graph")],
+)
 def test_a_cache_that_cannot_be_uploaded_is_refused(url: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        cache.synchronize_command(Settings(neuron_compile_cache_url=url, custom_cache_repo="me/cache"))
+        cache.synchronize_command(
+            Settings(neuron_compile_cache_url=url, custom_cache_repo="me/cache")
+        )
 
 
 PARSE = """
@@ -169,13 +198,22 @@ for command, arguments in zip((LookupRepoCommand, SynchronizeRepoCommand), json.
 def test_optimum_neurons_own_parsers_take_our_commands(tmp_path: Path) -> None:
     graph(tmp_path, "1+aa", model_neff="compiled", model_done="")
     settings = Settings(neuron_compile_cache_url=str(tmp_path), custom_cache_repo="me/cache")
-    commands = [cache.lookup_command(settings, "meta-llama/Llama-2-7b-hf"), cache.synchronize_command(settings)]
-    assert [line[:4] for line in commands] == [["optimum-cli", "neuron", "cache", name] for name in ("lookup", "synchronize")]
+    commands = [
+        cache.lookup_command(settings, "meta-llama/Llama-2-7b-hf"),
+        cache.synchronize_command(settings),
+    ]
+    assert [line[:4] for line in commands] == [
+        ["optimum-cli", "neuron", "cache", name] for name in ("lookup", "synchronize")
+    ]
     # In a process of its own: importing the library changes the environment.
     line = [sys.executable, "-c", PARSE, json.dumps([line[4:] for line in commands])]
     done = subprocess.run(line, env=clean_environment(), capture_output=True, text=True, check=True)
     looked, synchronized = map(json.loads, done.stdout.splitlines())
-    assert (looked["model_id"], looked["task"], looked["repo_id"]) == ("meta-llama/Llama-2-7b-hf", "text-generation", "me/cache")
+    assert (looked["model_id"], looked["task"], looked["repo_id"]) == (
+        "meta-llama/Llama-2-7b-hf",
+        "text-generation",
+        "me/cache",
+    )
     assert synchronized == {"repo_id": "me/cache", "cache_dir": str(tmp_path)}
 
 
@@ -195,10 +233,14 @@ def python_beside(folder: Path, monkeypatch: pytest.MonkeyPatch, optimum_cli: st
     monkeypatch.setattr(sys, "executable", str(folder / "python"))
 
 
-def test_optimum_cli_finds_the_cache_that_training_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_optimum_cli_finds_the_cache_that_training_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = tmp_path / "said"
     python_beside(
-        tmp_path, monkeypatch, f'printf "%s\\n" "$*" "$NEURON_COMPILE_CACHE_URL" "$NEURON_CC_FLAGS" "$CUSTOM_CACHE_REPO" > {said}'
+        tmp_path,
+        monkeypatch,
+        f'printf "%s\\n" "$*" "$NEURON_COMPILE_CACHE_URL" "$NEURON_CC_FLAGS" "$CUSTOM_CACHE_REPO" > {said}',
     )
     settings = Settings(neuron_compile_cache_url="/var/tmp/our-cache", custom_cache_repo="me/cache")
     cache.run(cache.lookup_command(settings, "model"), settings)
@@ -212,19 +254,33 @@ def test_optimum_cli_finds_the_cache_that_training_uses(tmp_path: Path, monkeypa
     ("said", "words"),
     [
         ("requests.exceptions.ConnectionError: no route to host", "cannot be reached"),
-        ("huggingface_hub.errors.HfHubHTTPError: 403 Client Error: Forbidden", "The Hub refuses it"),
-        ("ModuleNotFoundError: run requires the `torch_neuronx` package", "requires the `torch_neuronx` package"),
+        (
+            "huggingface_hub.errors.HfHubHTTPError: 403 Client Error: Forbidden",
+            "The Hub refuses it",
+        ),
+        (
+            "ModuleNotFoundError: run requires the `torch_neuronx` package",
+            "requires the `torch_neuronx` package",
+        ),
         ("", "it said nothing"),
     ],
 )
-def test_a_failed_command_says_why_in_a_few_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, words: str) -> None:
-    python_beside(tmp_path, monkeypatch, f"printf '%s\\n' 'Traceback ...' {shlex.quote(said)} >&2; exit 1" if said else "exit 1")
+def test_a_failed_command_says_why_in_a_few_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, words: str
+) -> None:
+    python_beside(
+        tmp_path,
+        monkeypatch,
+        f"printf '%s\\n' 'Traceback ...' {shlex.quote(said)} >&2; exit 1" if said else "exit 1",
+    )
     with pytest.raises(StageFailure, match=words) as failed:
         cache.run(["optimum-cli", "neuron"], Settings())
     assert "Traceback" not in str(failed.value)
 
 
-def test_where_there_is_no_optimum_cli_the_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_there_is_no_optimum_cli_the_image_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match=r"docker/requirements\.txt"):

@@ -45,7 +45,14 @@ def entry(number: int) -> str:
     return f"neuronxcc-2.16.372.0+4a9b2326/MODULE_{number}+aa"
 
 
-EXPECTED = CompileReport(graphs=3, succeeded=2, failed=1, hits={entry(11), entry(12)}, failed_hits={entry(13)}, failed_graphs={entry(15)})
+EXPECTED = CompileReport(
+    graphs=3,
+    succeeded=2,
+    failed=1,
+    hits={entry(11), entry(12)},
+    failed_hits={entry(13)},
+    failed_graphs={entry(15)},
+)
 
 
 def test_totals_hits_and_failures_are_read() -> None:
@@ -103,7 +110,10 @@ def test_lines_of_other_processes_in_between_change_nothing(noise: list[tuple[in
 
 def test_a_status_that_belongs_to_no_graph_is_nobodys_failure() -> None:
     reported = [line for line in LINES if "MODULE_14" in line or '"status": true' in line]
-    assert read_compile_report(['{"status": false}', *reported, '"status": false']).failed_graphs == set()
+    assert (
+        read_compile_report(['{"status": false}', *reported, '"status": false']).failed_graphs
+        == set()
+    )
 
 
 def test_a_cache_that_holds_every_graph_is_a_report_of_none() -> None:

@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.backends.neuron import archive, shards
 from stages.backends.neuron.consolidate import consolidate
+from stages.backends.neuron.shards import read as shards
+from stages.backends.neuron.shards import torch_archive as archive
 from stages.model import weights
 from stages.model.check import check_model_folder, tied_weights
 from stages.model.weights import INDEX_FILE
 from stages.run.errors import StageFailure
-from tests.backends.neuron.nxd_shards import LAYOUTS
+from tests.fakes.nxd_shards import LAYOUTS
 from tests.saved_weights import assert_equal, written
 
 GIGABYTE = 10**9
@@ -28,7 +29,9 @@ PACKAGES = ("torch_xla", "neuronx_distributed", "torch_neuronx", "optimum", "pef
 
 @pytest.mark.parametrize("piece_bytes", [weights.PIECE_BYTES, 200])
 @pytest.mark.parametrize("name", WHOLE_MODELS)
-def test_every_layout_gives_the_original_weights_and_what_the_library_reads(written_shards, output, name, piece_bytes, monkeypatch):
+def test_every_layout_gives_the_original_weights_and_what_the_library_reads(
+    written_shards, output, name, piece_bytes, monkeypatch
+):
     monkeypatch.setattr(shards, "PIECE_BYTES", piece_bytes)
     monkeypatch.setattr(archive, "PIECE_BYTES", piece_bytes)
     for package in PACKAGES:
@@ -57,17 +60,24 @@ def test_every_layout_gives_the_original_weights_and_what_the_library_reads(writ
         ("tp2_fuse_qkv", ("qkv_proj.weight", "gate_up_proj.weight")),
         ("tp4_gqa", ("qkv_proj.weight_q", "qkv_proj.weight_k", "qkv_proj.weight_v")),
         ("tp4_gqa_fuse_qkv", ("qkv_proj.weight_qkv",)),
-        ("lora_gqa_plain", ("qkv_proj.lora_B.default.weight_q", "gate_up_proj.lora_A.default.weight")),
+        (
+            "lora_gqa_plain",
+            ("qkv_proj.lora_B.default.weight_q", "gate_up_proj.lora_A.default.weight"),
+        ),
     ],
 )
 def test_the_layouts_hold_the_parameters_that_they_are_named_for(written_shards, name, parameters):
     """Otherwise the test above would show less than it says."""
-    metadata = json.loads((written_shards / name / "shards" / "mp_metadata_pp_rank_0.json").read_text())
+    metadata = json.loads(
+        (written_shards / name / "shards" / "mp_metadata_pp_rank_0.json").read_text()
+    )
     for parameter in parameters:
         assert any(found.endswith(parameter) for found in metadata["parameters"])
 
 
-def test_a_model_of_many_files_keeps_every_tensor_where_the_librarys_writer_keeps_one(written_shards, output):
+def test_a_model_of_many_files_keeps_every_tensor_where_the_librarys_writer_keeps_one(
+    written_shards, output
+):
     folder = written_shards / "tp2"
     report = consolidate(folder / "shards", output, dtype=None, max_shard_size=20_000)
     assert INDEX_FILE in report["files"] and len(report["files"]) > 2
@@ -79,16 +89,29 @@ def test_weights_are_cast_and_the_folder_is_the_model_of_its_config(written_shar
     folder = written_shards / "tp4_gqa"
     config = json.loads((folder / "original" / "config.json").read_text())
     (output / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
-    report = consolidate(folder / "shards", output, dtype="bfloat16", max_shard_size=GIGABYTE, tied=tied_weights(output))
+    report = consolidate(
+        folder / "shards",
+        output,
+        dtype="bfloat16",
+        max_shard_size=GIGABYTE,
+        tied=tied_weights(output),
+    )
     assert check_model_folder(output)["parameters"] == report["parameters"]
-    assert_equal(written(output), {name: tensor.bfloat16() for name, tensor in written(folder / "original").items()})
+    assert_equal(
+        written(output),
+        {name: tensor.bfloat16() for name, tensor in written(folder / "original").items()},
+    )
     assert report["files"] == {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in output.iterdir() if path.name != "config.json"
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in output.iterdir()
+        if path.name != "config.json"
     }
 
 
 @pytest.mark.parametrize("name", ["tied", "tied_plain"])
-def test_tied_embeddings_that_differ_in_one_shard_are_refused(written_shards, output, tmp_path, name):
+def test_tied_embeddings_that_differ_in_one_shard_are_refused(
+    written_shards, output, tmp_path, name
+):
     folder = shutil.copytree(written_shards / name / "shards", tmp_path / "shards")
     path = folder / "model" / "dp_rank_00_tp_rank_01_pp_rank_00.pt"
     if name == "tied":
@@ -99,7 +122,10 @@ def test_tied_embeddings_that_differ_in_one_shard_are_refused(written_shards, ou
         state = torch.load(path)
         state["lm_head.weight"] = state["lm_head.weight"] + 1
         torch.save(state, path)
-    with pytest.raises(StageFailure, match=r"lm_head\.weight and model\.embed_tokens\.weight are one parameter in config\.json"):
+    with pytest.raises(
+        StageFailure,
+        match=r"lm_head\.weight and model\.embed_tokens\.weight are one parameter in config\.json",
+    ):
         consolidate(folder, output, dtype=None, max_shard_size=GIGABYTE, tied=TIED)
     assert not list(output.iterdir())
 
@@ -107,24 +133,40 @@ def test_tied_embeddings_that_differ_in_one_shard_are_refused(written_shards, ou
 def test_parameters_that_are_tied_and_listed_apart_are_compared(written_shards, output):
     """As pipeline parallelism leaves them: each in its stage."""
     with pytest.raises(StageFailure, match="training untied them"):
-        consolidate(written_shards / "tp2_pp2" / "shards", output, dtype=None, max_shard_size=GIGABYTE, tied=TIED)
+        consolidate(
+            written_shards / "tp2_pp2" / "shards",
+            output,
+            dtype=None,
+            max_shard_size=GIGABYTE,
+            tied=TIED,
+        )
 
 
-def test_a_value_that_is_not_finite_is_refused_with_the_tensors_name(written_shards, output, tmp_path):
+def test_a_value_that_is_not_finite_is_refused_with_the_tensors_name(
+    written_shards, output, tmp_path
+):
     folder = shutil.copytree(written_shards / "tp2_plain" / "shards", tmp_path / "shards")
     path = folder / "model" / "dp_rank_00_tp_rank_00_pp_rank_00.pt"
     state = torch.load(path)
     state["model.layers.1.mlp.gate_up_proj.weight"][-1, -1] = float("nan")
     torch.save(state, path)
-    with pytest.raises(StageFailure, match=r"model\.layers\.1\.mlp\.up_proj\.weight: 1 of 1536 values are not finite"):
+    with pytest.raises(
+        StageFailure,
+        match=r"model\.layers\.1\.mlp\.up_proj\.weight: 1 of 1536 values are not finite",
+    ):
         consolidate(folder, output, dtype="bfloat16", max_shard_size=GIGABYTE)
     assert not list(output.iterdir())
 
 
-def test_shards_beside_which_a_stale_file_lies_are_read_without_it(written_shards, output, tmp_path):
+def test_shards_beside_which_a_stale_file_lies_are_read_without_it(
+    written_shards, output, tmp_path
+):
     """A save with fewer ranks into the folder of an earlier one leaves the files of the others."""
     folder = shutil.copytree(written_shards / "tp2" / "shards", tmp_path / "shards")
-    torch.save({"model.norm.weight": torch.ones(3)}, folder / "model" / "dp_rank_00_tp_rank_02_pp_rank_00.pt")
+    torch.save(
+        {"model.norm.weight": torch.ones(3)},
+        folder / "model" / "dp_rank_00_tp_rank_02_pp_rank_00.pt",
+    )
     save_file({"unrelated": torch.ones(1)}, folder / "model" / "note.safetensors")
     consolidate(folder, output, dtype=None, max_shard_size=GIGABYTE)
     assert_equal(written(output), written(written_shards / "tp2" / "original"))
@@ -135,4 +177,6 @@ def test_tied_ends_of_a_pipeline_are_one_parameter(written_shards, output):
     folder = written_shards / "tp2_pp2_same_ends"
     report = consolidate(folder / "shards", output, dtype=None, max_shard_size=GIGABYTE, tied=TIED)
     assert set(TIED) & set(load_file(output / "model.safetensors")) == set()
-    assert report["tensors"] == len(load_file(folder / "original" / "model.safetensors")) - len(TIED)
+    assert report["tensors"] == len(load_file(folder / "original" / "model.safetensors")) - len(
+        TIED
+    )

@@ -10,44 +10,51 @@ from pathlib import Path
 import pytest
 
 from stages.backends.neuron import doctor as neuron
-from stages.backends.neuron import machine
+from stages.backends.neuron import hardware
 from stages.run.settings import Settings
-from tests.backends.neuron.stand_in_machine import StandIn
+from tests.fakes.neuron_machine import FakeMachine
 from tests.test_doctor import as_an_ordinary_user, only
 
 
-def test_all_devices_of_the_instance_in_a_row_are_fine(stand_in: StandIn) -> None:
-    stand_in.is_a("trn1.32xlarge")
+def test_all_devices_of_the_instance_in_a_row_are_fine(fake_machine: FakeMachine) -> None:
+    fake_machine.is_a("trn1.32xlarge")
     finding = only(neuron.devices(Settings()))
     assert (finding.state, "neuron0 to neuron15 of 32 GiB" in finding.text) == ("OK", True)
 
 
-def test_no_device_is_what_keeps_training_from_running(stand_in: StandIn) -> None:
+def test_no_device_is_what_keeps_training_from_running(fake_machine: FakeMachine) -> None:
     finding = only(neuron.devices(Settings()))
     assert (finding.state, "--device=/dev/neuron0" in finding.text) == ("FAIL", True)
 
 
-def test_a_gap_between_the_devices_is_named(stand_in: StandIn) -> None:
-    stand_in.is_a("trn1.32xlarge")
+def test_a_gap_between_the_devices_is_named(fake_machine: FakeMachine) -> None:
+    fake_machine.is_a("trn1.32xlarge")
     for number in (0, 3):
-        (stand_in.dev / f"neuron{number}").unlink()
-    assert any("neuron{0,3} not there" in finding.text and finding.state == "FAIL" for finding in neuron.devices(Settings()))
+        (fake_machine.dev / f"neuron{number}").unlink()
+    assert any(
+        "neuron{0,3} not there" in finding.text and finding.state == "FAIL"
+        for finding in neuron.devices(Settings())
+    )
 
 
-def test_fewer_devices_than_the_instance_has_are_advice(stand_in: StandIn) -> None:
-    stand_in.is_a("trn1.32xlarge", devices=4)
+def test_fewer_devices_than_the_instance_has_are_advice(fake_machine: FakeMachine) -> None:
+    fake_machine.is_a("trn1.32xlarge", devices=4)
     finding = only(neuron.devices(Settings()))
     assert (finding.state, "4 of the 16" in finding.text) == ("note", True)
 
 
-def test_devices_that_this_user_may_not_use_are_named(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in.is_a("trn1.2xlarge", devices=0)
+def test_devices_that_this_user_may_not_use_are_named(
+    fake_machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_machine.is_a("trn1.2xlarge", devices=0)
     with tempfile.TemporaryDirectory() as folder:  # pytest's own may not be entered by others
         Path(folder).chmod(0o755)
         (Path(folder) / "neuron0").touch()
         (Path(folder) / "neuron0").chmod(0o600 if os.getuid() == 0 else 0o000)
-        monkeypatch.setattr(machine, "DEVICE_NODES", Path(folder))
-        assert as_an_ordinary_user(lambda: "may not read and write" in only(neuron.devices(Settings())).text)
+        monkeypatch.setattr(hardware, "DEVICE_NODES", Path(folder))
+        assert as_an_ordinary_user(
+            lambda: "may not read and write" in only(neuron.devices(Settings())).text
+        )
 
 
 @pytest.mark.parametrize(
@@ -70,12 +77,14 @@ def test_a_driver_that_the_image_cannot_work_with_is_refused(
     assert only(neuron.driver(Settings())).state == state
 
 
-def test_the_tools_must_be_there_and_should_be_this_pythons(tmp_path: Path, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tools_must_be_there_and_should_be_this_pythons(
+    tmp_path: Path, fake_machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = tmp_path / "ours"
     ours.mkdir()
     monkeypatch.setattr(sys, "executable", str(ours / "python"))
-    monkeypatch.setenv("PATH", str(stand_in.bin))
-    stand_in.program("torchrun", "").write_text("#!/opt/conda/bin/python3.11\n")
+    monkeypatch.setenv("PATH", str(fake_machine.bin))
+    fake_machine.program("torchrun", "").write_text("#!/opt/conda/bin/python3.11\n")
     (ours / "neuronx-cc").write_text(f"#!{ours}/python\n")
     (ours / "neuronx-cc").chmod(0o755)
     assert [(finding.about, finding.state) for finding in neuron.tools(Settings())] == [
@@ -97,7 +106,7 @@ def test_poisoned_graphs_in_the_cache_are_shown_with_their_remedy(tmp_path: Path
     assert f"rm -r '{module}'" in poisoned.text
 
 
-def test_on_neuron_the_cores_are_counted_against_the_processes(stand_in: StandIn) -> None:
-    stand_in.is_a("trn1.32xlarge")
+def test_on_neuron_the_cores_are_counted_against_the_processes(fake_machine: FakeMachine) -> None:
+    fake_machine.is_a("trn1.32xlarge")
     text = only(neuron.cores(Settings(nproc_per_node=32))).text
     assert text.startswith("32 for NPROC_PER_NODE=32")

@@ -13,15 +13,23 @@ from tests.conftest import Project, clean_environment, copy_project
 
 pytest.importorskip("optimum.neuron", reason="optimum-neuron has no release for this Python")
 
-HERE = Path(__file__).parent
-RUN = ("RECIPE=tiny", "BACKEND=neuron", "BF16=1", "NPROC_PER_NODE=2", "TENSOR_PARALLEL_SIZE=2", "MAX_STEPS=4", "INSTANCE_PRICE=1.34")
+FAKES = Path(__file__).parents[2] / "fakes"
+RUN = (
+    "RECIPE=tiny",
+    "BACKEND=neuron",
+    "BF16=1",
+    "NPROC_PER_NODE=2",
+    "TENSOR_PARALLEL_SIZE=2",
+    "MAX_STEPS=4",
+    "INSTANCE_PRICE=1.34",
+)
 
 
 def machine(project: Project, **more: str) -> dict[str, str]:
     """The environment of a machine with one Neuron device and the SDK: its programs on the PATH, its wheels for the export."""
     return {
-        "PATH": f"{HERE / 'stand_ins'}:{os.environ['PATH']}",
-        "PYTHONPATH": f"{HERE / 'trn1_machine'}:{HERE / 'inference_substitutes'}",
+        "PATH": f"{FAKES / 'commands'}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{FAKES / 'trn1_machine'}:{FAKES / 'neuron_inference'}",
         "STAND_IN_LOG": str(project.folder / "called.jsonl"),
         "NEURON_COMPILE_CACHE_URL": str(project.folder.parent / "graphs"),
         "OMP_NUM_THREADS": "1",
@@ -49,14 +57,18 @@ def test_all_six_stages_publish_on_neuron(built: Project) -> None:
     assert built.manifest("train")["device"] == "trn1, 2 NeuronCores"
     assert built.manifest("train")["metrics"]["step"] == 4
     losses = built.manifest("eval")["metrics"]
-    assert losses["answers"] == 2 and losses["base"]["loss"] > 0 and losses["fine_tuned"]["loss"] > 0
+    assert (
+        losses["answers"] == 2 and losses["base"]["loss"] > 0 and losses["fine_tuned"]["loss"] > 0
+    )
 
 
 def test_nothing_runs_again(built: Project) -> None:
     assert built.make("-q", "all", *RUN, **machine(built)).returncode == 0
 
 
-def test_a_stage_is_not_stale_for_being_looked_at_on_a_machine_without_devices(built: Project) -> None:
+def test_a_stage_is_not_stale_for_being_looked_at_on_a_machine_without_devices(
+    built: Project,
+) -> None:
     shown = built.make("status", *RUN).stdout
     assert shown.count("up to date") == len(STAGES), shown
 
@@ -70,10 +82,18 @@ def test_the_consolidated_model_loads_in_plain_transformers(built: Project) -> N
 
 
 def test_train_ran_what_precompile_compiled(built: Project) -> None:
-    compiler, (collected, trained) = calls(built, "neuron_parallel_compile")[0], calls(built, "torchrun")[:2]
-    assert compiler["arguments"][0] == "--parallel_compile_workdir" and compiler["arguments"][2] == "torchrun"
+    compiler, (collected, trained) = (
+        calls(built, "neuron_parallel_compile")[0],
+        calls(built, "torchrun")[:2],
+    )
+    assert (
+        compiler["arguments"][0] == "--parallel_compile_workdir"
+        and compiler["arguments"][2] == "torchrun"
+    )
     assert compiler["arguments"][3:] == collected["arguments"]
-    pairs = zip(["", *collected["arguments"]], collected["arguments"], trained["arguments"], strict=False)
+    pairs = zip(
+        ["", *collected["arguments"]], collected["arguments"], trained["arguments"], strict=False
+    )
     assert {flag for flag, before, after in pairs if before != after} == {
         "--work",
         "--output_dir",
@@ -89,7 +109,10 @@ def test_the_workers_get_what_upstreams_launcher_sets(built: Project) -> None:
     for call in calls(built, "torchrun"):
         environment = call["environment"]
         assert environment["MALLOC_ARENA_MAX"] == "64" and environment["NEURON_FUSE_SOFTMAX"] == "1"
-        assert f"--cache_dir={environment['NEURON_COMPILE_CACHE_URL']}" in environment["NEURON_CC_FLAGS"]
+        assert (
+            f"--cache_dir={environment['NEURON_COMPILE_CACHE_URL']}"
+            in environment["NEURON_CC_FLAGS"]
+        )
 
 
 def test_every_stage_says_what_it_cost(built: Project) -> None:
@@ -108,18 +131,33 @@ def test_nothing_is_left_beside_the_outputs(built: Project) -> None:
 
 
 def test_one_question_is_answered_by_the_compiled_model(built: Project) -> None:
-    question = json.loads((built.folder / "data/tiny/prompts.jsonl").read_text().splitlines()[0])["instruction"]
-    answers = [json.loads(line) for line in (built.folder / "outputs/tiny/eval/answers.jsonl").read_text().splitlines()]
+    question = json.loads((built.folder / "data/tiny/prompts.jsonl").read_text().splitlines()[0])[
+        "instruction"
+    ]
+    answers = [
+        json.loads(line)
+        for line in (built.folder / "outputs/tiny/eval/answers.jsonl").read_text().splitlines()
+    ]
     done = built.make("eval", *RUN, f"PROMPT={question}", **machine(built))
     assert done.stdout == f"{answers[0]['answer']}\n"
 
 
-def test_a_graph_that_does_not_compile_fails_precompile_by_name(built: Project, tmp_path: Path) -> None:
+def test_a_graph_that_does_not_compile_fails_precompile_by_name(
+    built: Project, tmp_path: Path
+) -> None:
     cache = tmp_path / "graphs"
     done = built.make(
-        "precompile", *RUN, "RUN=another", check=False, **machine(built, NEURON_COMPILE_CACHE_URL=str(cache), STAND_IN_FAILS="0")
+        "precompile",
+        *RUN,
+        "RUN=another",
+        check=False,
+        **machine(built, NEURON_COMPILE_CACHE_URL=str(cache), STAND_IN_FAILS="0"),
     )
-    assert done.returncode == 2 and "graphs did not compile" in done.stderr and "MODULE_" in done.stderr
+    assert (
+        done.returncode == 2
+        and "graphs did not compile" in done.stderr
+        and "MODULE_" in done.stderr
+    )
     assert not (built.folder / "outputs/another/precompile").exists()
     assert not list((built.folder / "outputs/another").glob(".work/*"))
 
@@ -127,11 +165,17 @@ def test_a_graph_that_does_not_compile_fails_precompile_by_name(built: Project, 
 def test_without_devices_training_is_refused_before_it_starts(built: Project) -> None:
     environment = {name: value for name, value in machine(built).items() if name != "PATH"}
     done = built.make("train", *RUN, "RUN=nowhere", check=False, **environment)
-    assert done.returncode == 2 and "No NeuronCores here" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "No NeuronCores here" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_the_settings_of_other_backends_are_refused_together(built: Project) -> None:
-    done = built.make("train", *RUN, "RUN=nowhere", "BF16=0", "TORCH_COMPILE=1", check=False, **machine(built))
+    done = built.make(
+        "train", *RUN, "RUN=nowhere", "BF16=0", "TORCH_COMPILE=1", check=False, **machine(built)
+    )
     assert done.returncode == 2 and "BF16=0" in done.stderr and "TORCH_COMPILE=1" in done.stderr
 
 

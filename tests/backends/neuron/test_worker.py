@@ -14,28 +14,28 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
+from stages.backends.batches import PackedSequences, sequences_of_step
 from stages.backends.metrics import last_line
 from stages.backends.neuron import cache
 from stages.backends.neuron.arguments import environment, training_command
 from stages.backends.neuron.consolidate import consolidate
 from stages.backends.neuron.precompile import precompile
-from stages.backends.neuron.shards import is_whole
+from stages.backends.neuron.shards.read import is_whole
 from stages.backends.neuron.train import START, train
-from stages.backends.rows import PackedRows, rows_of_step
-from stages.backends.steps import rows_per_step
+from stages.backends.schedule import sequences_per_step
 from stages.data import pack
 from stages.model.base import base_model_folder
-from stages.run.code import ROOT
 from stages.run.errors import StageFailure
+from stages.run.fingerprint import ROOT
 from stages.run.launch import launch
 from stages.run.settings import Settings
-from stages.text.saved_rows import IGNORED_LABEL
+from stages.text.sequences import IGNORED_LABEL
 from tests.conftest import clean_environment, copy_project
 from tests.saved_weights import with_a_value_that_is_no_number
 
 pytest.importorskip("optimum.neuron", reason="optimum-neuron has no release for this Python")
 
-HERE = Path(__file__).parent
+FAKES = Path(__file__).parents[2] / "fakes"
 STEPS = 8
 # The model computes in bfloat16, whose numbers have three digits: losses of about 7 agree to two hundredths.
 TOLERANCE = 0.03
@@ -50,7 +50,7 @@ def neuron_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def on_neuron(patch: pytest.MonkeyPatch) -> None:
     for name in set(os.environ) - set(clean_environment()):
         patch.delenv(name)
-    patch.setenv("PATH", f"{HERE / 'stand_ins'}:{os.environ['PATH']}")
+    patch.setenv("PATH", f"{FAKES / 'commands'}:{os.environ['PATH']}")
     patch.setenv("OMP_NUM_THREADS", "1")
     patch.setenv("HF_HUB_OFFLINE", "1")
     patch.chdir(ROOT)
@@ -61,7 +61,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Settings of a two-layer model with grouped heads on 20 of the demo's rows."""
     folder = copy_project(tmp_path_factory.mktemp("neuron") / "project").folder / "data" / "tiny"
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2, "tie_word_embeddings": False}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "num_hidden_layers": 2, "tie_word_embeddings": False})
+    )
     return Settings(
         model_id=str(folder), init_weights="random", dataset=str(folder / "rows.jsonl"), max_length=64, validation_fraction=0.2,
         max_steps=STEPS, learning_rate=5e-3, warmup_steps=2, bf16=True, logging_steps=1, save_steps=0,
@@ -78,17 +80,20 @@ def data(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def batch_of(step: int, count: int, rows: PackedRows, seed: int) -> dict[str, torch.Tensor]:
+def batch_of(step: int, count: int, rows: PackedSequences, seed: int) -> dict[str, torch.Tensor]:
     """The global batch of a step as Neuron trains it: documents of a row see each other, none predicts the next one's first token."""
-    batch = rows.batch(rows_of_step(step, count, len(rows), seed), torch.device("cpu"))
-    return {"input_ids": batch["input_ids"], "labels": batch["labels"].masked_fill(batch["position_ids"] == 0, IGNORED_LABEL)}
+    batch = rows.batch(sequences_of_step(step, count, len(rows), seed), torch.device("cpu"))
+    return {
+        "input_ids": batch["input_ids"],
+        "labels": batch["labels"].masked_fill(batch["position_ids"] == 0, IGNORED_LABEL),
+    }
 
 
 @pytest.fixture(scope="module")
 def reference(base: Settings, data: Path) -> dict[int, list[float]]:
     """Losses of a plain float32 loop over the Hugging Face model in this process, by rows per step."""
     losses: dict[int, list[float]] = {}
-    rows = PackedRows(data / "train")
+    rows = PackedSequences(data / "train")
     for count in (1, 2):
         model = AutoModelForCausalLM.from_pretrained(base_model_folder(base), dtype=torch.float32)
         adamw = torch.optim.AdamW(model.parameters(), lr=base.learning_rate, weight_decay=0)
@@ -120,29 +125,45 @@ def run_worker(settings: Settings, data: Path, work: Path) -> None:
     """The processes of a training alone: their checkpoints stay."""
     work.mkdir()
     command = training_command(settings, base_model_folder(settings), data, work, steps=STEPS)
-    done = subprocess.run(command, env={**os.environ, **environment(settings)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={**os.environ, **environment(settings)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one process": {},
     "data parallel 2": {"nproc_per_node": 2},
-    "two accumulated micro-batches, recomputed": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+    "two accumulated micro-batches, recomputed": {
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+    },
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_losses_on_any_layout_are_those_of_a_plain_loop(layout: dict, base: Settings, data: Path, reference: dict, tmp_path: Path) -> None:
+def test_losses_on_any_layout_are_those_of_a_plain_loop(
+    layout: dict, base: Settings, data: Path, reference: dict, tmp_path: Path
+) -> None:
     settings = replace(base, **layout)
     lines = trained(settings, data, tmp_path / "work")
-    check_losses(lines, reference[rows_per_step(settings)])
-    assert lines[0].keys() == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
+    check_losses(lines, reference[sequences_per_step(settings)])
+    assert lines[0].keys() == {
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+    }
 
 
 def check_losses(lines: list[dict[str, Any]], expected: list[float]) -> None:
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in lines] == pytest.approx(expected, abs=TOLERANCE)
-    assert expected[-1] < expected[0] - 10 * TOLERANCE, "the reference is to learn enough to tell it from a model that stands still"
+    assert expected[-1] < expected[0] - 10 * TOLERANCE, (
+        "the reference is to learn enough to tell it from a model that stands still"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +172,15 @@ def split(base: Settings, data: Path, tmp_path_factory: pytest.TempPathFactory) 
     with pytest.MonkeyPatch.context() as patch:
         on_neuron(patch)
         work = tmp_path_factory.mktemp("split") / "work"
-        run_worker(replace(base, nproc_per_node=2, tensor_parallel_size=2, save_steps=4), data, work)
+        run_worker(
+            replace(base, nproc_per_node=2, tensor_parallel_size=2, save_steps=4), data, work
+        )
     return work
 
 
-def test_losses_of_two_tensor_parallel_processes_are_those_of_a_plain_loop(split: Path, reference: dict) -> None:
+def test_losses_of_two_tensor_parallel_processes_are_those_of_a_plain_loop(
+    split: Path, reference: dict
+) -> None:
     check_losses(lines_of(split), reference[1])
 
 
@@ -163,25 +188,46 @@ def test_tensor_parallel_processes_keep_one_copy_of_what_is_not_split(split: Pat
     assert not differing(split / "saved" / "shards")
 
 
-def test_tensor_parallel_processes_keep_one_copy_of_an_adapters_whole_matrices(base: Settings, data: Path, tmp_path: Path) -> None:
-    settings = replace(base, nproc_per_node=2, tensor_parallel_size=2, lora_r=4, lora_dropout=0.0, learning_rate=1e-2)
+def test_tensor_parallel_processes_keep_one_copy_of_an_adapters_whole_matrices(
+    base: Settings, data: Path, tmp_path: Path
+) -> None:
+    settings = replace(
+        base,
+        nproc_per_node=2,
+        tensor_parallel_size=2,
+        lora_r=4,
+        lora_dropout=0.0,
+        learning_rate=1e-2,
+    )
     lines = trained(settings, data, tmp_path / "work")
     assert lines[-1]["loss"] < lines[0]["loss"]
     shards = tmp_path / "work" / "shards"
     config = json.loads((shards / "adapter_config.json").read_text())
-    assert (config["r"], config["target_modules"]) == (4, sorted(settings.lora_target_modules.split()))
+    assert (config["r"], config["target_modules"]) == (
+        4,
+        sorted(settings.lora_target_modules.split()),
+    )
     assert str(base_model_folder(base)) not in json.dumps(config), "a path of this machine"
     assert not differing(shards)
     adapter = rank_tensors(shards / "model" / "dp_rank_00_tp_rank_00_pp_rank_00.pt")
     assert all("lora_" in name for name in adapter)
-    assert all(tensor.any() for tensor in adapter.values()), "a B matrix is zero until it is trained"
+    assert all(tensor.any() for tensor in adapter.values()), (
+        "a B matrix is zero until it is trained"
+    )
 
 
 def differing(shards: Path) -> list[str]:
     """Names of tensors that both tensor-parallel ranks have whole and that are not the same on both."""
     parameters = json.loads((shards / "mp_metadata_pp_rank_0.json").read_text())["parameters"]
-    split = {name.replace(".default.", ".") for name, facts in parameters.items() if facts["tensor_model_parallel"]}
-    first, second = (rank_tensors(shards / "model" / f"dp_rank_00_tp_rank_{rank:02d}_pp_rank_00.pt") for rank in (0, 1))
+    split = {
+        name.replace(".default.", ".")
+        for name, facts in parameters.items()
+        if facts["tensor_model_parallel"]
+    }
+    first, second = (
+        rank_tensors(shards / "model" / f"dp_rank_00_tp_rank_{rank:02d}_pp_rank_00.pt")
+        for rank in (0, 1)
+    )
     whole = [name for name in first if name not in split]
     assert whole
     return [name for name in whole if not torch.equal(first[name], second[name])]
@@ -196,22 +242,32 @@ def rank_tensors(path: Path) -> dict[str, torch.Tensor]:
         "torch.save({name: torch.load(f'{path}.tensors/tensor_{ref.tid}.pt') for name, ref in refs.items()}, output)\n"
     )
     output = path.with_suffix(".whole")
-    subprocess.run([sys.executable, "-c", code, path, output], check=True, env={**os.environ, "PYTHONPATH": str(HERE / "substitutes")})
+    subprocess.run(
+        [sys.executable, "-c", code, path, output],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(FAKES / "neuron_sdk")},
+    )
     return torch.load(output, weights_only=True)
 
 
-def test_shards_of_a_checkpoint_are_the_model_that_went_on_training(split: Path, base: Settings, data: Path, tmp_path: Path) -> None:
+def test_shards_of_a_checkpoint_are_the_model_that_went_on_training(
+    split: Path, base: Settings, data: Path, tmp_path: Path
+) -> None:
     check_checkpoint(split, base, data, tmp_path / "consolidated")
 
 
-def test_heads_of_keys_and_values_that_processes_share_are_one_in_the_shards(base: Settings, data: Path, tmp_path: Path) -> None:
+def test_heads_of_keys_and_values_that_processes_share_are_one_in_the_shards(
+    base: Settings, data: Path, tmp_path: Path
+) -> None:
     source = tmp_path / "model"
     source.mkdir()
     for file in Path(base.model_id).iterdir():
         (source / file.name).write_bytes(file.read_bytes())
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 1}))
-    settings = replace(base, model_id=str(source), nproc_per_node=2, tensor_parallel_size=2, save_steps=4)
+    settings = replace(
+        base, model_id=str(source), nproc_per_node=2, tensor_parallel_size=2, save_steps=4
+    )
     run_worker(settings, data, tmp_path / "work")
     check_checkpoint(tmp_path / "work", settings, data, tmp_path / "consolidated")
 
@@ -219,39 +275,73 @@ def test_heads_of_keys_and_values_that_processes_share_are_one_in_the_shards(bas
 def check_checkpoint(work: Path, settings: Settings, data: Path, consolidated: Path) -> None:
     """The loss logged for the step after a checkpoint is that of the model which its shards are put together to."""
     consolidated.mkdir()
-    consolidate(work / "checkpoints" / "checkpoint-4" / "shards", consolidated, dtype=None, max_shard_size=10**9)
-    (consolidated / "config.json").write_bytes((base_model_folder(settings) / "config.json").read_bytes())
+    consolidate(
+        work / "checkpoints" / "checkpoint-4" / "shards",
+        consolidated,
+        dtype=None,
+        max_shard_size=10**9,
+    )
+    (consolidated / "config.json").write_bytes(
+        (base_model_folder(settings) / "config.json").read_bytes()
+    )
     model = AutoModelForCausalLM.from_pretrained(consolidated, dtype=torch.float32)
     with torch.no_grad():
-        loss = model(**batch_of(4, 1, PackedRows(data / "train"), settings.seed)).loss.item()
+        loss = model(**batch_of(4, 1, PackedSequences(data / "train"), settings.seed)).loss.item()
     logged = {line["step"]: line["loss"] for line in lines_of(work)}
     assert loss == pytest.approx(logged[5], abs=TOLERANCE / 3)
-    assert abs(logged[5] - logged[1]) > TOLERANCE, "the checkpoint is to be told from the base model"
+    assert abs(logged[5] - logged[1]) > TOLERANCE, (
+        "the checkpoint is to be told from the base model"
+    )
 
 
-def test_a_loss_that_is_no_number_stops_the_training_and_names_the_step(base: Settings, data: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_stops_the_training_and_names_the_step(
+    base: Settings, data: Path, tmp_path: Path
+) -> None:
     broken = with_a_value_that_is_no_number(base_model_folder(base), tmp_path / "broken")
     with pytest.raises(StageFailure, match=r"Step 1: the loss .* not finite"):
-        trained(replace(base, model_id=str(broken), init_weights="pretrained"), data, tmp_path / "work")
+        trained(
+            replace(base, model_id=str(broken), init_weights="pretrained"), data, tmp_path / "work"
+        )
     assert not (tmp_path / "work" / "shards").exists()
 
 
 def test_train_compiles_nothing_after_precompile(
-    base: Settings, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    base: Settings,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    settings = replace(base, neuron_compile_cache_url=str(tmp_path / "compile-cache"), logging_steps=3, save_steps=2)
+    settings = replace(
+        base,
+        neuron_compile_cache_url=str(tmp_path / "compile-cache"),
+        logging_steps=3,
+        save_steps=2,
+    )
     precompiled, work = tmp_path / "precompile", tmp_path / "work"
     precompiled.mkdir()
     work.mkdir()
     monkeypatch.setenv("STAND_IN_FAILS", "0")
     # A graph that failed is poison to the next run, unless the compiler is told to try again: the project tells it.
-    with pytest.raises(StageFailure, match=r"1 of 2 graphs did not compile:\n  neuronxcc-\S+/MODULE_"):
+    with pytest.raises(
+        StageFailure, match=r"1 of 2 graphs did not compile:\n  neuronxcc-\S+/MODULE_"
+    ):
         precompile(settings, data, precompiled)
     monkeypatch.delenv("STAND_IN_FAILS")
     figures = precompile(settings, data, precompiled).metrics
-    assert (figures["graphs"], figures["compile_cache_hits"], figures["compile_cache_misses"]) == (1, 1, 1)
-    figures = precompile(settings, data, precompiled).metrics  # of another run, say, with the same shapes
-    assert (figures["graphs"], figures["compile_cache_hits"], figures["compile_cache_misses"]) == (0, 2, 0)
+    assert (figures["graphs"], figures["compile_cache_hits"], figures["compile_cache_misses"]) == (
+        1,
+        1,
+        1,
+    )
+    figures = precompile(
+        settings, data, precompiled
+    ).metrics  # of another run, say, with the same shapes
+    assert (figures["graphs"], figures["compile_cache_hits"], figures["compile_cache_misses"]) == (
+        0,
+        2,
+        0,
+    )
     compiled = cache.names(settings.neuron_compile_cache_url)
     capfd.readouterr()
     assert train(settings, data, precompiled, work).metrics["graphs_compiled"] == 0
@@ -266,7 +356,9 @@ def test_a_training_that_goes_on_counts_its_steps_and_rates_from_the_base_model(
     settings = replace(base, save_steps=2)
     work = tmp_path / "work"
     work.mkdir()
-    command = training_command(settings, base_model_folder(base), data, work, steps=STEPS, first_step=4)
+    command = training_command(
+        settings, base_model_folder(base), data, work, steps=STEPS, first_step=4
+    )
     launch(command, environment(settings), work / "error")
     lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
     adamw = torch.optim.AdamW([torch.zeros(1)], lr=base.learning_rate)
@@ -274,9 +366,17 @@ def test_a_training_that_goes_on_counts_its_steps_and_rates_from_the_base_model(
     rates = [schedule.lr_lambdas[0](step) * base.learning_rate for step in range(STEPS)]
     assert [line["step"] for line in lines] == [5, 6, 7, 8]
     assert [line["learning_rate"] for line in lines] == pytest.approx(rates[4:])
-    assert [path.name for path in (work / "checkpoints").glob("checkpoint-*")] == ["checkpoint-6"]  # the last is saved/ itself
+    assert [path.name for path in (work / "checkpoints").glob("checkpoint-*")] == [
+        "checkpoint-6"
+    ]  # the last is saved/ itself
     # Killed now, before its stage published: what was saved is kept, and nothing is trained again.
     (work / START).write_text('{"step": 4}')
-    monkeypatch.setattr("stages.backends.neuron.train.launch", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(
+        "stages.backends.neuron.train.launch", lambda *_: pytest.fail("trained again")
+    )
     assert train(settings, data, tmp_path / "precompile", work).metrics["first_step"] == 4
-    assert is_whole(work / "shards") and not (work / "saved").exists() and not (work / "checkpoints").exists()
+    assert (
+        is_whole(work / "shards")
+        and not (work / "saved").exists()
+        and not (work / "checkpoints").exists()
+    )

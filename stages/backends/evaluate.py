@@ -1,0 +1,54 @@
+"""Loss of the base and of the fine-tuned model on the held-out rows, in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from stages.backends.batches import PackedSequences
+from stages.backends.loss import loss_sum, supervised
+from stages.model.base import base_model_folder
+from stages.run.progress import Progress
+from stages.run.settings import Settings
+
+
+def validation_losses(settings: Settings, data: Path, tuned: Path) -> dict[str, float]:
+    """`{"base": ..., "fine_tuned": ...}`: mean cross-entropy in nats per supervised token over EVAL_MAX_DOCUMENTS rows at most."""
+    rows = PackedSequences(data / "validation")
+    count = min(len(rows), settings.eval_max_documents)
+    models = {"base": base_model_folder(settings), "fine_tuned": tuned}
+    with Progress("validation", 2 * count, "rows") as progress:
+        return {
+            name: _mean_loss(folder, rows, count, settings, progress)
+            for name, folder in models.items()
+        }
+
+
+@torch.no_grad()
+def _mean_loss(
+    folder: Path, rows: PackedSequences, count: int, settings: Settings, progress: Progress
+) -> float:
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        # Without one transformers 4.57 looks for custom_generate/generate.py in the folder, and runs it whatever it is told to trust.
+        generation_config=GenerationConfig(),
+        use_safetensors=True,
+        trust_remote_code=False,
+    ).eval()
+    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+    loss, tokens = 0.0, 0
+    for indices in rows.in_order(1):
+        if indices[0] >= count:
+            break
+        batch = rows.batch(indices, device)
+        loss += float(loss_sum(model, batch))
+        tokens += int(supervised(batch["labels"], batch["position_ids"]).sum())
+        progress.update(1)
+    return loss / max(1, tokens)

@@ -1,0 +1,146 @@
+"""What an interrupted training on Neuron left, and where the next one begins.
+
+NeuronTrainer writes checkpoints (`checkpoint-N/`) and cannot resume from one: resume_from_checkpoint raises. Weights alone can be
+taken from the last whole checkpoint, in bfloat16; the optimizer's moments and its float32 weights are gone. RESUME=weights does that,
+RESUME=restart begins anew, and either way the checkpoint that came farthest stays until the training has ended.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.backends.neuron.shards.read import is_whole, read_shards
+from stages.backends.neuron.shards.read.torch_archive import RowReader
+from stages.model.base import base_model_folder
+from stages.run.errors import InputError, StageFailure
+from stages.run.fsync import flush, fsync_tree
+from stages.run.settings import Settings
+from stages.run.sizes import parse_size
+
+# Folders in train's work folder.
+CHECKPOINTS, INTERRUPTED, RESUMED = "checkpoints", "interrupted", "resumed"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training begins: from the weights in `base` (Hugging Face layout), at step `step` (0 = the base model's)."""
+
+    base: Path
+    step: int
+
+
+def saved_shards(saved: Path) -> Path:
+    """Where, in a folder that NeuronTrainer saved a model to, its shards lie: the adapter's where LoRA trained one."""
+    adapter = saved / "adapter_default" / "adapter_shards"
+    return adapter if adapter.is_dir() else saved / "shards"
+
+
+def last_checkpoint(folder: Path) -> tuple[int, Path] | None:
+    """Step and shards of the last whole checkpoint in `folder`; None where there is none."""
+    found = [(int(path.name.removeprefix("checkpoint-")), saved_shards(path)) for path in folder.glob("checkpoint-*")
+             if re.fullmatch(r"checkpoint-\d+", path.name)]  # fmt: skip
+    whole = [(step, shards) for step, shards in found if is_whole(shards)]
+    return max(whole, default=None)
+
+
+def choose_start(settings: Settings, work: Path, total: int) -> Start:
+    """Where to begin a training of `total` steps in `work`; says what an interrupted one left, and clears the way for new checkpoints.
+
+    Raises InputError when RESUME=weights asks for weights that are not there or cannot be taken.
+    """
+    newest, kept = last_checkpoint(work / CHECKPOINTS), last_checkpoint(work / INTERRUPTED)
+    if newest and (
+        not kept or newest[0] >= kept[0]
+    ):  # a run that began anew and came less far takes nothing away
+        shutil.rmtree(work / INTERRUPTED, ignore_errors=True)
+        (work / CHECKPOINTS).rename(work / INTERRUPTED)
+    shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
+    last = last_checkpoint(work / INTERRUPTED)
+    if settings.resume == "restart":
+        if last:
+            print(
+                f"an interrupted training left the weights of step {last[0]:,} of {total:,}. This one begins anew; "
+                f"RESUME=weights would go on from them; the optimizer's moments and the float32 weights are lost "
+                f"(NeuronTrainer cannot resume)",
+                flush=True,
+            )
+        return Start(base_model_folder(settings), 0)
+    if settings.lora_r:
+        raise InputError(
+            f"RESUME=weights: LORA_R={settings.lora_r} saves adapters, which cannot be gone on with. Set RESUME=restart."
+        )
+    last = _last_undamaged(work)
+    if last is None:
+        raise InputError(
+            "RESUME=weights: no interrupted training with these settings has left a whole checkpoint. Set RESUME=restart."
+        )
+    print(
+        f"going on from the weights of step {last[0]:,} of {total:,}, in bfloat16; the optimizer's moments begin anew",
+        flush=True,
+    )
+    return Start(_as_model_folder(settings, last[1], _resumed(work, last[0])), last[0])
+
+
+def _resumed(work: Path, step: int) -> Path:
+    return work / RESUMED / f"step-{step}"
+
+
+def _last_undamaged(work: Path) -> tuple[int, Path] | None:
+    """`last_checkpoint` of the interrupted ones whose weights can be read to the last byte. Damaged ones are named and removed."""
+    while (last := last_checkpoint(work / INTERRUPTED)) and not _resumed(work, last[0]).is_dir():
+        wrong = damage(last[1])
+        if not wrong:
+            break
+        print(f"the checkpoint of step {last[0]:,} is damaged and removed: {wrong}", flush=True)
+        shutil.rmtree(work / INTERRUPTED / f"checkpoint-{last[0]}")
+    return last
+
+
+def finished(work: Path) -> bool:
+    """Whether a former call trained to the end in `work`, and was killed before it published. What a power cut damaged is removed."""
+    for folder, shards in (
+        (work / "shards", work / "shards"),
+        (work / "saved", saved_shards(work / "saved")),
+    ):
+        if is_whole(shards) and not damage(shards):
+            return True
+        shutil.rmtree(folder, ignore_errors=True)
+    return False
+
+
+def damage(shards: Path) -> str:
+    """What is wrong with saved weights, all of which are read; empty where nothing is. NeuronTrainer does not flush what it saves."""
+    try:
+        found, reader = read_shards(shards), RowReader()
+        for tensor in () if found.problems else found.tensors.values():
+            for _ in tensor.read(reader):
+                pass
+    except StageFailure as failure:
+        return str(failure)
+    return "; ".join(found.problems[:1])
+
+
+def _as_model_folder(settings: Settings, shards: Path, folder: Path) -> Path:
+    """The checkpoint's weights in the layout that a training can start from."""
+    from stages.backends.neuron.consolidate import consolidate
+    from stages.model.check import tied_weights
+
+    if not folder.is_dir():
+        beside = folder.with_name(f"{folder.name}.writing")
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        beside.mkdir(parents=True)
+        shutil.copyfile(base_model_folder(settings) / "config.json", beside / "config.json")
+        consolidate(
+            shards,
+            beside,
+            dtype=None,
+            max_shard_size=parse_size(settings.max_shard_size),
+            tied=tied_weights(beside),
+        )
+        fsync_tree(beside)
+        beside.rename(folder)
+        flush(folder.parent)
+    return folder

@@ -1,0 +1,206 @@
+"""A LoRA adapter merged into its base model, tensor by tensor: W + scale * B @ A, in the arithmetic of peft 0.17.0.
+
+peft loads an adapter in float32, multiplies in float32, and adds to the weight in place, which rounds once, to the weight's dtype
+(peft/tuners/lora/layer.py, Linear.merge). The same operations on whole matrices give the same bits here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.backends.neuron.shards.read import ADAPTER_CONFIG, ShardedTensor, Shards, refusal
+from stages.backends.neuron.shards.read.torch_archive import RowReader
+from stages.model.weights import DTYPES, FLOATING, ReadTensor, TensorSpec
+from stages.run.errors import StageFailure
+
+if TYPE_CHECKING:
+    import torch
+
+# The names of a model's tensors inside a peft model.
+PEFT_PREFIX = "base_model.model."
+# Llama 2's published weights hold this table, which no model reads: transformers passes over it as well.
+NOT_A_WEIGHT = ".rotary_emb.inv_freq"
+# Settings of peft under which the merge would be another one; each is left at its default.
+UNSUPPORTED = (
+    *(
+        "alpha_pattern",
+        "alora_invocation_tokens",
+        "corda_config",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "layer_replication",
+    ),
+    *(
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_bias",
+        "megatron_config",
+        "modules_to_save",
+        "rank_pattern",
+        "target_parameters",
+    ),
+    *("trainable_token_indices", "use_dora", "use_qalora"),
+)
+# Others than these initial weights change the base's weights too.
+KNOWN: dict[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian"),
+}
+Matrices = tuple[ShardedTensor, ShardedTensor]
+
+
+def merged_tensors(
+    shards: Shards, reader: RowReader, base: Path | None, dtype: str | None, tied: Mapping[str, str]
+) -> tuple[list[tuple[TensorSpec, ReadTensor]], int]:
+    """The base model's tensors with the adapter in `shards` merged into them, and the bytes of the base that are read for them.
+
+    The base's weights are cast to `dtype` before the merge, as a model is that peft merges into. Raises StageFailure when the adapter is
+    of a kind that is not merged here, or does not fit the base.
+    """
+    if base is None:
+        raise StageFailure(
+            f"{shards.folder} holds an adapter, which is merged into the model that it was trained on. Name that model."
+        )
+    scale, targets, problems = _configuration(shards.folder / ADAPTER_CONFIG)
+    tensors = {
+        name: place
+        for name, place in _base_tensors(base).items()
+        if name not in tied and not name.endswith(NOT_A_WEIGHT)
+    }
+    matrices, found = _matrices(shards)
+    problems += [*found, *_misfits(base, tensors, matrices, targets)]
+    if problems:
+        raise refusal(f"The adapter in {shards.folder} cannot be merged into {base}.", problems)
+    sources: list[tuple[TensorSpec, ReadTensor]] = []
+    for name, (spec, file) in tensors.items():
+        if name in matrices:
+            sources.append(
+                (spec, partial(_merged, spec, file, matrices[name], reader, scale, dtype))
+            )
+        else:
+            sources.append((spec, partial(_base_tensor, spec, file)))
+    return sources, sum(spec.nbytes for spec, _ in tensors.values())
+
+
+def _merged(
+    spec: TensorSpec,
+    file: Path,
+    matrices: Matrices,
+    reader: RowReader,
+    scale: float,
+    dtype: str | None,
+) -> Iterator[torch.Tensor]:
+    import torch
+
+    first, second = (torch.cat(list(matrix.read(reader))).float() for matrix in matrices)
+    weight = next(_base_tensor(spec, file)).to(getattr(torch, dtype or spec.dtype), copy=True)
+    weight += (second @ first) * scale
+    yield weight
+
+
+def _base_tensor(spec: TensorSpec, file: Path) -> Iterator[torch.Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        yield tensors.get_tensor(spec.name)
+
+
+def _base_tensors(base: Path) -> dict[str, tuple[TensorSpec, Path]]:
+    from safetensors import SafetensorError, safe_open
+
+    names = {code: dtype for dtype, (code, _) in DTYPES.items()}
+    tensors = {}
+    for path in sorted(base.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    entry = file.get_slice(name)
+                    dtype = names.get(entry.get_dtype())
+                    if dtype is None:
+                        raise StageFailure(
+                            f"{path}: {name} has the dtype {entry.get_dtype()}. Convert it to bfloat16 or float32."
+                        )
+                    tensors[name] = (TensorSpec(name, tuple(entry.get_shape()), dtype), path)
+        except SafetensorError as error:
+            raise StageFailure(
+                f"{path} is damaged: {error}. Fetch the base model again."
+            ) from error
+    if not tensors:
+        raise StageFailure(
+            f"{base} holds no .safetensors files. Name the folder of the base model."
+        )
+    return tensors
+
+
+def _configuration(path: Path) -> tuple[float, list[str], list[str]]:
+    """Scale and target modules that peft's adapter_config.json gives, and what in it is not merged here."""
+    try:
+        config = json.loads(path.read_text())
+        rank, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
+        scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
+        raise StageFailure(
+            f"{path} is not the configuration of a LoRA adapter: {error!r}."
+        ) from error
+    problems = [
+        f"{path}: {name} = {config[name]!r} is not known here."
+        for name in UNSUPPORTED
+        if config.get(name)
+    ]
+    for name, known in KNOWN.items():
+        if config.get(name, known[0]) not in known:
+            problems.append(
+                f"{path}: {name} = {config[name]!r} is not known here, only {', '.join(map(repr, known))}."
+            )
+    if not isinstance(targets, list):
+        problems.append(f"{path}: target_modules is {targets!r}. List the modules' names.")
+        targets = []
+    return scale, targets, problems
+
+
+def _matrices(shards: Shards) -> tuple[dict[str, Matrices], list[str]]:
+    """Weight of the base model -> its A and B, and the tensors of the adapter that are neither."""
+    halves: dict[str, dict[str, ShardedTensor]] = {}
+    problems = [f"{name} is not in the metadata of the shards." for name in shards.unlisted]
+    for name, tensor in shards.tensors.items():
+        module, half, rest = name.removeprefix(PEFT_PREFIX).rpartition(".lora_")
+        if half and rest in ("A.weight", "B.weight"):
+            halves.setdefault(f"{module}.weight", {})[rest[0]] = tensor
+        else:
+            problems.append(f"{name} is not lora_A or lora_B of a linear layer.")
+    problems += [
+        f"{name}: lora_{'B' if 'A' in found else 'A'} is missing."
+        for name, found in halves.items()
+        if len(found) < 2
+    ]
+    return {
+        name: (found["A"], found["B"]) for name, found in halves.items() if len(found) == 2
+    }, problems
+
+
+def _misfits(
+    base: Path, tensors: Mapping[str, Any], matrices: Mapping[str, Matrices], targets: list[str]
+) -> Iterator[str]:
+    """Adapted weights that the base lacks or has in another shape, and modules of the base that the adapter should adapt and does not."""
+    for name, (first, second) in matrices.items():
+        if name not in tensors:
+            yield f"{name} has an adapter and is not in {base}: it was trained on another model, or the two are tied."
+            continue
+        spec = tensors[name][0]
+        shapes = [list(matrix.spec.shape) for matrix in (first, second)]
+        fits = all(len(shape) == 2 for shape in shapes) and shapes[0][0] == shapes[1][1]
+        if not fits or (shapes[1][0], shapes[0][1]) != spec.shape or spec.dtype not in FLOATING:
+            yield f"{name}: its shape is {list(spec.shape)} in {base}, its adapter has A {shapes[0]} and B {shapes[1]}."
+    for name in tensors:
+        module = name.removesuffix(".weight")
+        if name not in matrices and any(
+            module == target or module.endswith(f".{target}") for target in targets
+        ):
+            yield f"{name} is to be adapted (target_modules) and the shards hold nothing for it."

@@ -1,0 +1,308 @@
+"""The shards that NeuronTrainer.save_model leaves: which files belong to them, what is wrong with them, and the tensors that they make up.
+
+    shards/  done  mp_metadata_pp_rank_PP.json  [adapter_config.json]  model/dp_rank_00_tp_rank_TT_pp_rank_PP.pt
+             with use_xser also  model/...pt.info.pt (shapes and dtypes)  model/...pt.tensors/tensor_K.pt (one for each tensor)
+
+Names, shapes and places of all tensors are known after a look at the metadata and into each file's directory; the weights are read
+afterwards, a few rows at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.backends.neuron.shards.read.torch_archive import (
+    Placeholder,
+    RowReader,
+    StoredTensor,
+    TensorReference,
+    read_archive,
+)
+from stages.backends.neuron.shards.read.unshard import (
+    Misfit,
+    Original,
+    Partition,
+    Spec,
+    original_tensors,
+    parse_metadata,
+)
+from stages.model.weights import PIECE_BYTES, TensorSpec
+from stages.run.errors import StageFailure
+
+if TYPE_CHECKING:
+    import torch
+
+PROBLEMS_SHOWN = 5
+DONE = "done"
+ADAPTER_CONFIG = "adapter_config.json"
+MOST_RANKS = 4096
+METADATA = "mp_metadata_pp_rank_{}.json"
+RANK_FILE = "dp_rank_00_tp_rank_{:02d}_pp_rank_{:02d}.pt"
+
+
+@dataclass(frozen=True)
+class Part:
+    """`length` rows (or columns) of a stored tensor, from `start` on."""
+
+    stored: StoredTensor
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class ShardedTensor:
+    """A tensor of the original model, and the parts that make it up when they are joined along `dimension`."""
+
+    spec: TensorSpec
+    dimension: int
+    parts: tuple[Part, ...]
+
+    def read(self, reader: RowReader) -> Iterator[torch.Tensor]:
+        """The whole tensor in blocks of rows of about PIECE_BYTES."""
+        if self.dimension == 0:
+            for part in self.parts:
+                yield from _blocks(reader, part.stored, part.start, part.start + part.length)
+            return
+        import torch
+
+        rows, *others = self.spec.shape
+        count = max(1, PIECE_BYTES * rows // max(1, self.spec.nbytes))
+        for first in range(0, rows, count):
+            last = min(rows, first + count)
+            shards = {part.stored: reader.rows(part.stored, first, last) for part in self.parts}
+            block = torch.empty(last - first, *others, dtype=getattr(torch, self.spec.dtype))
+            columns = block.split([part.length for part in self.parts], self.dimension)
+            for part, column in zip(self.parts, columns, strict=True):
+                column.copy_(shards[part.stored].narrow(self.dimension, part.start, part.length))
+            yield block
+
+
+@dataclass
+class Shards:
+    """What a folder of shards holds."""
+
+    folder: Path
+    tensors: dict[str, ShardedTensor] = field(default_factory=dict)
+    # Names that the metadata lacks (a tied parameter is listed under one of its names) -> the shard of each rank.
+    unlisted: dict[str, list[StoredTensor]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def adapter(self) -> bool:
+        return (self.folder / ADAPTER_CONFIG).is_file()
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One pipeline-parallel rank: its metadata and the file of each of its tensor-parallel ranks."""
+
+    metadata: Path
+    parameters: dict[str, Partition | None]
+    specs: list[Spec]
+    files: list[Path]
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `folder` holds a save that was finished, with a file of every rank. Reads the metadata alone."""
+    return not _stages(folder)[1]
+
+
+def problems(folder: Path) -> list[str]:
+    """All that can be seen to be wrong with the shards without reading a weight."""
+    return read_shards(folder).problems
+
+
+def refusal(heading: str, problems: list[str]) -> StageFailure:
+    """One failure that lists the first problems and says how many more there are."""
+    more = (
+        [f"... and {len(problems) - PROBLEMS_SHOWN} more"] if len(problems) > PROBLEMS_SHOWN else []
+    )
+    return StageFailure("\n".join([heading, *problems[:PROBLEMS_SHOWN], *more]))
+
+
+def read_shards(folder: Path) -> Shards:
+    """The tensors in `folder` under the names of the original model; all that is wrong stands in `problems`."""
+    stages, found = _stages(folder)
+    shards = Shards(folder, problems=found)
+    if not found:
+        for stage in stages:
+            _read_stage(stage, shards)
+        if not shards.tensors and not shards.problems:
+            shards.problems.append(f"{folder} holds no tensors.")
+    return shards
+
+
+def _stages(folder: Path) -> tuple[list[_Stage], list[str]]:
+    if not (folder / DONE).is_file():
+        return [], [
+            f"{folder / DONE} is missing. It is written behind all weights, so this save was never finished."
+        ]
+    stages, problems = [], []
+    if _pipeline_size(folder) > MOST_RANKS:
+        return [], [
+            f"{folder} has files of {_pipeline_size(folder)} pipeline stages; no training has more than {MOST_RANKS}."
+        ]
+    for rank in range(_pipeline_size(folder)):
+        path = folder / METADATA.format(rank)
+        try:
+            parameters, specs = parse_metadata(json.loads(path.read_text()))
+        except FileNotFoundError:
+            problems.append(f"{path} is missing.")
+            continue
+        except (Misfit, ValueError, RecursionError) as error:
+            problems.append(f"{path} cannot be used: {error}.")
+            continue
+        sizes = {partition.count for partition in parameters.values() if partition} | {
+            spec.tp_size for spec in specs
+        } or {1}
+        if max(sizes) > MOST_RANKS:
+            problems.append(
+                f"{path} gives {max(sizes)} tensor-parallel ranks; no training has more than {MOST_RANKS}."
+            )
+            continue
+        files = [
+            folder / "model" / RANK_FILE.format(tensor_rank, rank)
+            for tensor_rank in range(max(sizes))
+        ]
+        problems += [f"{file} is missing." for file in files if not file.is_file()]
+        if len(sizes) > 1:
+            problems.append(f"{path} gives several tensor-parallel sizes: {sorted(sizes)}.")
+        stages.append(_Stage(path, parameters, specs, files))
+    return stages, problems
+
+
+def _pipeline_size(folder: Path) -> int:
+    """The number of pipeline stages, by the highest one of which anything is there."""
+    names = [path.name for pattern in ("*.json", "model/*.pt") for path in folder.glob(pattern)]
+    return 1 + max(
+        (
+            int(match[1])
+            for name in names
+            if (match := re.search(r"_pp_rank_(\d+)\.(?:json|pt)$", name))
+        ),
+        default=0,
+    )
+
+
+def _read_stage(stage: _Stage, shards: Shards) -> None:
+    """Add the stage's tensors, or its problems, to `shards`."""
+    ranks: list[dict[str, StoredTensor]] = []
+    for file in stage.files:
+        try:
+            ranks.append(_rank_tensors(file, shards.problems))
+        except StageFailure as failure:
+            shards.problems.append(str(failure))
+    if len(ranks) < len(stage.files) or shards.problems:
+        return
+    if not shards.adapter and any(".lora_" in name for tensors in ranks for name in tensors):
+        shards.problems.append(
+            f"{shards.folder / ADAPTER_CONFIG} is missing, and the shards hold an adapter. Copy it there."
+        )
+        return
+    for name in {name: None for tensors in ranks for name in tensors} | (
+        {} if shards.adapter else stage.parameters
+    ):
+        lacking = [
+            file.name
+            for file, tensors in zip(stage.files, ranks, strict=True)
+            if name not in tensors
+        ]
+        if lacking and (name in stage.parameters or len(lacking) < len(ranks)):
+            shards.problems.append(
+                f"{stage.metadata.parent / 'model'}: {name} is missing in {', '.join(lacking)}."
+            )
+    if shards.problems:
+        return
+    stored = {name: [tensors[name] for tensors in ranks] for name in ranks[0]}
+    for name, pieces in stored.items():
+        if len({piece.dtype for piece in pieces}) > 1:
+            shards.problems.append(
+                f"{stage.metadata.parent / 'model'}: the ranks' shards of {name} differ in dtype."
+            )
+    shapes = {name: [piece.shape for piece in pieces] for name, pieces in stored.items()}
+    originals, misfits = original_tensors(stage.parameters, stage.specs, shapes)
+    shards.problems += [f"{stage.metadata}: {misfit}." for misfit in misfits]
+    used = {original.parameter for original in originals}
+    shards.unlisted |= {name: pieces for name, pieces in stored.items() if name not in used}
+    for original in originals:
+        if original.name in shards.tensors:
+            shards.problems.append(
+                f"{stage.metadata}: {original.name} is in another pipeline stage too."
+            )
+        shards.tensors[original.name] = _sharded_tensor(original, stored[original.parameter])
+
+
+def _sharded_tensor(original: Original, stored: list[StoredTensor]) -> ShardedTensor:
+    shape = list(stored[0].shape)
+    shape[original.dimension] = sum(piece.length for piece in original.slices)
+    parts = tuple(Part(stored[piece.rank], piece.start, piece.length) for piece in original.slices)
+    return ShardedTensor(
+        TensorSpec(original.name, tuple(shape), stored[0].dtype), original.dimension, parts
+    )
+
+
+def _rank_tensors(file: Path, problems: list[str]) -> dict[str, StoredTensor]:
+    """Name -> tensor for one rank's file and the files it refers to. What is wrong with the latter is added to `problems`."""
+    entries = read_archive(file)
+    if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
+        raise StageFailure(f"{file} holds no state dict.")
+    beside = file.with_name(f"{file.name}.info.pt")
+    information = read_archive(beside) if beside.is_file() else {}
+    if not isinstance(information, dict):
+        raise StageFailure(f"{beside} does not list tensors.")
+    tensors = {}
+    for name, value in entries.items():
+        entry = value
+        if isinstance(value, TensorReference):
+            try:
+                entry = _referred(file, getattr(value, "tid", None), information)
+            except StageFailure as failure:
+                problems.append(f"{failure} {name} lies there.")
+                continue
+        if isinstance(entry, StoredTensor):
+            tensors[name] = entry
+        elif not isinstance(entry, Placeholder):  # another pipeline stage's
+            problems.append(f"{file}: its entry {name} is not a tensor.")
+    return tensors
+
+
+def _referred(
+    file: Path, number: object, information: dict[Any, Any]
+) -> StoredTensor | Placeholder:
+    """The tensor that lies in a file of its own, if it is as info.pt says (old versions of neuronx-distributed wrote no info.pt)."""
+    if not isinstance(number, int):
+        raise StageFailure(
+            f"{file} refers to a tensor {reprlib.repr(number)}, and not by a number."
+        )
+    path = file.with_name(f"{file.name}.tensors") / f"tensor_{number}.pt"
+    if not path.is_file():
+        raise StageFailure(f"{path} is missing.")
+    stored = read_archive(path)
+    if not isinstance(stored, StoredTensor | Placeholder):
+        raise StageFailure(f"{path} holds no tensor.")
+    described = information.get(number)
+    if isinstance(stored, StoredTensor) and isinstance(described, dict):
+        expected = (described.get("dtype"), described.get("shape"))
+        if expected != (stored.dtype, stored.shape):
+            says = " ".join(map(reprlib.repr, expected)).replace("'", "")
+            raise StageFailure(
+                f"{path} holds {stored.dtype} {stored.shape}, {file.name}.info.pt says {says}."
+            )
+    return stored
+
+
+def _blocks(
+    reader: RowReader, stored: StoredTensor, first: int, last: int
+) -> Iterator[torch.Tensor]:
+    rows = max(
+        1,
+        PIECE_BYTES * stored.shape[0] // max(1, TensorSpec("", stored.shape, stored.dtype).nbytes),
+    )
+    for begin in range(first, last, rows):
+        yield reader.rows(stored, begin, min(last, begin + rows))

@@ -1,0 +1,54 @@
+"""The life of one rank: its device, its process group, what it reports, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from stages.run.disk import disk_failure
+from stages.run.errors import InputError, StageFailure
+from stages.run.guard import die_with_parent
+from stages.run.launch import report_error
+
+
+def run_rank(work: Callable[[torch.device], None], error_file: Path) -> NoReturn:
+    """Call `work` with this rank's device, in a process group of all that torchrun started, and end the process.
+
+    The exit status is 0, that of an InputError or StageFailure (handed to the stage through `error_file`), or 1 with a
+    traceback.
+    """
+    die_with_parent()
+    device, status = _device(), 0
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        work(device)
+        dist.destroy_process_group()
+    except (InputError, StageFailure) as error:
+        report_error(error, error_file)
+        status = error.exit_status
+    except Exception as error:
+        status = 1
+        if full := disk_failure(error, error_file.parent):
+            report_error(full, error_file)
+        else:
+            traceback.print_exc()
+    # Not sys.exit: gloo's threads outlive the group while a mesh or a module holds on to it. One that drops its last tensor
+    # while the interpreter is being taken down asks for the GIL, is unwound by CPython, and std::terminate aborts the rank.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,1 @@
+"""What make itself starts: plan, help, verify. Standard library only."""

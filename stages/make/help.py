@@ -1,0 +1,81 @@
+"""`make help`: the targets as the Makefile documents them, and every setting with its value, unit and stages.
+
+python3 -I -S stages/make/help.py Makefile [recipe ...]      what make help prints
+python3 -I -S stages/make/help.py --readme                   writes the table of settings into README.md
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from stages.run.setting import variable
+from stages.run.settings import Settings
+
+
+def targets(makefile: Path) -> list[tuple[str, str]]:
+    """Target and description of each rule line that ends in `## description`."""
+    return re.findall(
+        r"^([a-z-]+):[^#\n]*## (.+)$", makefile.read_text(encoding="utf-8"), re.MULTILINE
+    )
+
+
+def with_settings(readme: str) -> str:
+    """The README with the table of settings, between its two marks, as it is now."""
+    head, rest = readme.split("<!-- settings -->\n")
+    return f"{head}<!-- settings -->\n{markdown()}\n<!-- end of settings -->{rest.split('<!-- end of settings -->')[1]}"
+
+
+def settings_table(given: Mapping[str, str]) -> list[tuple[str, str, str, str]]:
+    """Name, value (as given, else the default), help with unit and choices, and the stages concerned."""
+    rows = []
+    for f in fields(Settings):
+        default = str(int(f.default)) if isinstance(f.default, bool) else str(f.default)
+        facts = f.metadata
+        about = facts["help"]
+        if facts["choices"]:
+            about += f" One of {', '.join(facts['choices'])}."
+        if facts["unit"]:
+            about += f" [{facts['unit']}]"
+        rows.append(
+            (variable(f), given.get(variable(f), default), about, " ".join(facts["stages"]))
+        )
+    return rows
+
+
+def markdown() -> str:
+    """The settings with their defaults as a Markdown table."""
+    lines = ["| Setting | Default | What it is | A change remakes |", "|---|---|---|---|"]
+    for name, value, about, stages in settings_table({}):
+        shown = f"`{value}`" if value else ""
+        lines.append(
+            f"| `{name}` | {shown} | {about.replace('|', chr(92) + '|')} | {stages or 'nothing'} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    if arguments == ["--readme"]:
+        readme = Path("README.md")
+        readme.write_text(with_settings(readme.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    print("Usage: make TARGET [RECIPE=demo] [SETTING=value ...]\n\nTargets")
+    for name, about in targets(Path(arguments[0])):
+        print(f"  {name:<18} {about}")
+    recipes = ", ".join(sorted(path.stem for path in Path("recipes").glob("*.mk")))
+    print(
+        f"\nRECIPE  a list of settings: {recipes}\nRUN     outputs/RUN holds what is published (default: the recipe)\n"
+    )
+    print("Settings (the value now; the stages that a change makes run again)")
+    for name, value, about, stages in settings_table(os.environ):
+        print(f"  {name}={value[:60]}\n      {about} -> {stages or 'nothing is remade'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

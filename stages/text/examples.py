@@ -1,0 +1,343 @@
+"""Rows of a dataset, whatever it is kept in: instruction, context and response as checked text.
+
+`read_examples` finds out what DATASET names (a local file, a saved `datasets` folder, the same two on S3, or a dataset of the
+Hub) and hands on batches of rows; nothing is ever held but one batch. What is wrong in the rows is reported together,
+by file, row and column. Only the standard library is imported unless the dataset needs more.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stages.run.errors import InputError
+from stages.text import formats
+from stages.text.formats import Problem, Record
+
+BATCH_EXAMPLES = 1000
+# A batch of long rows ends earlier: tokenising takes some hundred bytes per character.
+BATCH_CHARACTERS = 4 * 2**20
+PROBLEMS_SHOWN = 10
+# What reading one of the JSON files of a saved dataset may raise where it is something else.
+_NOT_SAVED = (ValueError, KeyError, TypeError, RecursionError)
+FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a dataset's columns. `context` and `response` may be "": the dataset then has none."""
+
+    instruction: str = "instruction"
+    context: str = "context"
+    response: str = "response"
+
+
+class Example(NamedTuple):
+    """One row's texts, and its `place` for messages ("dolly.jsonl, line 3"). A null or absent context is ""."""
+
+    place: str
+    instruction: str
+    context: str
+    response: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened dataset. `columns` is None where each record has its own (JSON); `unit` is what a record's number counts."""
+
+    name: str
+    unit: str
+    columns: list[str] | None
+    records: Iterator[tuple[int, Record]]
+
+
+def read_examples(
+    dataset: str,
+    *,
+    revision: str = "",
+    config: str = "",
+    split: str = "train",
+    columns: Columns | None = None,
+) -> Iterator[list[Example]]:
+    """Batches of at most 1,000 rows of `dataset`.
+
+    `dataset`: .json/.jsonl/.csv/.parquet file or saved `datasets` folder, local or s3://, or a Hub id with `revision`, `config` and
+    `split` (a saved folder has a split too). Blank lines are skipped; columns that are not named are ignored.
+    Raises InputError: at once for what cannot be opened or lacks a column; at the end for bad rows, the first ten of them
+    named and all counted (after the first bad row nothing more is yielded); and for a dataset without rows.
+    """
+    columns = columns or Columns()
+    source = _open(
+        dataset,
+        revision,
+        config,
+        split,
+        [name for name in (columns.instruction, columns.context, columns.response) if name],
+    )
+    if source.columns is not None:
+        _require(
+            source.name,
+            source.columns,
+            columns.instruction,
+            columns.response,
+            context=columns.context,
+        )
+    return _batches(source, columns)
+
+
+def _batches(source: Source, columns: Columns) -> Iterator[list[Example]]:
+    batch: list[Example] = []
+    problems: list[str] = []
+    rows = bad = characters = 0
+    context_seen = not columns.context
+    for number, record in _to_the_end(source):
+        place = f"{source.name}, {source.unit} {number}"
+        if not rows and source.columns is None and isinstance(record, dict):
+            _require(place, list(record), columns.instruction, columns.response)
+        rows += 1
+        row = _row(place, record, columns)
+        if isinstance(row, list):
+            bad += 1
+            problems += row[: PROBLEMS_SHOWN - len(problems)]
+        elif not bad:
+            batch.append(row)
+            characters += len(row.instruction) + len(row.context) + len(row.response)
+            context_seen = context_seen or columns.context in record
+            if len(batch) == BATCH_EXAMPLES or characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+    if bad > 1:
+        problems.append(
+            f"{bad:,} of {rows:,} rows have problems"
+            + (f"; above are the first {len(problems)}." if bad > len(problems) else ".")
+        )
+    if problems:
+        raise InputError(problems)
+    if not rows:
+        raise InputError(
+            f"{source.name} has no rows. Check that DATASET names the right file or split."
+        )
+    if not context_seen:
+        raise InputError(
+            f"{source.name}: no row has the column {columns.context!r}. Set CONTEXT_COLUMN to its name, or to nothing if there is none."
+        )
+    if batch:
+        yield batch
+
+
+def _to_the_end(source: Source) -> Iterator[tuple[int, Record]]:
+    try:
+        yield from source.records
+    except OSError as error:
+        raise InputError(f"{source.name} cannot be read to its end: {error}.") from None
+
+
+def _require(
+    place: str, there: list[str], instruction: str, response: str, context: str = ""
+) -> None:
+    """Raise InputError with every named column that is not there, the nearest that is, and all that are."""
+    problems = []
+    for setting, name in (
+        ("INSTRUCTION_COLUMN", instruction),
+        ("CONTEXT_COLUMN", context),
+        ("RESPONSE_COLUMN", response),
+    ):
+        if name and name not in there:
+            near = get_close_matches(name, there, n=1)
+            hint = f" Did you mean {near[0][:60]!r}?" if near else ""
+            have = (
+                f"it has {', '.join(repr(column[:60]) for column in there[:20])}"
+                if there
+                else "it has no columns"
+            )
+            none = ", or to nothing if there is none" if name == context else ""
+            problems.append(
+                f"{place}: there is no column {name!r}; {have}.{hint} Set {setting} to its name{none}."
+            )
+        elif name and there.count(name) > 1:
+            problems.append(
+                f"{place}: {there.count(name)} columns are called {name!r}. Rename all but one."
+            )
+    if problems:
+        raise InputError(problems)
+
+
+def _row(place: str, record: Record, columns: Columns) -> Example | list[str]:
+    """The record as a row, or what is wrong with it."""
+    if isinstance(record, Problem):
+        return [f"{place} {record}"]
+    texts: list[str] = []
+    problems = []
+    for name, required in (
+        (columns.instruction, True),
+        (columns.context, False),
+        (columns.response, bool(columns.response)),
+    ):
+        text: Any = record.get(name) if name else ""
+        if text is None and not required:
+            text = ""
+        problem = fault(text, name in record)
+        if problem:
+            problems.append(f"{place}, column {name!r} {problem}")
+        texts.append(text)
+    if not problems and sum(map(len, texts)) > formats.MAX_EXAMPLE_BYTES:
+        problems.append(f"{place} {formats.TOO_LONG}")
+    return problems or Example(place, *texts)
+
+
+def fault(text: object, present: bool) -> str:
+    """What is wrong with a column's value, "" for nothing."""
+    if text is None:
+        return "is null: every row needs a text here." if present else "is missing."
+    if not isinstance(text, str):
+        shown = repr(text)
+        return f"is {shown if len(shown) <= 40 else shown[:40] + '...'}, of type {type(text).__name__}: it must be text."
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"character {error.start + 1} is U+{ord(text[error.start]):04X}, half of a surrogate pair"
+        return f"is not text: {half}. Write the character itself."
+    return ""
+
+
+def _open(dataset: str, revision: str, config: str, split: str, wanted: list[str]) -> Source:
+    if dataset.startswith("s3://"):
+        from stages.text.remote_sources import open_s3
+
+        return open_s3(dataset, split, wanted)
+    if os.path.lexists(dataset):
+        return _open_local(Path(dataset), split, wanted)
+    if (
+        dataset.endswith(FORMATS)
+        or dataset.startswith((".", "/", "~"))
+        or not _HUB_ID.fullmatch(dataset)
+    ):
+        raise InputError(
+            f"DATASET={dataset[:200]!r}: there is no such file or folder, and a dataset of the Hub is named OWNER/NAME."
+        )
+    from stages.text.remote_sources import open_hub
+
+    return open_hub(dataset, revision, config, split, wanted)
+
+
+def _open_local(path: Path, split: str, wanted: list[str]) -> Source:
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            return open_saved(str(path), lambda name: _opened_within(path, name), split, wanted)
+        if not stat.S_ISREG(mode):
+            raise InputError(f"{path} is neither a file nor a folder.")
+        return open_file(str(path), lambda: path.open("rb"), wanted)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def _opened_within(folder: Path, name: str) -> Any:
+    """A file of a saved dataset, in binary. Whoever made the dataset may not choose files of this machine by a link."""
+    file = folder / name
+    if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
+        raise InputError(
+            f"{file} is a link that leads out of its folder. Put the file itself there."
+        )
+    if file.exists() and not file.is_file():
+        raise InputError(f"{file} is not a file.")
+    return file.open("rb")
+
+
+def open_file(name: str, opened: Callable[[], Any], wanted: list[str]) -> Source:
+    """A dataset in one file, told by the end of its name; `opened()` gives it in binary."""
+    if not name.lower().endswith(FORMATS):
+        packed = (
+            " Unpack it first." if name.endswith((".gz", ".zip", ".zst", ".bz2", ".xz")) else ""
+        )
+        raise InputError(f"{name}: a dataset's file ends in {', '.join(FORMATS)}.{packed}")
+    file = opened()
+    try:
+        if name.lower().endswith(".csv"):
+            return Source(name, "line", *formats.csv_records(file))
+        if name.lower().endswith(".parquet"):
+            return Source(name, "row", *formats.parquet_records(file, wanted))
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    if formats.holds_array(file):
+        return Source(name, "row", None, formats.json_array(file))
+    return Source(name, "line", None, formats.json_lines(file))
+
+
+def open_saved(folder: str, opened: Callable[[str], Any], split: str, wanted: list[str]) -> Source:
+    """A folder that `datasets` saved (save_to_disk): one dataset, or one per split. `opened(name)` opens a file of it in binary.
+
+    Read without `datasets`, whose import costs a second and which copies a dataset on S3 to the disk first: the folder
+    is Arrow streams, named by state.json.
+    """
+    import json
+
+    def content(name: str) -> Any:
+        with opened(name) as file:
+            return json.load(file)
+
+    inside = ""
+    try:
+        splits = content("dataset_dict.json")["splits"]
+        if split not in splits or Path(split).name != split or split == "..":
+            raise InputError(
+                f"{folder} has no split {split!r}; it has {', '.join(splits)}. Set DATASET_SPLIT."
+            )
+        inside = f"{split}/"
+    except FileNotFoundError:
+        pass  # one dataset, without splits
+    except _NOT_SAVED as error:
+        raise InputError(
+            f"{folder}/dataset_dict.json is not what `datasets` writes ({error!r})."
+        ) from None
+    try:
+        names = [entry["filename"] for entry in content(f"{inside}state.json")["_data_files"]]
+    except FileNotFoundError:
+        remedy = f"Name a file ({', '.join(FORMATS)}) or a folder made by save_to_disk."
+        raise InputError(
+            f"{folder} is a folder without state.json, so no dataset that `datasets` saved. {remedy}"
+        ) from None
+    except _NOT_SAVED as error:
+        raise InputError(
+            f"{folder}/{inside}state.json is not what `datasets` writes ({error!r})."
+        ) from None
+    if any(
+        not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name
+        for name in names
+    ):
+        raise InputError(f"{folder}/{inside}state.json names data files outside its folder.")
+    return _arrow_files(folder, [inside + name for name in names], opened, wanted)
+
+
+def _arrow_files(
+    folder: str, names: list[str], opened: Callable[[str], Any], wanted: list[str]
+) -> Source:
+    def stream(name: str) -> tuple[list[str], Iterator[tuple[int, Record]]]:
+        try:
+            file = opened(name)
+        except FileNotFoundError:
+            raise InputError(
+                f"{folder}/{name} is missing: the saved dataset is not whole."
+            ) from None
+        try:
+            return formats.arrow_records(file, wanted)
+        except InputError as error:
+            raise InputError(f"{folder}/{name}: {error}") from None
+
+    def records() -> Iterator[tuple[int, Record]]:
+        done = 0
+        for name in names:
+            number = 0
+            for number, record in stream(name)[1]:
+                yield done + number, record
+            done += number
+
+    columns = stream(names[0])[0] if names else []
+    return Source(folder, "row", columns, records())

@@ -1,0 +1,121 @@
+"""Datasets that are not on this machine: on S3 and on the Hugging Face Hub.
+
+What the far side refuses becomes an InputError that says what to do. Credentials are found by the libraries themselves (AWS_* or a
+profile or the instance's role; HF_TOKEN or `hf auth login`).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from stages.model.hub import from_hub
+from stages.model.hub_cache import commit_of
+from stages.run.errors import InputError
+from stages.text.examples import BATCH_EXAMPLES, FORMATS, Source, open_file, open_saved
+from stages.text.formats import table_records
+
+_TRIES = 5  # of each request, by the client itself, with growing pauses
+_LONGEST_SILENCE = 20  # seconds without a byte, after which a request is tried again
+_STREAM_BUFFER = 2**20
+
+
+def open_s3(dataset: str, split: str, wanted: list[str]) -> Source:
+    """A file or a saved `datasets` folder at s3://BUCKET/KEY, read as it streams in: nothing is copied to the disk."""
+    path = dataset.removeprefix("s3://").rstrip("/")
+    files = _s3(path.split("/")[0])
+
+    def opened(key: str) -> Any:
+        if key.lower().endswith(".parquet"):
+            return files.open_input_file(key)  # its index is at its end
+        return io.BufferedReader(files.open_input_stream(key), _STREAM_BUFFER)
+
+    try:
+        if path.lower().endswith(FORMATS):
+            return open_file(dataset, lambda: opened(path), wanted)
+        return open_saved(dataset, lambda name: opened(f"{path}/{name}"), split, wanted)
+    except FileNotFoundError:
+        raise InputError(f"{dataset} does not exist. Check the bucket and the key.") from None
+    except OSError as error:
+        raise InputError(f"{dataset} cannot be read ({error}). {_remedy(str(error))}") from None
+
+
+def _remedy(error: str) -> str:
+    """What to do about an error of pyarrow's S3 client, which tells its kinds by words alone."""
+    if "NETWORK_CONNECTION" in error:
+        return "Check the network and AWS_ENDPOINT_URL, or copy the dataset to this machine and name it there."
+    if "HTTP status 5" in error or "SLOW_DOWN" in error:
+        return f"S3 is out of order or asks for fewer requests, {_TRIES} times in a row: try again later."
+    if "HTTP status 301" in error or "HTTP status 307" in error:
+        return "The bucket is in another region: set AWS_REGION to it."
+    return (
+        "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN (or AWS_PROFILE), which may have expired, AWS_REGION, "
+        "and s3:GetObject and s3:ListBucket rights."
+    )
+
+
+def _s3(bucket: str) -> Any:
+    """pyarrow's S3 client: it comes with pyarrow, where fsspec's needs a package more. Honours AWS_ENDPOINT_URL (MinIO, tests)."""
+    from pyarrow import fs
+
+    endpoint = urlsplit(
+        os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    )
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if not region and not endpoint.netloc:
+        try:
+            region = fs.resolve_s3_region(bucket)
+        except OSError:
+            region = None  # no such bucket or no network: the request itself will say which
+    retries = fs.AwsStandardS3RetryStrategy(max_attempts=_TRIES)
+    where = (
+        {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme} if endpoint.netloc else {}
+    )
+    return fs.S3FileSystem(
+        region=region,
+        connect_timeout=10,
+        request_timeout=_LONGEST_SILENCE,
+        retry_strategy=retries,
+        **where,
+    )
+
+
+def open_hub(dataset: str, revision: str, config: str, split: str, wanted: list[str]) -> Source:
+    """A dataset of the Hub through `datasets`, which keeps it in its cache; the code that some datasets carry is never run."""
+    from datasets import load_dataset
+    from huggingface_hub import HfFileSystem
+
+    prepared = iter(
+        [None]
+    )  # a second try prepares the rows anew: the first may have made them of a file that was cut
+
+    def load() -> Any:
+        HfFileSystem.clear_instance_cache()  # it remembers a refused listing as an empty one
+        mode = next(prepared, "reuse_cache_if_exists")
+        return load_dataset(
+            dataset, config or None, split=split, revision=revision or None, download_mode=mode
+        )
+
+    data = from_hub("dataset", dataset, revision, load)
+    _check_commit(dataset, revision, data)
+    columns = [name for name in data.column_names if name in wanted]
+    name = f"{dataset} ({split})"
+    if not columns:
+        return Source(name, "row", data.column_names, iter(()))
+    tables = data.select_columns(columns).with_format("arrow").iter(batch_size=BATCH_EXAMPLES)
+    return Source(name, "row", data.column_names, table_records(tables, columns))
+
+
+def _check_commit(dataset: str, revision: str, data: Any) -> None:
+    """Where the Hub gives nothing, `datasets` takes what it prepared last, of whatever revision: the folder's name is its commit."""
+    asked = commit_of("dataset", dataset, revision)
+    found = {Path(file["filename"]).parent.name for file in data.cache_files}
+    if found and found != {asked}:
+        held = ", ".join(sorted(found))
+        remedy = f"Run it once with the Hub in reach, or set DATASET_REVISION={held}."
+        raise InputError(
+            f"DATASET={dataset}: the cache holds commit {held} and not DATASET_REVISION={revision or 'main'}. {remedy}"
+        )

@@ -1,0 +1,115 @@
+"""Packed rows on the disk, as a folder that `datasets.load_from_disk` reads.
+
+Written with pyarrow and two small JSON files: `datasets` would add a second of import, a random fingerprint and 64-bit labels.
+The same rows give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from stages.text.accounting import SplitAccount
+from stages.text.documents import Documents
+from stages.text.packing import Packing
+
+IGNORED_LABEL = -100  # torch.nn.CrossEntropyLoss's ignore_index
+COLUMNS = ("input_ids", "labels", "position_ids")
+_DATA_FILE = "data-00000-of-00001.arrow"
+_BATCH_TOKENS = 2**19  # cells of a column written at once
+
+
+def save_sequences(
+    folder: Path,
+    split: str,
+    packing: Packing,
+    documents: Documents,
+    chosen: np.ndarray,
+    max_length: int,
+    pad: int,
+    loss_on: str,
+) -> SplitAccount:
+    """Write the rows of `packing`, whose document d is `chosen[d]` of `documents`, and count what was written.
+
+    Columns, each a fixed-size list of int32 [max_length]: `input_ids`, ended by `pad`; `labels`, IGNORED_LABEL on padding and, for the loss
+    on the response, on prompts; `position_ids`, from 0 for each segment and for the padding, so that their zeros are the borders.
+    """
+    folder.mkdir(parents=True)
+    column = pa.list_(pa.int32(), max_length)
+    schema = pa.schema([(name, column) for name in COLUMNS])
+    account, content = SplitAccount(rows=len(packing)), blake2b(digest_size=8)
+    with (
+        pa.OSFile(str(folder / _DATA_FILE), "wb") as file,
+        pa.ipc.new_stream(file, schema) as stream,
+    ):
+        for cells in _filled(packing, documents, chosen, max_length, pad, loss_on, account):
+            content.update(cells.data)
+            lists = [
+                pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=column)
+                for values in cells
+            ]
+            stream.write_batch(pa.record_batch(lists, schema=schema))
+    _describe(folder, split, max_length, content.hexdigest())
+    return account
+
+
+def bytes_of(packing: Packing, max_length: int) -> int:
+    """What the rows of `packing` take on the disk."""
+    return len(packing) * max_length * 4 * len(COLUMNS)
+
+
+def _filled(
+    packing: Packing,
+    documents: Documents,
+    chosen: np.ndarray,
+    max_length: int,
+    pad: int,
+    loss_on: str,
+    account: SplitAccount,
+) -> Iterator[np.ndarray]:
+    """Batches of rows, int32 [columns, rows, max_length]; adds what is in them to `account`."""
+    positions = np.arange(max_length, dtype=np.int32)
+    batch_rows = max(1, _BATCH_TOKENS // max_length)
+    numbers, prompts = chosen.tolist(), documents.prompt_lengths[chosen].tolist()
+    for begin in range(0, len(packing), batch_rows):
+        rows = list(packing.rows(begin, min(begin + batch_rows, len(packing))))
+        cells = np.empty((len(COLUMNS), len(rows), max_length), dtype=np.int32)
+        for ids, labels, position, segments in zip(*cells, rows, strict=True):
+            at = 0
+            for document, start, length in segments:
+                end = at + length
+                ids[at:end] = labels[at:end] = documents.read(numbers[document], start, length)
+                position[at:end] = positions[:length]
+                if loss_on == "response":
+                    labels[at : at + min(max(prompts[document] - start, 0), length)] = IGNORED_LABEL
+                at = end
+            ids[at:], labels[at:], position[at:] = pad, IGNORED_LABEL, positions[: max_length - at]
+            account.packed += at
+            account.padded += max_length - at
+        account.supervised += int(np.count_nonzero(cells[1] != IGNORED_LABEL))
+        yield cells
+
+
+def _describe(folder: Path, split: str, max_length: int, fingerprint: str) -> None:
+    """The two files beside the data. The fingerprint names caches of `datasets`: here it is the content's digest."""
+    value = {"dtype": "int32", "_type": "Value"}
+    # "Sequence" is what every release of datasets reads; since 4.0 it means "List".
+    features = {
+        name: {"feature": value, "length": max_length, "_type": "Sequence"} for name in COLUMNS
+    }
+    state: dict[str, object] = {
+        "_data_files": [{"filename": _DATA_FILE}],
+        "_fingerprint": fingerprint,
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": split,
+    }
+    for name, content in (("dataset_info.json", {"features": features}), ("state.json", state)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,257 @@
+"""Training on the torch backend: the same losses on any layout, the same weights after any interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages.backends.batches import PackedSequences, sequences_of_step
+from stages.backends.loss import document_mask, loss_sum, next_token_labels, supervised
+from stages.backends.schedule import sequences_per_step, total_steps
+from stages.backends.torch import optimizer
+from stages.backends.torch.consolidate import consolidate
+from stages.backends.torch.train import check, environment, train, training_command
+from stages.data import pack
+from stages.model.base import base_model_folder
+from stages.run.errors import InputError, StageFailure
+from stages.run.fingerprint import ROOT
+from stages.run.settings import Settings
+from tests.conftest import clean_environment, copy_project, torchrun
+from tests.saved_weights import with_a_value_that_is_no_number
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings of a two-layer model with grouped heads and tied embeddings, on 20 of the demo's rows."""
+    folder = copy_project(tmp_path_factory.mktemp("train") / "project").folder / "data" / "tiny"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    return Settings(
+        model_id=str(folder), init_weights="random", dataset=str(folder / "rows.jsonl"), max_length=64, validation_fraction=0.2,
+        max_steps=STEPS, learning_rate=3e-3, warmup_steps=2, bf16=False, logging_steps=1, save_steps=0, eval_steps=3,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
+    facts = pack(base, folder)
+    (folder / "manifest.json").write_text(json.dumps({"metrics": facts.metrics}))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def trained(settings: Settings, data: Path, work: Path) -> list[dict]:
+    """Train in `work`; the lines of metrics.jsonl."""
+    work.mkdir(exist_ok=True)
+    train(settings, data, work.parent / "precompile", work)
+    return [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(work: Path, into: Path) -> dict[str, torch.Tensor]:
+    into.mkdir()
+    consolidate(work / "shards", into, dtype=None, max_shard_size=10**9)
+    return load_file(into / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def reference(base: Settings, data: Path) -> dict[int, list[float]]:
+    """Losses of a plain loop over the plain Hugging Face model in this process, by rows per step."""
+    from transformers import AutoModelForCausalLM
+
+    losses = {}
+    rows = PackedSequences(data / "train")
+    for count in (1, 2, 8):
+        model = AutoModelForCausalLM.from_pretrained(base_model_folder(base), dtype=torch.float32)
+        adamw = optimizer.adamw(model, base)
+        losses[count] = []
+        for step in range(STEPS):
+            batch = rows.batch(
+                sequences_of_step(step, count, len(rows), base.seed), torch.device("cpu")
+            )
+            loss = loss_sum(model, batch) / int(
+                supervised(batch["labels"], batch["position_ids"]).sum()
+            )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), base.max_grad_norm)
+            for group in adamw.param_groups:
+                group["lr"] = optimizer.learning_rate(step, STEPS, base)
+            adamw.step()
+            adamw.zero_grad()
+            losses[count].append(loss.item())
+    return losses
+
+
+LAYOUTS = {
+    "one process": {},
+    "tensor parallel 2": {"nproc_per_node": 2, "tensor_parallel_size": 2},
+    "data parallel 2": {"nproc_per_node": 2},
+    "tensor parallel 2 with recomputed activations": {
+        "nproc_per_node": 2,
+        "tensor_parallel_size": 2,
+        "gradient_checkpointing": True,
+    },
+    "eight accumulated micro-batches": {"gradient_accumulation_steps": 8},
+    "a micro-batch of eight": {"per_device_train_batch_size": 8},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_losses_on_any_layout_are_those_of_a_plain_loop(
+    layout, base, data, reference, tmp_path
+) -> None:
+    settings = replace(base, **layout)
+    losses = [line["loss"] for line in trained(settings, data, tmp_path / "work")]
+    assert losses == pytest.approx(reference[sequences_per_step(settings)], abs=2e-5)
+
+
+def test_a_killed_training_resumes_and_ends_with_the_same_weights(
+    base: Settings, data: Path, tmp_path: Path
+) -> None:
+    settings = replace(base, nproc_per_node=2, save_steps=2, max_steps=8)
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    expected = trained(settings, data, undisturbed)
+
+    killed.mkdir()
+    command = training_command(settings, base_model_folder(settings), data, killed, max_steps=-1)
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **environment(settings)},
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (killed / "checkpoints" / "step-00000004").exists():
+        assert process.poll() is None, "training ended before it could be killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+    resumed = trained(settings, data, killed)
+    assert [line["step"] for line in resumed] == list(range(1, 9))
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in expected]
+    ours, theirs = weights(killed, tmp_path / "a"), weights(undisturbed, tmp_path / "b")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_loss_that_is_no_number_stops_the_training_and_names_the_step(
+    base: Settings, data: Path, tmp_path: Path
+) -> None:
+    broken = with_a_value_that_is_no_number(base_model_folder(base), tmp_path / "broken")
+    with pytest.raises(StageFailure, match=r"Step 1: the loss .* not finite"):
+        trained(
+            replace(base, model_id=str(broken), init_weights="pretrained"), data, tmp_path / "work"
+        )
+    assert not (tmp_path / "work" / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"torch_compile": True}, {"gradient_checkpointing": True}],
+    ids=lambda flags: str(list(flags)),
+)
+def test_every_parameter_has_a_gradient_on_every_rank(
+    flags: dict, base: Settings, data: Path, tmp_path: Path
+) -> None:
+    settings = replace(base, nproc_per_node=2, tensor_parallel_size=2, **flags)
+    done = subprocess.run(
+        [*torchrun(2, "tests.backends.torch.gradients"), str(base_model_folder(settings)), str(data), str(tmp_path / "error")],
+        env={**clean_environment(), **environment(settings), "TMPDIR": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "without gradient: []" in done.stdout
+    assert not list(tmp_path.glob("torchelastic_*")), "the launcher left a folder behind"
+
+
+def test_a_document_in_a_pack_has_the_logits_that_it_has_alone(base: Settings, data: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        base_model_folder(base), dtype=torch.float32
+    ).eval()
+    row = PackedSequences(data / "train").batch(np.array([0]), torch.device("cpu"))
+    starts = [*(row["position_ids"][0] == 0).nonzero().flatten().tolist(), base.max_length]
+    assert len(starts) > 2, "the row is to hold several documents"
+    with torch.no_grad():
+        packed = model(
+            row["input_ids"],
+            position_ids=row["position_ids"],
+            attention_mask=document_mask(row["position_ids"]),
+        ).logits[0]
+        for start, end in pairwise(starts):
+            alone = model(row["input_ids"][:, start:end]).logits[0]
+            torch.testing.assert_close(packed[start:end], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_no_document_predicts_the_first_token_of_the_next() -> None:
+    labels, positions = torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[0, 1, 2, 0, 1]])
+    assert next_token_labels(labels, positions).tolist() == [[2, 3, -100, 5, -100]]
+    assert supervised(labels, positions).tolist() == [3]
+
+
+@pytest.mark.parametrize(("rows", "count"), [(7, 3), (3, 7), (5, 5), (1, 2)])
+def test_every_row_is_read_once_an_epoch_in_an_order_that_the_seed_decides(
+    rows: int, count: int
+) -> None:
+    read = np.concatenate(
+        [sequences_of_step(step, count, rows, seed=1) for step in range(2 * rows)]
+    )
+    epochs = read[: len(read) // rows * rows].reshape(-1, rows)
+    assert all(sorted(epoch) == list(range(rows)) for epoch in epochs.tolist())
+    again = np.concatenate(
+        [sequences_of_step(step, count, rows, seed=1) for step in range(2 * rows)]
+    )
+    assert np.array_equal(read, again)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing(shape: str) -> None:
+    settings = Settings(learning_rate=1.0, warmup_steps=4, lr_scheduler_type=shape)
+    rates = [optimizer.learning_rate(step, 20, settings) for step in range(20)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == 1.0 if shape == "constant" else rates[-1] < 0.1
+
+
+def test_steps_cover_every_row_as_often_as_there_are_epochs() -> None:
+    settings = Settings(num_train_epochs=3, per_device_train_batch_size=1, gradient_accumulation_steps=16, nproc_per_node=32,
+                        tensor_parallel_size=8)  # fmt: skip
+    assert sequences_per_step(settings) == 64
+    assert total_steps(settings, 1581) == 75
+
+
+def test_all_that_keeps_a_model_from_training_is_said_together(base: Settings) -> None:
+    settings = replace(
+        base, nproc_per_node=3, tensor_parallel_size=3, max_length=1023, zero_1=False
+    )
+    with pytest.raises(InputError) as refused:
+        check(settings, vocabulary=3000)
+    told = str(refused.value)
+    assert all(
+        part in told
+        for part in (
+            "ids up to 2999",
+            "4 attention heads",
+            "2 KV heads",
+            "2048 vocabulary",
+            "512 positions",
+            "ZERO_1=0",
+        )
+    )

@@ -1,0 +1,143 @@
+"""A process that asks a Hub as the stages do, many times: the libraries read its address once, when they are imported.
+
+A question is a line of JSON on its input, the answer a line on its output. Nobody waits for a pause: it is noted, and the clock that
+stages/model/hub.py reads goes forward by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+ALL = ("*.json", "*.safetensors")
+
+
+@dataclass
+class Answer:
+    """What was fetched: digests of files by name, or the rows' responses; else the error. `pauses`: seconds, `printed`: lines."""
+
+    files: dict[str, str] | None
+    rows: list[str] | None
+    error: str
+    pauses: list[float]
+    printed: list[str]
+
+    @property
+    def fetched(self) -> bool:
+        return not self.error
+
+
+class Asker:
+    """The process, seen from the tests. `environment`: HF_HUB_OFFLINE and the like."""
+
+    def __init__(self, endpoint: str, home: Path, **environment: str):
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HF_", "AWS_"))
+        }
+        settings = {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(home),
+            "HF_TOKEN": "hf_canary",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        settings |= {
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "2",
+        }
+        settings |= {
+            "HF_HUB_ETAG_TIMEOUT": "2",
+            "HF_HUB_VERBOSITY": "error",
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        }
+        self.home = home
+        command = [sys.executable, "-m", "tests.model.ask_hub"]
+        pipe = subprocess.PIPE
+        environment = clean | settings | environment
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, env=environment, text=True
+        )
+
+    def __enter__(self) -> Asker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def model(self, name: str, patterns: tuple[str, ...] = ALL, revision: str = "main") -> Answer:
+        return self.ask(kind="model", name=name, patterns=patterns, revision=revision)
+
+    def rows(self, name: str, revision: str = "main") -> Answer:
+        return self.ask(kind="dataset", name=name, patterns=(), revision=revision)
+
+    def tokenizer(self, name: str) -> Answer:
+        return self.ask(kind="tokenizer", name=name, patterns=(), revision="main")
+
+    def ask(self, **question: object) -> Answer:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        printed = []
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return Answer(**json.loads(line), printed=printed)
+            printed.append(line.rstrip())
+        raise AssertionError(
+            "\n".join([f"the process that asks the Hub ended at {question}", *printed])
+        )
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+def main() -> None:
+    from stages.model import hub
+    from stages.run.errors import InputError
+    from stages.text.examples import Columns, read_examples
+    from stages.text.tokens import find_tokenizer
+
+    pauses: list[float] = []
+    really = time.monotonic
+    time.sleep = pauses.append  # type: ignore[assignment]
+    hub.time = SimpleNamespace(sleep=pauses.append, monotonic=lambda: really() + sum(pauses))  # type: ignore[assignment]
+    hub.LONGEST_SILENCE = 2.0
+    for line in sys.stdin:
+        question = json.loads(line)
+        kind, name, revision = question["kind"], question["name"], question["revision"]
+        pauses.clear()
+        files, rows, error = None, None, ""
+        try:
+            if kind == "model":
+                files = digests(hub.download_files(name, revision, tuple(question["patterns"])))
+            elif kind == "tokenizer":
+                find_tokenizer(name, revision)
+            else:
+                batches = read_examples(
+                    name, columns=Columns("instruction", "context", "response"), revision=revision
+                )
+                rows = [row.response for batch in batches for row in batch]
+        except InputError as refused:
+            error = str(refused)
+        print(
+            json.dumps({"files": files, "rows": rows, "error": error, "pauses": pauses}), flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
