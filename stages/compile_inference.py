@@ -8,7 +8,7 @@ from pathlib import Path
 from stages.run.backend import backend_module
 from stages.run.cli import stage_command
 from stages.run.digests import files_below
-from stages.run.provenance import TOKENIZER_FILES
+from stages.run.layout import PROMPT_FILE, TOKENIZER_FILES
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
 
@@ -28,7 +28,7 @@ def compiled(settings: Settings, model: Path, work: Path) -> StageResult:
     """Compile the model folder into `work`, with the tokenizer and the prompt's text that it carries."""
     backend = backend_module("compile_inference", settings)
     found = backend.compile_model(model, work, settings=settings)
-    for file in files_below(model, (*TOKENIZER_FILES, "prompt.json")):
+    for file in files_below(model, (*TOKENIZER_FILES, PROMPT_FILE)):
         shutil.copyfile(file, work / file.name)
     return StageResult(device=found["device"], metrics=found)
 

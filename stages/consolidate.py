@@ -8,10 +8,12 @@ from pathlib import Path
 from stages.run.backend import backend_module
 from stages.run.cli import stage_command
 from stages.run.errors import StageFailure
+from stages.run.layout import GENERATION_CONFIG_FILE, PROMPT_FILE, SHARDS_FOLDER, TOKENIZER_FOLDER
 from stages.run.manifest import file_problems, manifest_of, manifest_problem
+from stages.run.progress import show_size
 from stages.run.publish import StageResult, publish, remove_published
 from stages.run.settings import Settings
-from stages.run.sizes import parse_size, show_size
+from stages.run.sizes import parse_size
 
 
 @stage_command(
@@ -38,15 +40,15 @@ def join(settings: Settings, train: Path, work: Path) -> StageResult:
 
     require_published_shards(train)
     backend = backend_module("consolidate", settings)
-    shutil.copytree(train / "tokenizer", work, dirs_exist_ok=True)
-    for name in ("prompt.json", "generation_config.json"):
+    shutil.copytree(train / TOKENIZER_FOLDER, work, dirs_exist_ok=True)
+    for name in (PROMPT_FILE, GENERATION_CONFIG_FILE):
         if (train / name).is_file():
             shutil.copyfile(train / name, work / name)
     config = pretrained_config(train)
     config.dtype = "bfloat16" if settings.bf16 else "float32"
     config.save_pretrained(work)
     found = backend.consolidate(
-        train / "shards",
+        train / SHARDS_FOLDER,
         work,
         dtype=config.dtype,
         max_shard_size=parse_size(settings.max_shard_size),

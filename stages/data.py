@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.run.cli import stage_command
+from stages.run.layout import PROMPT_FILE, TOKENIZER_FOLDER
 from stages.run.progress import Progress
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
@@ -51,8 +52,8 @@ def pack(settings: Settings, work: Path) -> StageResult:
         validation_fraction=s.validation_fraction,
         seed=s.seed,
     )
-    tokenizer.save(work / "tokenizer")
-    template.save(work / "prompt.json")
+    tokenizer.save(work / TOKENIZER_FOLDER)
+    template.save(work / PROMPT_FILE)
     print(
         f"one sample of {account.tokens_in:,} tokens:\n\n{account.sample}\n\n{account.table()}",
         flush=True,

@@ -28,9 +28,9 @@ from stages.run.check_result import FAIL, Check, CheckResult, fail, folder_resul
 from stages.run.cost import hourly_price, instance_type
 from stages.run.disk import REMEDY, free_space
 from stages.run.errors import InputError
+from stages.run.progress import show_size
 from stages.run.provenance import REQUIREMENTS, installed_version, pinned_versions
 from stages.run.settings import Settings
-from stages.run.sizes import show_size
 
 PYTHONS = {"torch": ((3, 10), (3, 12)), "neuron": ((3, 10), (3, 11))}
 OLDEST_MAKE = (4, 2)  # the first that reads a file with $(file <NAME)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stages.run.backend import backend_module
 from stages.run.cli import stage_command
+from stages.run.layout import ANSWERS_FILE, VALIDATION_SPLIT
 from stages.run.progress import Progress
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
@@ -37,7 +38,7 @@ def main(
 
     def build(work: Path) -> StageResult:
         answers = answer_all(settings, compile_inference)
-        write_answers(work / "answers.jsonl", answers)
+        write_answers(work / ANSWERS_FILE, answers)
         metrics = {
             "answers": len(answers),
             **exact_matches(answers),
@@ -88,10 +89,12 @@ def exact_matches(answers: list[Answer]) -> dict[str, int]:
 
 def compare_losses(settings: Settings, data: Path, tuned: Path) -> dict[str, dict[str, float]]:
     """Loss (nats per supervised token) and perplexity of the base and the fine-tuned model, side by side."""
-    if not (data / "validation").is_dir():
+    if not (data / VALIDATION_SPLIT).is_dir():
         print("\nNothing is held out (VALIDATION_FRACTION=0): no validation loss.", flush=True)
         return {}
-    losses = backend_module("evaluate", settings).validation_losses(settings, data, tuned)
+    from stages.backends.evaluate import validation_losses
+
+    losses = validation_losses(settings, data, tuned)
     print(f"\nheld-out rows      {'base':>10} {'fine-tuned':>12}")
     print(f"  loss (nats)      {losses['base']:>10.4f} {losses['fine_tuned']:>12.4f}")
     print(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-COLUMNS = ("input_ids", "labels", "position_ids")
+from stages.run.layout import SEQUENCE_COLUMNS
 
 
 class PackedSequences:
@@ -22,7 +22,9 @@ class PackedSequences:
     def __init__(self, split: Path):
         from datasets import load_from_disk
 
-        self._table = load_from_disk(str(split)).with_format("numpy", columns=list(COLUMNS))
+        self._table = load_from_disk(str(split)).with_format(
+            "numpy", columns=list(SEQUENCE_COLUMNS)
+        )
 
     def __len__(self) -> int:
         return len(self._table)
@@ -32,7 +34,7 @@ class PackedSequences:
         columns = self._table[indices.tolist()]
         return {
             name: torch.from_numpy(np.asarray(columns[name], dtype=np.int64)).to(device)
-            for name in COLUMNS
+            for name in SEQUENCE_COLUMNS
         }
 
     def in_order(self, size: int) -> Iterator[np.ndarray]:

@@ -9,13 +9,14 @@ import torch
 from stages.backends.batches import PackedSequences
 from stages.backends.loss import loss_sum, supervised
 from stages.model.base import base_model_folder
+from stages.run.layout import VALIDATION_SPLIT
 from stages.run.progress import Progress
 from stages.run.settings import Settings
 
 
 def validation_losses(settings: Settings, data: Path, tuned: Path) -> dict[str, float]:
     """`{"base": ..., "fine_tuned": ...}`: mean cross-entropy in nats per supervised token over EVAL_MAX_DOCUMENTS rows at most."""
-    rows = PackedSequences(data / "validation")
+    rows = PackedSequences(data / VALIDATION_SPLIT)
     count = min(len(rows), settings.eval_max_documents)
     models = {"base": base_model_folder(settings), "fine_tuned": tuned}
     with Progress("validation", 2 * count, "rows") as progress:
@@ -42,7 +43,7 @@ def _mean_loss(
         use_safetensors=True,
         trust_remote_code=False,
     ).eval()
-    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+    model.to(device)
     loss, tokens = 0.0, 0
     for indices in rows.in_order(1):
         if indices[0] >= count:

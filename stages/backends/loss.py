@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED_LABEL = -100  # the label that cross-entropy leaves out
+from stages.run.layout import IGNORED_LABEL
 
 
 def document_mask(position_ids: Tensor) -> Tensor:

@@ -7,12 +7,19 @@ import math
 from stages.run.settings import Settings
 
 
+def data_parallel_size(settings: Settings) -> int:
+    """Groups of processes that each hold a whole model and read other sequences."""
+    return settings.nproc_per_node // (
+        settings.tensor_parallel_size * settings.pipeline_parallel_size
+    )
+
+
 def sequences_per_step(settings: Settings) -> int:
     """Rows in the global batch of one optimizer step."""
     return (
         settings.per_device_train_batch_size
         * settings.gradient_accumulation_steps
-        * settings.data_parallel_size
+        * data_parallel_size(settings)
     )
 
 
@@ -36,9 +43,9 @@ def derivation(settings: Settings, rows: int) -> list[str]:
         f"x pipeline parallel {s.pipeline_parallel_size} " if s.pipeline_parallel_size > 1 else ""
     )
     return [
-        f"world size       {s.nproc_per_node} = tensor parallel {s.tensor_parallel_size} {pipeline}x data parallel {s.data_parallel_size}",
+        f"world size       {s.nproc_per_node} = tensor parallel {s.tensor_parallel_size} {pipeline}x data parallel {data_parallel_size(s)}",
         f"global batch     {batch:,} rows = {s.per_device_train_batch_size} per device x {s.gradient_accumulation_steps} accumulation "
-        f"x {s.data_parallel_size} data parallel = {batch * s.max_length:,} tokens of {s.max_length:,} a row",
+        f"x {data_parallel_size(s)} data parallel = {batch * s.max_length:,} tokens of {s.max_length:,} a row",
         f"steps per epoch  {rows / batch:,.2f} = {rows:,} rows / {batch}",
         f"total steps      {steps:,} = {of_epochs}; {steps * batch * s.max_length:,} tokens",
     ]

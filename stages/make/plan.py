@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from stages.model.fit import division_problems, length_problems
 from stages.run.errors import InputError
+from stages.run.layout import CONFIG_FILE
 from stages.run.provenance import manifest_of, reasons
 from stages.run.settings import Settings, unknown_names
 
@@ -62,9 +63,7 @@ def needed(goals: list[str], graph: dict[str, list[str]], after: dict[str, list[
 def model_problems(settings: Settings) -> list[str]:
     """What of the settings contradicts config.json of a local MODEL_ID. One that cannot be read is left to the stage that reads it."""
     try:
-        config = SimpleNamespace(
-            **json.loads((Path(settings.model_id) / "config.json").read_bytes())
-        )
+        config = SimpleNamespace(**json.loads((Path(settings.model_id) / CONFIG_FILE).read_bytes()))
         return [*division_problems(settings, config), *length_problems(settings, config)]
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return []

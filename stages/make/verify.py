@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from stages.run.manifest import file_problems, manifest_of, manifest_problem
-from stages.run.sizes import show_size
+from stages.run.progress import show_size
 
 SHOWN = 5
 

@@ -19,13 +19,19 @@ from stages.model.hub import download_files
 from stages.run.disk import disk_guard
 from stages.run.errors import InputError, StageFailure
 from stages.run.fsync import fsync_tree
+from stages.run.layout import (
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    PICKLED_WEIGHTS,
+    PROMPT_FILE,
+    TOKENIZER_FOLDER,
+)
 from stages.run.lock import locked
-from stages.run.provenance import PICKLES
 from stages.run.settings import Settings
 
 # Base models that were made here, random or from pickles, lie beside the runs that share them.
 MADE_MODELS = Path("outputs/.cache/models")
-CONFIG_FILES = ("config.json", "generation_config.json")
+CONFIG_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE)
 
 
 def local_model(model: str) -> Path | None:
@@ -52,7 +58,7 @@ def base_config(settings: Settings) -> Any:
     folder = local_model(settings.model_id)
     try:
         return pretrained_config(
-            folder or download_files(settings.model_id, settings.model_revision, ("config.json",))
+            folder or download_files(settings.model_id, settings.model_revision, (CONFIG_FILE,))
         )
     except StageFailure as failure:
         raise InputError(
@@ -83,15 +89,15 @@ def copy_config(base: Path, data: Path, output: Path) -> None:
     for name in CONFIG_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, output / name)
-    shutil.copytree(data / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
-    shutil.copyfile(data / "prompt.json", output / "prompt.json")
+    shutil.copytree(data / TOKENIZER_FOLDER, output / TOKENIZER_FOLDER, dirs_exist_ok=True)
+    shutil.copyfile(data / PROMPT_FILE, output / PROMPT_FILE)
 
 
 def _from_pickles(settings: Settings, folder: Path) -> Path:
     """The folder with its pickled weights as safetensors, if there are such and ALLOW_PICKLE=1."""
     model = f"MODEL_ID={settings.model_id}"
     if not settings.allow_pickle:
-        if any(folder.glob(PICKLES)) or (folder / PICKLE_INDEX).is_file():
+        if any(folder.glob(PICKLED_WEIGHTS)) or (folder / PICKLE_INDEX).is_file():
             raise InputError(
                 f"{model} has weights as pickles (.bin) alone, which can run code when opened. Set ALLOW_PICKLE=1 to have the tensors read "
                 "from them and nothing else, or convert them to safetensors."
@@ -99,7 +105,9 @@ def _from_pickles(settings: Settings, folder: Path) -> Path:
         remedy = "Name another model, or set INIT_WEIGHTS=random; ALLOW_PICKLE=1 looks for pickled weights too"
         raise InputError(f"{model} holds no weights (.safetensors). {remedy}.")
     if local_model(settings.model_id) is None:
-        folder = download_files(settings.model_id, settings.model_revision, ("*.json", PICKLES))
+        folder = download_files(
+            settings.model_id, settings.model_revision, ("*.json", PICKLED_WEIGHTS)
+        )
 
     def write(made: Path) -> None:
         print(f"{model}: its pickles as safetensors, in {MADE_MODELS}", flush=True)
@@ -148,7 +156,7 @@ def _made_once(digest: str, what: str, write: Callable[[Path], None]) -> Path:
                 write(beside)
                 for weights in beside.glob("*.safetensors"):
                     shutil.copymode(
-                        beside / "config.json", weights
+                        beside / CONFIG_FILE, weights
                     )  # safetensors lets only the owner read
                 fsync_tree(beside)
                 beside.rename(folder)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from stages.model.headers import listed, read_headers
 from stages.model.weights import FLOATING, INDEX_FILE, TensorSpec
 from stages.run.errors import StageFailure
+from stages.run.layout import CONFIG_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,7 +119,7 @@ def pretrained_config(folder: Path) -> Any:
     """The `PretrainedConfig` in `folder`. Raises StageFailure where there is none, or one that no model can be made from."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    path = folder / "config.json"
+    path = folder / CONFIG_FILE
     if not path.is_file():
         raise StageFailure(
             f"{folder} has no config.json, so nothing says what its weights should be."

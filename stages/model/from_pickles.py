@@ -16,7 +16,7 @@ from stages.model.headers import weight_map
 from stages.model.weights import DTYPES, TensorSpec, write_safetensors
 from stages.run.digests import combine, file_digest
 from stages.run.errors import StageFailure
-from stages.run.provenance import PICKLES
+from stages.run.layout import PICKLED_WEIGHTS
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def content_of(files: list[Path]) -> str:
 
 def pickled_files(folder: Path) -> list[Path]:
     """The pickles that make up the model: all that an index names, or the one that there is. StageFailure where one is missing."""
-    found = sorted(folder.glob(PICKLES))
+    found = sorted(folder.glob(PICKLED_WEIGHTS))
     if (folder / PICKLE_INDEX).is_file():
         try:
             named = {folder / name for name in weight_map(folder / PICKLE_INDEX).values()}
@@ -40,7 +40,7 @@ def pickled_files(folder: Path) -> list[Path]:
             raise StageFailure(str(error)) from None
         if missing := sorted(path.name for path in named - set(found)):
             raise StageFailure(
-                f"{folder / PICKLE_INDEX} names {missing[0]}, and {folder} has no such {PICKLES}."
+                f"{folder / PICKLE_INDEX} names {missing[0]}, and {folder} has no such {PICKLED_WEIGHTS}."
             )
         return sorted(named)
     if [path.name for path in found] != ["pytorch_model.bin"]:

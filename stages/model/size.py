@@ -8,6 +8,7 @@ from typing import Any
 
 from stages.model.hub import download_files
 from stages.run.errors import InputError
+from stages.run.layout import CONFIG_FILE
 from stages.run.settings import Settings
 
 
@@ -15,9 +16,9 @@ def config_values(settings: Settings) -> dict[str, Any]:
     """config.json of MODEL_ID as it lies there, fetched where it is on the Hub; raises InputError where it cannot be had."""
     folder = Path(settings.model_id)
     if not folder.is_dir():
-        folder = download_files(settings.model_id, settings.model_revision, ("config.json",))
+        folder = download_files(settings.model_id, settings.model_revision, (CONFIG_FILE,))
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = json.loads((folder / CONFIG_FILE).read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(
             f"MODEL_ID={settings.model_id}: its config.json cannot be read ({error}). Name a model that has one."

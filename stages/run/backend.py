@@ -1,31 +1,32 @@
 """Which backend runs here, and its modules, imported only when a stage asks for one.
 
-A backend is a package below this one with a module per stage that differs between machines; adding a backend is
-adding such a package and the sign by which it is found. Standard library only at the top: make asks at every start.
+What a module must offer is in contract.py. Standard library only at the top: make asks which
+backend runs at every start.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from stages.run.errors import InputError
 from stages.run.settings import Settings
+
+if TYPE_CHECKING:
+    from stages.run import contract
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend's name (its package below `stages.backends`) and why it was chosen, in words."""
+    """A backend's name (its package below `stages.backends`) and why it was chosen."""
 
     name: str
     reason: str
 
 
 def find_backend() -> Choice:
-    """Neuron where its device nodes are, else PyTorch (which itself prefers CUDA to the CPU)."""
+    """Neuron where its device nodes are, else PyTorch (which prefers CUDA to the CPU)."""
     devices = len(list(Path("/dev").glob("neuron[0-9]*")))
     if devices:
         return Choice("neuron", f"{devices} Neuron device{'s' if devices > 1 else ''} in /dev")
@@ -39,15 +40,20 @@ def choose(settings: Settings) -> Choice:
     return find_backend()
 
 
-def backend_module(name: str, settings: Settings) -> ModuleType:
-    """Module `name` of the chosen backend; raises InputError when that backend is not part of this version."""
-    chosen = choose(settings)
-    package = f"stages.backends.{chosen.name}"
-    if (
-        importlib.util.find_spec(package) is None
-        or importlib.util.find_spec(f"{package}.{name}") is None
-    ):
-        raise InputError(
-            f"The {chosen.name} backend ({chosen.reason}) has no {name} in this version. Set BACKEND=torch."
-        )
-    return importlib.import_module(f"{package}.{name}")
+@overload
+def backend_module(name: Literal["train"], settings: Settings) -> contract.Train: ...
+@overload
+def backend_module(name: Literal["precompile"], settings: Settings) -> contract.Precompile: ...
+@overload
+def backend_module(name: Literal["consolidate"], settings: Settings) -> contract.Consolidate: ...
+@overload
+def backend_module(
+    name: Literal["compile_inference"], settings: Settings
+) -> contract.CompileInference: ...
+@overload
+def backend_module(name: Literal["generate"], settings: Settings) -> contract.Generate: ...
+@overload
+def backend_module(name: Literal["doctor"], settings: Settings) -> contract.Doctor: ...
+def backend_module(name: str, settings: Settings) -> Any:
+    """Module `name` of the chosen backend."""
+    return importlib.import_module(f"stages.backends.{choose(settings).name}.{name}")

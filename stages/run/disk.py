@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stages.run.errors import InputError, StageFailure, exception_chain
-from stages.run.sizes import show_size
+from stages.run.progress import show_size
 
 REMEDY = "Make room, or make outputs/ a link to a folder on a larger disk."
 

@@ -1,8 +1,9 @@
-"""The code that a stage runs, as one digest per file that comments, docstrings and formatting do not change.
+"""The code that a stage runs, as one digest per file: what makes a stage stale when it is edited.
 
-A stage runs its own script, what that imports from this project, and the backend's modules that it asks for by name
-(`backend_module("train", ...)`). `stages/run` is left out: it decides when and where a stage runs, never what it makes.
-Standard library only.
+A stage runs its own script, everything which that imports from this project, and the backend's
+modules that it asks for by name (`backend_module("train", ...)`) or starts as a process. Left out
+are the modules in CANNOT_SHAPE_OUTPUT. Comments, docstrings, formatting, `print` statements and the
+messages of errors do not change a digest. Standard library only.
 """
 
 from __future__ import annotations
@@ -13,9 +14,48 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# Modules that decide whether, when and where a stage runs, or what it says, but never what it
+# publishes. Everything else is fingerprinted, so a new module is, until it is listed here.
+CANNOT_SHAPE_OUTPUT = frozenset(
+    {
+        # Settings: their values are part of the provenance, whatever the code that parsed them.
+        "stages.run.settings",
+        "stages.run.setting",
+        "stages.run.cache_url",
+        "stages.run.backend",  # the backend's name is part of the provenance too
+        # Staleness and publishing: they compare and move what stages wrote.
+        "stages.run.fingerprint",
+        "stages.run.fsync",
+        "stages.run.lock",
+        "stages.run.manifest",
+        "stages.run.provenance",
+        "stages.run.publish",
+        # Processes, the terminal, errors and cost.
+        "stages.run.check_result",
+        "stages.run.cli",
+        "stages.run.contract",
+        "stages.run.cost",
+        "stages.run.disk",
+        "stages.run.errors",
+        "stages.run.guard",
+        "stages.run.launch",
+        "stages.run.progress",
+        # Programs that run no stage.
+        "stages.backends.neuron.cache_cli",
+        "stages.backends.neuron.doctor",
+        "stages.backends.torch.doctor",
+        "stages.doctor",
+        "stages.make.help",
+        "stages.make.plan",
+        "stages.make.verify",
+    }
+)
+# Errors whose messages may be reworded without running anything again.
+_ERRORS = ("InputError", "StageFailure")
+
 
 def raw_digest(path: str) -> str:
-    """sha256 of a file of the project, as it lies there; "" when it is gone."""
+    """SHA-256 of the bytes of a file of the project; "" where it does not exist."""
     try:
         return hashlib.sha256((ROOT / path).read_bytes()).hexdigest()
     except OSError:
@@ -23,65 +63,69 @@ def raw_digest(path: str) -> str:
 
 
 def code_of(stage: str, backend: str) -> dict[str, str]:
-    """Path -> digest of meaning, for every file of the project that `stage` runs on `backend`."""
-    todo, found = [f"stages/{stage.replace('-', '_')}.py"], {}
-    while todo:
-        path = todo.pop()
-        if path in found or not (ROOT / path).is_file():
+    """Path -> digest for every file of the project that `stage` runs on `backend`."""
+    pending = [f"stages/{stage.replace('-', '_')}.py"]
+    digests: dict[str, str] = {}
+    while pending:
+        path = pending.pop()
+        if path in digests or not (ROOT / path).is_file():
             continue
         tree = ast.parse((ROOT / path).read_bytes())
-        found[path] = hashlib.sha256(_meaning(tree).encode()).hexdigest()
-        todo += _modules_asked_for(tree, backend)
-    return dict(sorted(found.items()))
+        digests[path] = hashlib.sha256(_meaning(tree).encode()).hexdigest()
+        pending += _modules_used(tree, backend)
+    return dict(sorted(digests.items()))
 
 
-def _modules_asked_for(tree: ast.Module, backend: str) -> list[str]:
+def _modules_used(tree: ast.Module, backend: str) -> list[str]:
+    """Paths of the project's modules that a file imports, asks a backend for, or starts."""
     names: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            # `from stages.text import packing` names a module, `from stages.text.packing import best_fit` lies in one.
+            # `from stages.text import packing` names a module, `from stages.text.packing import
+            # best_fit` something in one.
             names += [node.module] + [f"{node.module}.{name.name}" for name in node.names]
         elif isinstance(node, ast.Import):
             names += [name.name for name in node.names]
-        elif (
-            isinstance(node, ast.Call)
-            and getattr(node.func, "id", "") == "backend_module"
-            and isinstance(node.args[0], ast.Constant)
-        ):
-            names.append(f"stages.backends.{backend}.{node.args[0].value!s}")
-        elif (
-            isinstance(node, ast.Constant)
-            and isinstance(node.value, str)
-            and node.value.startswith("stages.backends.")
-        ):
-            names.append(
-                node.value
-            )  # a module that is started as a process: `python -m stages.backends.torch.worker`
-    ours = [
-        name for name in names if name.startswith("stages.") and not name.startswith("stages.run")
+        elif isinstance(node, ast.Call) and _called(node) == "backend_module":
+            names.append(f"stages.backends.{backend}.{ast.literal_eval(node.args[0])}")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            # A module that is started as a process: `python -m stages.backends.torch.worker`.
+            names += [node.value] if node.value.startswith("stages.backends.") else []
+    return [
+        name.replace(".", "/") + ".py"
+        for name in names
+        if name.startswith("stages.") and name not in CANNOT_SHAPE_OUTPUT
     ]
-    return [name.replace(".", "/") + ".py" for name in ours]
 
 
 def _meaning(node: object) -> str:
-    """A syntax tree as text, the same on every Python from 3.10: no positions, docstrings or empty fields."""
+    """A syntax tree as text, the same on every Python from 3.10 on: without positions, docstrings,
+    empty fields, and what is only said to the user."""
+    if isinstance(node, ast.Raise) and _called(node.exc) in _ERRORS:
+        return f"Raise({_called(node.exc)})"
     if isinstance(node, ast.AST):
-        # Fields that are empty, or that some Pythons have and others not, say nothing.
-        said = [
-            (name, value)
+        # Empty fields, and fields that only some versions of Python have, carry no meaning.
+        fields = [
+            f"{name}={_meaning(value)}"
             for name, value in ast.iter_fields(node)
             if value not in (None, []) and name not in ("kind", "type_ignores")
         ]
-        return f"{type(node).__name__}({','.join(f'{name}={_meaning(value)}' for name, value in said)})"
+        return f"{type(node).__name__}({','.join(fields)})"
     if isinstance(node, list):
-        return f"[{','.join(_meaning(item) for item in node if not _is_docstring(item))}]"
+        return f"[{','.join(_meaning(item) for item in node if not _is_said_only(item))}]"
     return repr(node)
 
 
-def _is_docstring(statement: object) -> bool:
-    """A string that stands alone as a statement does nothing, wherever it stands."""
-    return (
-        isinstance(statement, ast.Expr)
-        and isinstance(statement.value, ast.Constant)
-        and isinstance(statement.value.value, str)
-    )
+def _is_said_only(statement: object) -> bool:
+    """Whether a statement does nothing but state a string (a docstring) or print."""
+    if not isinstance(statement, ast.Expr):
+        return False
+    value = statement.value
+    is_string = isinstance(value, ast.Constant) and isinstance(value.value, str)
+    return is_string or _called(value) == "print"
+
+
+def _called(node: object) -> str:
+    """The name of the function that `node` calls; "" where it is no call of a plain name."""
+    is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    return node.func.id if is_call else ""  # type: ignore[attr-defined]

@@ -90,7 +90,7 @@ def report_error(error: InputError | StageFailure, error_file: Path) -> None:
         print(f"failed: {error}", file=sys.stderr, flush=True)
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen[str]) -> None:
     """End what is left of the launcher's group: politely, then not."""
     deadline = time.monotonic() + GRACE_SECONDS
     for sign in (signal.SIGTERM, signal.SIGKILL):

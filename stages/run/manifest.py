@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stages.run.digests import file_digest
+from stages.run.layout import MANIFEST_FILE
 from stages.run.progress import Progress
 
-FILE = "manifest.json"
 SEAL = "sha256"  # of the manifest itself, without this entry
 PARTS = ("settings", "versions", "code", "inputs")  # of a record
 
@@ -44,15 +44,15 @@ def manifest_problem(output: Path) -> str:
 
 def _read(output: Path) -> tuple[dict[str, Any] | None, str]:
     try:
-        manifest = json.loads((output / FILE).read_bytes())
+        manifest = json.loads((output / MANIFEST_FILE).read_bytes())
         whole = isinstance(manifest, dict) and with_checksum(manifest)[SEAL] == manifest.get(SEAL)
     except FileNotFoundError:
         return None, "nothing published yet"
     except OSError as error:
-        return None, f"{FILE} cannot be read: {error.strerror}"
+        return None, f"{MANIFEST_FILE} cannot be read: {error.strerror}"
     except (ValueError, RecursionError):  # not JSON, not text, or nested without end
         whole = False
-    wrong = _misshapen(manifest) if whole else f"{FILE} is damaged"
+    wrong = _misshapen(manifest) if whole else f"{MANIFEST_FILE} is damaged"
     return (None, wrong) if wrong else (manifest, "")
 
 
@@ -64,7 +64,7 @@ def _misshapen(manifest: dict[str, Any]) -> str:
         or not isinstance(outputs, dict)
         or not isinstance(seen, dict)
     ):
-        return f"{FILE} is no stage's"
+        return f"{MANIFEST_FILE} is no stage's"
     parts = [
         *(provenance.get(part) for part in PARTS),
         *(seen.get(part) for part in ("code", "files")),
@@ -78,11 +78,11 @@ def _misshapen(manifest: dict[str, Any]) -> str:
     if not all(isinstance(part, dict) for part in parts) or not all(
         isinstance(text, str) for text in texts
     ):
-        return f"{FILE} is no stage's"
+        return f"{MANIFEST_FILE} is no stage's"
     if not all(type(facts.get("bytes")) is int for facts in outputs.values()):
-        return f"{FILE} is no stage's"
+        return f"{MANIFEST_FILE} is no stage's"
     outside = [name for name in (*outputs, *seen["code"]) if not _is_inside(name)]
-    return f"{FILE} names {outside[0]!r}, which lies outside" if outside else ""
+    return f"{MANIFEST_FILE} names {outside[0]!r}, which lies outside" if outside else ""
 
 
 def _is_inside(name: str) -> bool:
@@ -148,5 +148,5 @@ def _names_below(output: Path) -> list[str]:
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         names += [Path(folder, name).relative_to(output).as_posix() for name in (*files, *links)]
     return sorted(
-        name for name in names if name not in (FILE, f".{FILE}")
+        name for name in names if name not in (MANIFEST_FILE, f".{MANIFEST_FILE}")
     )  # the second is what a kill left of writing the first

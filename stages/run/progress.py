@@ -93,3 +93,15 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def show_size(size: float) -> str:
+    """`13.5 GB`, `812 MB`, `96 kB`, `12 B`: decimal units."""
+    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= scale:
+            return (
+                f"{size / scale:.3g} {unit}"
+                if size < 1000 * scale
+                else f"{size / scale:.0f} {unit}"
+            )
+    return f"{int(size)} B"

@@ -16,6 +16,7 @@ from typing import Any
 from stages.run import digests
 from stages.run.backend import find_backend
 from stages.run.fingerprint import ROOT, code_of, raw_digest
+from stages.run.layout import CONFIG_FILE, PICKLED_WEIGHTS, TOKENIZER_FILES
 from stages.run.manifest import file_problems, manifest_of, manifest_problem
 from stages.run.settings import Settings
 
@@ -37,28 +38,16 @@ NEURON_LIBRARIES = {
     "compile-inference": ("neuronx-cc", "optimum-neuron"),
     "eval": ("optimum-neuron",),
 }
-# What a tokenizer is made of, as far as a model has it: all that AutoTokenizer reads.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-PICKLES = "pytorch_model*.bin"  # weights where a model has no safetensors
 # The part of a model folder that a stage reads, where it is not the weights and all that describes them.
 MODEL_FILES = {
     "data": TOKENIZER_FILES,
-    "precompile": ("config.json",),
+    "precompile": (CONFIG_FILE,),
 }
 
 
 def provenance_now(
     stage: str, settings: Settings, inputs: dict[str, Path], published: dict[str, Any] | None
-) -> tuple[dict, dict]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `stage` would be made from now, and what was looked at to know it.
 
     `inputs` are the output folders of the upstream stages whose content counts. `published` is the stage's own
@@ -182,7 +171,9 @@ def _difference(part: str, name: str, before: Any, after: Any) -> str:
     return f"{name} {before} -> {after}"
 
 
-def _code(stage: str, backend: str, meaning_then: dict, raw_then: dict) -> tuple[dict, dict]:
+def _code(
+    stage: str, backend: str, meaning_then: dict[str, Any], raw_then: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     raw = {path: raw_digest(path) for path in raw_then}
     if raw and raw == raw_then:
         return meaning_then, raw
@@ -191,16 +182,16 @@ def _code(stage: str, backend: str, meaning_then: dict, raw_then: dict) -> tuple
 
 
 def _values(
-    stage: str, settings: Settings, values_then: dict, signatures_then: dict
-) -> tuple[dict, dict]:
-    values, signatures = settings.settings_affecting(stage), {}
+    stage: str, settings: Settings, values_then: dict[str, Any], signatures_then: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    values, signatures = settings.affecting(stage), {}
     for name in settings.path_settings():
         # DATASET=folder/rows.jsonl is made from those rows, wherever they lie and whatever the file is called.
         path = Path(str(values.get(name)))
         if name not in values or not path.exists():
             continue
         patterns = (
-            MODEL_FILES.get(stage, ("*.json", "*.safetensors", PICKLES))
+            MODEL_FILES.get(stage, ("*.json", "*.safetensors", PICKLED_WEIGHTS))
             if name == "MODEL_ID"
             else ("*",)
         )

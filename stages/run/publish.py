@@ -25,6 +25,8 @@ from stages.run.cost import cost_of
 from stages.run.digests import combine, file_digest
 from stages.run.disk import disk_guard, require_writable
 from stages.run.fsync import flush, fsync_tree, make_durable_folder
+from stages.run.json_file import write_json
+from stages.run.layout import MANIFEST_FILE
 from stages.run.lock import locked
 from stages.run.manifest import file_problems, manifest_of, with_checksum
 from stages.run.progress import duration
@@ -75,7 +77,7 @@ def publish(
         print(f"{stage}: {'; '.join(why)}", flush=True)
         if seen["backend"] != choose(settings).name:  # it was published by another machine's
             made_from, seen = provenance.provenance_now(stage, settings, inputs, None)
-        if "BACKEND" in settings.settings_affecting(stage):
+        if "BACKEND" in settings.affecting(stage):
             print("backend: {0.name} ({0.reason})".format(choose(settings)), flush=True)
         work = _work_folder(run_folder, stage, made_from, resumable)
         started = time.monotonic()
@@ -94,7 +96,7 @@ def publish(
         return True
 
 
-def _work_folder(run_folder: Path, stage: str, made_from: dict, resumable: bool) -> Path:
+def _work_folder(run_folder: Path, stage: str, made_from: dict[str, Any], resumable: bool) -> Path:
     works = run_folder / ".work"
     work = works / f"{stage}-{_key(made_from)}"
     for left in works.glob(f"{stage}-*"):  # of a run that was killed
@@ -115,14 +117,19 @@ def _was_replaced(work: Path) -> bool:
     )
 
 
-def _key(made_from: dict) -> str:
+def _key(made_from: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _write_manifest(
-    stage: str, work: Path, made_from: dict, seen: dict, facts: StageResult, cost: dict[str, Any]
+    stage: str,
+    work: Path,
+    made_from: dict[str, Any],
+    seen: dict[str, Any],
+    facts: StageResult,
+    cost: dict[str, Any],
 ) -> None:
-    (work / "manifest.json").unlink(
+    (work / MANIFEST_FILE).unlink(
         missing_ok=True
     )  # of a former call that finished this work and was killed
     files = sorted(path for path in work.rglob("*") if path.is_file())
@@ -150,13 +157,8 @@ def _write_manifest(
         "outputs": outputs,
         "seen": seen,
     }
-    write_json(work / "manifest.json", with_checksum(manifest))
+    write_json(work / MANIFEST_FILE, with_checksum(manifest))
     fsync_tree(work)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON that a person can read and diff."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def remove_published(output: Path, part: str, because: str) -> None:
@@ -174,7 +176,7 @@ def remove_published(output: Path, part: str, because: str) -> None:
         beside = output / ".manifest.json"
         write_json(beside, with_checksum(manifest))
         flush(beside)
-        beside.replace(output / "manifest.json")
+        beside.replace(output / MANIFEST_FILE)
         flush(output)  # else a power cut could bring back the manifest that lists what is gone
         shutil.rmtree(output / part)
 

@@ -53,12 +53,12 @@ def setting(
     )
 
 
-def variable(f: Field) -> str:
+def variable(f: Field[Any]) -> str:
     """The make and environment variable of a setting's field."""
     return f.name.upper()
 
 
-def kind(f: Field) -> str:
+def kind(f: Field[Any]) -> str:
     """The name of a setting's type: int, float, bool or str."""
     return f.type if isinstance(f.type, str) else f.type.__name__
 
@@ -68,7 +68,7 @@ def as_text(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def parse(f: Field, text: str) -> Any:
+def parse(f: Field[Any], text: str) -> Any:
     """The value of a setting from its text; raises InputError when it is of the wrong type or out of bounds."""
     name, facts = variable(f), f.metadata
     shown = text if len(text) <= 60 else f"{text[:60]}... ({len(text)} characters)"
@@ -118,7 +118,7 @@ def parse(f: Field, text: str) -> Any:
     return _number(f, text, shown)
 
 
-def _number(f: Field, text: str, shown: str) -> int | float:
+def _number(f: Field[Any], text: str, shown: str) -> int | float:
     name, facts = variable(f), f.metadata
     what = "a whole number" if kind(f) == "int" else "a number"
     try:

@@ -323,7 +323,7 @@ class Settings:
         """The settings as environment variables for a process that is started: `read` gives the same settings back."""
         return {name.upper(): as_text(value) for name, value in asdict(self).items()}
 
-    def settings_affecting(self, stage: str) -> dict[str, Any]:
+    def affecting(self, stage: str) -> dict[str, Any]:
         """The settings that change what `stage` publishes, by variable name."""
         return {
             variable(f): getattr(self, f.name)
@@ -335,10 +335,6 @@ class Settings:
     def path_settings() -> list[str]:
         """Variable names of the settings whose value may be a local file or folder."""
         return [variable(f) for f in fields(Settings) if f.metadata["path"]]
-
-    @property
-    def data_parallel_size(self) -> int:
-        return self.nproc_per_node // (self.tensor_parallel_size * self.pipeline_parallel_size)
 
 
 def unknown_names(names: list[str], also: tuple[str, ...] = ()) -> list[str]:

@@ -32,15 +32,3 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise InputError(f"{text!r} is less than one byte. Write a size such as 5GB.")
     return size
-
-
-def show_size(size: float) -> str:
-    """`13.5 GB`, `812 MB`, `96 kB`, `12 B`: decimal units."""
-    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= scale:
-            return (
-                f"{size / scale:.3g} {unit}"
-                if size < 1000 * scale
-                else f"{size / scale:.0f} {unit}"
-            )
-    return f"{int(size)} B"

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from stages.run.errors import InputError
 from stages.run.settings import Settings
@@ -18,17 +18,8 @@ from stages.text.prompt import PromptTemplate
 from stages.text.tokens import TextTokenizer
 
 if TYPE_CHECKING:
+    from stages.run.contract import LoadedModel
     from stages.text.formats import Record
-
-
-class LoadedModel(Protocol):
-    """What a backend's `generate.load` returns."""
-
-    batch_size: int
-    sequence_length: int
-
-    def generate(self, prompts: list[list[int]], **options: Any) -> Iterator[list[int | None]]:
-        """Step by step one new id for each prompt, None for one that has ended."""
 
 
 @dataclass(frozen=True)

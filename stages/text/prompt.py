@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from stages.run.errors import InputError
-
-PROMPT_FILE = "prompt.json"
+from stages.run.layout import PROMPT_FILE
 
 
 @dataclass(frozen=True)

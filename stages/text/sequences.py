@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from stages.run.layout import IGNORED_LABEL, SEQUENCE_COLUMNS
 from stages.text.accounting import SplitAccount
 from stages.text.documents import Documents
 from stages.text.packing import Packing
 
-IGNORED_LABEL = -100  # torch.nn.CrossEntropyLoss's ignore_index
-COLUMNS = ("input_ids", "labels", "position_ids")
 _DATA_FILE = "data-00000-of-00001.arrow"
 _BATCH_TOKENS = 2**19  # cells of a column written at once
 
@@ -41,7 +40,7 @@ def save_sequences(
     """
     folder.mkdir(parents=True)
     column = pa.list_(pa.int32(), max_length)
-    schema = pa.schema([(name, column) for name in COLUMNS])
+    schema = pa.schema([(name, column) for name in SEQUENCE_COLUMNS])
     account, content = SplitAccount(rows=len(packing)), blake2b(digest_size=8)
     with (
         pa.OSFile(str(folder / _DATA_FILE), "wb") as file,
@@ -60,7 +59,7 @@ def save_sequences(
 
 def bytes_of(packing: Packing, max_length: int) -> int:
     """What the rows of `packing` take on the disk."""
-    return len(packing) * max_length * 4 * len(COLUMNS)
+    return len(packing) * max_length * 4 * len(SEQUENCE_COLUMNS)
 
 
 def _filled(
@@ -78,7 +77,7 @@ def _filled(
     numbers, prompts = chosen.tolist(), documents.prompt_lengths[chosen].tolist()
     for begin in range(0, len(packing), batch_rows):
         rows = list(packing.rows(begin, min(begin + batch_rows, len(packing))))
-        cells = np.empty((len(COLUMNS), len(rows), max_length), dtype=np.int32)
+        cells = np.empty((len(SEQUENCE_COLUMNS), len(rows), max_length), dtype=np.int32)
         for ids, labels, position, segments in zip(*cells, rows, strict=True):
             at = 0
             for document, start, length in segments:
@@ -100,7 +99,8 @@ def _describe(folder: Path, split: str, max_length: int, fingerprint: str) -> No
     value = {"dtype": "int32", "_type": "Value"}
     # "Sequence" is what every release of datasets reads; since 4.0 it means "List".
     features = {
-        name: {"feature": value, "length": max_length, "_type": "Sequence"} for name in COLUMNS
+        name: {"feature": value, "length": max_length, "_type": "Sequence"}
+        for name in SEQUENCE_COLUMNS
     }
     state: dict[str, object] = {
         "_data_files": [{"filename": _DATA_FILE}],

@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from stages.run.errors import InputError
-from stages.run.provenance import TOKENIZER_FILES
+from stages.run.layout import TOKENIZER_FILES
 
 # Texts to put before a continuation, so that it is not taken for the start of a text: the first that no token reaches over.
 _ANCHORS = ("\n", "a", ".", "0", " a", "\u4e2d")

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.run.errors import InputError
+from stages.run.progress import show_size
 from stages.run.setting import STAGES, kind, variable
 from stages.run.settings import Settings, unknown_names
-from stages.run.sizes import parse_size, show_size
+from stages.run.sizes import parse_size
 
 # What no make can hand on; the wrong values that it can are in tests/run/test_settings_given.py.
 BAD = [
@@ -96,7 +97,7 @@ def test_every_setting_says_what_it_is(f) -> None:
 
 
 def test_settings_concern_what_they_change_and_nothing_else() -> None:
-    concerned = {stage: Settings().settings_affecting(stage) for stage in STAGES}
+    concerned = {stage: Settings().affecting(stage) for stage in STAGES}
     assert [stage for stage in STAGES if "LEARNING_RATE" in concerned[stage]] == ["train"]
     assert [stage for stage in STAGES if "TEMPERATURE" in concerned[stage]] == ["eval"]
     assert not [

@@ -256,8 +256,8 @@ def a_checkpoint_file(checkpoint: Path, chance: random.Random) -> Path:
 
 @pytest.mark.parametrize("fault", CHECKPOINT_FAULTS)
 def test_a_training_goes_on_from_the_last_checkpoint_that_is_whole(
-    fault, one_rank, tmp_path, torture: Torture, capsys
-) -> None:  # noqa: F811
+    fault, one_rank, tmp_path, torture: Torture, capsys  # noqa: F811
+) -> None:
     for step in (2, 4, 6):
         checkpoint_of(tmp_path / "written", step, keep=3)
     for _ in range(torture.times(2, 40)):

@@ -210,7 +210,7 @@ def test_a_power_cut_leaves_a_whole_checkpoint(one_rank, laid_out, tmp_path: Pat
 
 
 def test_a_training_whose_checkpoints_were_never_flushed_would_begin_anew(
-    one_rank, laid_out, tmp_path: Path
-) -> None:  # noqa: F811
+    one_rank, laid_out, tmp_path: Path  # noqa: F811
+) -> None:
     cuts = laid_out(recorded_checkpoint(tmp_path / "recorded", flushes=False))
     assert any(resumed(folder / "checkpoints")[0] == 0 for folder, _ in cuts)

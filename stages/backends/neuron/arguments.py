@@ -12,6 +12,7 @@ import socket
 import sys
 from pathlib import Path
 
+from stages.run.layout import CHECKPOINTS_FOLDER
 from stages.run.settings import Settings
 
 # NKI's flash-attention kernel takes sequences of whole blocks of this length (optimum-neuron, models/training/llama).
@@ -44,7 +45,7 @@ def training_command(
         "first_step": first_step,
         **lora_arguments(settings),
     }
-    worker |= training_arguments(settings, work / "checkpoints", steps - first_step)
+    worker |= training_arguments(settings, work / CHECKPOINTS_FOLDER, steps - first_step)
     return [
         *launcher,
         *(part for name, value in worker.items() for part in (f"--{name}", str(value))),

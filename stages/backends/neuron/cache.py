@@ -25,9 +25,8 @@ import click
 from stages.backends.neuron.arguments import cache_environment
 from stages.run.cli import with_exit_status
 from stages.run.errors import InputError, StageFailure
-from stages.run.progress import duration
+from stages.run.progress import duration, show_size
 from stages.run.settings import Settings
-from stages.run.sizes import show_size
 
 STATES = ("done", "poisoned", "locked", "unfinished")
 

@@ -26,6 +26,7 @@ from stages.model.size import weight_bytes
 from stages.run.disk import require_space
 from stages.run.errors import InputError, StageFailure
 from stages.run.launch import launch
+from stages.run.layout import CONFIG_FILE
 from stages.run.lock import locked
 from stages.run.settings import Settings
 
@@ -126,11 +127,11 @@ def environment(settings: Settings, scratch: Path) -> dict[str, str]:
 
 def _refuse_unfit(model_dir: Path, settings: Settings) -> None:
     """Everything that can be refused before a byte of weights is read."""
-    if not (model_dir / "config.json").is_file():
+    if not (model_dir / CONFIG_FILE).is_file():
         raise InputError(
             f"{model_dir} holds no model (config.json is missing): run `make consolidate` first"
         )
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((model_dir / CONFIG_FILE).read_text(encoding="utf-8"))
     problems = [
         *_model_problems(model_dir, config),
         *_size_problems(settings, config),

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from stages.run.errors import InputError
+from stages.run.layout import CONFIG_FILE
 
-NEURON_CONFIG, PROGRAM, CONFIG = "neuron_config.json", "model.pt", "config.json"
+NEURON_CONFIG, PROGRAM = "neuron_config.json", "model.pt"
 
 # What optimum-neuron's inference imports of AWS's wheels. On PyPI, projects of these names hold no code.
 PACKAGES = ("libneuronxla", "neuronx_distributed", "neuronxcc", "torch_neuronx", "torch_xla")
@@ -76,7 +77,7 @@ def missing_files(folder: Path, cores: int) -> list[str]:
     """The files that a model compiled for `cores` cores lacks. Without its weights it would look for others on the Hub."""
     return [
         name
-        for name in (CONFIG, NEURON_CONFIG, PROGRAM, *weight_files(cores))
+        for name in (CONFIG_FILE, NEURON_CONFIG, PROGRAM, *weight_files(cores))
         if not (folder / name).is_file()
     ]
 

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from stages.backends.neuron.shards.read import ShardedTensor, Shards, read_shards, refusal
 from stages.backends.neuron.shards.read.torch_archive import RowReader
 from stages.model.weights import ReadTensor, TensorSpec, write_safetensors
+from stages.run.contract import Consolidated
 from stages.run.errors import StageFailure
 
 
@@ -27,7 +27,7 @@ def consolidate(
     max_shard_size: int,
     tied: Mapping[str, str] | None = None,
     base: Path | None = None,
-) -> dict[str, Any]:
+) -> Consolidated:
     """Write the model in the folder `shards` to the existing folder `output` as safetensors, cast to `dtype` (None: as it was trained).
 
     `tied` gives, for each name that is the same parameter as another, that other (`lm_head.weight` -> `model.embed_tokens.weight`): it is

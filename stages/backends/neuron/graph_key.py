@@ -15,10 +15,10 @@ from stages.backends.neuron.arguments import (
     training_arguments,
 )
 from stages.model.base import base_config
+from stages.run.layout import PRECOMPILE_FILE
 from stages.run.provenance import installed_version
 from stages.run.settings import Settings
 
-REPORT = "precompile.json"
 # Arguments that a graph is made of, by value; the learning rate and its like are numbers that a graph is given.
 SHAPING_ARGUMENTS = (
     "per_device_train_batch_size",
@@ -72,7 +72,7 @@ def graph_key(settings: Settings) -> dict[str, str]:
 def recompilations(settings: Settings, precompiled: Path) -> Iterator[str]:
     """Why train would compile what precompile was run for, a line each; nothing where the cache will serve."""
     try:
-        report: dict[str, Any] = json.loads((precompiled / REPORT).read_bytes())
+        report: dict[str, Any] = json.loads((precompiled / PRECOMPILE_FILE).read_bytes())
         key_then, compiled = report["graph_key"], set(report["graph_names"])
     except (OSError, ValueError, KeyError):
         yield "precompile has not run: the first steps wait for the compiler, about 40 minutes for a 7B model."

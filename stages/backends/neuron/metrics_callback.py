@@ -10,7 +10,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from stages.backends.metrics import Metrics, require_finite
-from stages.backends.neuron.resume import CHECKPOINTS, last_checkpoint
+from stages.backends.neuron.resume import last_checkpoint
+from stages.run.layout import CHECKPOINTS_FOLDER, METRICS_FILE
 from stages.run.progress import Progress
 
 
@@ -31,7 +32,7 @@ class MetricsCallback(TrainerCallback):
         total = self.first + state.max_steps
         self.progress = Progress("train", total, "steps", done=self.first, shown=logs_here)
         self.metrics = Metrics(
-            self.work / "metrics.jsonl", self.first, writes=logs_here and not self.collecting
+            self.work / METRICS_FILE, self.first, writes=logs_here and not self.collecting
         )
         self.logged_step, self.logged_at = self.first, time.monotonic()
 
@@ -75,5 +76,5 @@ class MetricsCallback(TrainerCallback):
         self.progress.__exit__(None, None, None)
 
     def _last_checkpoint(self) -> int:
-        last = last_checkpoint(self.work / CHECKPOINTS)
+        last = last_checkpoint(self.work / CHECKPOINTS_FOLDER)
         return last[0] if last else 0

@@ -14,13 +14,15 @@ from stages.backends.neuron import cache
 from stages.backends.neuron.arguments import environment, training_command
 from stages.backends.neuron.compile_inference import compile_problems
 from stages.backends.neuron.compile_report import CompileReport, read_compile_report
-from stages.backends.neuron.graph_key import REPORT, graph_key
+from stages.backends.neuron.graph_key import graph_key
 from stages.backends.neuron.parallel_sizes import device_name
 from stages.backends.neuron.train import prepare
 from stages.model.base import base_config, base_model_folder
 from stages.run.errors import InputError, StageFailure
+from stages.run.json_file import write_json
 from stages.run.launch import launch
-from stages.run.publish import StageResult, write_json
+from stages.run.layout import PRECOMPILE_FILE
+from stages.run.publish import StageResult
 from stages.run.settings import Settings
 
 # NeuronTrainer reduces the loss where it logs, in a graph of its own: a run has to come past that boundary.
@@ -69,7 +71,7 @@ def precompile(settings: Settings, data: Path, work: Path) -> StageResult:
         },
     }
     write_json(
-        work / REPORT,
+        work / PRECOMPILE_FILE,
         {
             **report,
             "graph_key": graph_key(settings),
@@ -84,7 +86,7 @@ def precompile(settings: Settings, data: Path, work: Path) -> StageResult:
         ),
         flush=True,
     )
-    return StageResult(device=device_name(), metrics=report, unkeyed=(REPORT,))
+    return StageResult(device=device_name(), metrics=report, unkeyed=(PRECOMPILE_FILE,))
 
 
 def precompile_command(settings: Settings, data: Path, throw_away: Path) -> list[str]:

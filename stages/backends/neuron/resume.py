@@ -17,11 +17,12 @@ from stages.backends.neuron.shards.read.torch_archive import RowReader
 from stages.model.base import base_model_folder
 from stages.run.errors import InputError, StageFailure
 from stages.run.fsync import flush, fsync_tree
+from stages.run.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, SHARDS_FOLDER
 from stages.run.settings import Settings
 from stages.run.sizes import parse_size
 
 # Folders in train's work folder.
-CHECKPOINTS, INTERRUPTED, RESUMED = "checkpoints", "interrupted", "resumed"
+INTERRUPTED, RESUMED = "interrupted", "resumed"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Start:
 def saved_shards(saved: Path) -> Path:
     """Where, in a folder that NeuronTrainer saved a model to, its shards lie: the adapter's where LoRA trained one."""
     adapter = saved / "adapter_default" / "adapter_shards"
-    return adapter if adapter.is_dir() else saved / "shards"
+    return adapter if adapter.is_dir() else saved / SHARDS_FOLDER
 
 
 def last_checkpoint(folder: Path) -> tuple[int, Path] | None:
@@ -51,13 +52,13 @@ def choose_start(settings: Settings, work: Path, total: int) -> Start:
 
     Raises InputError when RESUME=weights asks for weights that are not there or cannot be taken.
     """
-    newest, kept = last_checkpoint(work / CHECKPOINTS), last_checkpoint(work / INTERRUPTED)
+    newest, kept = last_checkpoint(work / CHECKPOINTS_FOLDER), last_checkpoint(work / INTERRUPTED)
     if newest and (
         not kept or newest[0] >= kept[0]
     ):  # a run that began anew and came less far takes nothing away
         shutil.rmtree(work / INTERRUPTED, ignore_errors=True)
-        (work / CHECKPOINTS).rename(work / INTERRUPTED)
-    shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
+        (work / CHECKPOINTS_FOLDER).rename(work / INTERRUPTED)
+    shutil.rmtree(work / CHECKPOINTS_FOLDER, ignore_errors=True)
     last = last_checkpoint(work / INTERRUPTED)
     if settings.resume == "restart":
         if last:
@@ -102,7 +103,7 @@ def _last_undamaged(work: Path) -> tuple[int, Path] | None:
 def finished(work: Path) -> bool:
     """Whether a former call trained to the end in `work`, and was killed before it published. What a power cut damaged is removed."""
     for folder, shards in (
-        (work / "shards", work / "shards"),
+        (work / SHARDS_FOLDER, work / SHARDS_FOLDER),
         (work / "saved", saved_shards(work / "saved")),
     ):
         if is_whole(shards) and not damage(shards):
@@ -132,7 +133,7 @@ def _as_model_folder(settings: Settings, shards: Path, folder: Path) -> Path:
         beside = folder.with_name(f"{folder.name}.writing")
         shutil.rmtree(folder.parent, ignore_errors=True)
         beside.mkdir(parents=True)
-        shutil.copyfile(base_model_folder(settings) / "config.json", beside / "config.json")
+        shutil.copyfile(base_model_folder(settings) / CONFIG_FILE, beside / CONFIG_FILE)
         consolidate(
             shards,
             beside,

@@ -16,7 +16,6 @@ from stages.backends.neuron.arguments import attention_implementation, environme
 from stages.backends.neuron.graph_key import recompilations
 from stages.backends.neuron.parallel_sizes import device_name, topology_problems
 from stages.backends.neuron.resume import (
-    CHECKPOINTS,
     INTERRUPTED,
     RESUMED,
     choose_start,
@@ -31,8 +30,10 @@ from stages.model.size import training_bytes
 from stages.run.disk import disk_guard
 from stages.run.errors import InputError, StageFailure
 from stages.run.fsync import flush, fsync_tree
+from stages.run.json_file import write_json
 from stages.run.launch import launch
-from stages.run.publish import StageResult, write_json
+from stages.run.layout import CHECKPOINTS_FOLDER, MANIFEST_FILE, METRICS_FILE, SHARDS_FOLDER
+from stages.run.publish import StageResult
 from stages.run.settings import Settings
 
 START = "start.json"  # the step from which the training began: not 0 when RESUME=weights went on
@@ -61,28 +62,28 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Stag
             training_bytes(settings, "neuron", steps - start.step),
         ):
             launch(command, environment(settings), work / "error")
-    if not is_whole(work / "shards"):
+    if not is_whole(work / SHARDS_FOLDER):
         _keep_shards(settings, work)
-    for name in (CHECKPOINTS, INTERRUPTED, RESUMED, "saved"):
+    for name in (CHECKPOINTS_FOLDER, INTERRUPTED, RESUMED, "saved"):
         shutil.rmtree(work / name, ignore_errors=True)
     copy_config(base_model_folder(settings), data, work)
     first = json.loads((work / START).read_text(encoding="utf-8"))["step"]
     url = settings.neuron_compile_cache_url
     compiled = len(cache.names(url) - before) if cache.folder_of(url) else None  # None: in S3
     metrics = {
-        **last_line(work / "metrics.jsonl"),
+        **last_line(work / METRICS_FILE),
         "first_step": first,
         "graphs_compiled": compiled,
     }
     tokens = (steps - first) * settings.max_length * sequences_per_step(settings)
     return StageResult(
-        device=device_name(), tokens=tokens, metrics=metrics, unkeyed=("metrics.jsonl",)
+        device=device_name(), tokens=tokens, metrics=metrics, unkeyed=(METRICS_FILE,)
     )
 
 
 def prepare(settings: Settings, data: Path) -> int:
     """Check that the training can run, print what follows from the settings; returns the number of training rows."""
-    figures = json.loads((data / "manifest.json").read_bytes())["metrics"]
+    figures = json.loads((data / MANIFEST_FILE).read_bytes())["metrics"]
     check(settings, base_config(settings), figures["vocabulary"])
     rows = figures["train"]["rows"]
     lines = [
@@ -132,6 +133,6 @@ def _keep_shards(settings: Settings, work: Path) -> None:
             "target_modules": sorted(config["target_modules"]),
         }
         write_json(shards / ADAPTER_CONFIG, config)
-    shutil.rmtree(work / "shards", ignore_errors=True)
+    shutil.rmtree(work / SHARDS_FOLDER, ignore_errors=True)
     fsync_tree(shards)
-    shards.rename(work / "shards")
+    shards.rename(work / SHARDS_FOLDER)

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, default_data_collator
 
 
 def make_trainer(
-    model: Any, arguments: Any, rows: torch.utils.data.Dataset, first_step: int
+    model: Any, arguments: Any, rows: torch.utils.data.Dataset[Any], first_step: int
 ) -> Any:
     """A NeuronTrainer for `rows` in their order, with the learning rates from step `first_step` on.
 
@@ -18,7 +18,7 @@ def make_trainer(
     from optimum.neuron import NeuronTrainer
 
     class OrderedTrainer(NeuronTrainer):
-        def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
             return torch.utils.data.SequentialSampler(
                 train_dataset if train_dataset is not None else self.train_dataset
             )

@@ -29,7 +29,7 @@ from stages.run.disk import disk_failure
 from stages.run.errors import InputError, StageFailure
 from stages.run.guard import die_with_parent
 from stages.run.launch import report_error
-from stages.text.sequences import IGNORED_LABEL
+from stages.run.layout import IGNORED_LABEL, TRAIN_SPLIT
 
 
 @dataclass
@@ -133,7 +133,7 @@ def build_model(own: WorkerArguments, arguments: Any, length: int) -> Any:
     return get_peft_model(model, adapters)
 
 
-class OrderedSequences(torch.utils.data.Dataset):
+class OrderedSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """The packed rows of steps `first` to `first + steps` one after another: rank r of n data-parallel ranks takes every n-th.
 
     An item: int64 `input_ids`, `attention_mask`, `labels`, [length] each. The labels are those of the torch backend's loss: the
@@ -141,7 +141,7 @@ class OrderedSequences(torch.utils.data.Dataset):
     """
 
     def __init__(self, data: Path, first: int, steps: int, *, sequences_per_step: int, seed: int):
-        self._table = PackedSequences(data / "train")
+        self._table = PackedSequences(data / TRAIN_SPLIT)
         self.count, self.sequences_per_step = len(self._table), sequences_per_step
         self.order = np.concatenate(
             [

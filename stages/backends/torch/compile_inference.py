@@ -32,6 +32,7 @@ from stages.backends.torch.instruction_set import instruction_set
 from stages.model.size import weight_bytes
 from stages.run.disk import disk_failure, disk_guard
 from stages.run.errors import InputError, StageFailure
+from stages.run.layout import CONFIG_FILE
 from stages.run.settings import Settings
 
 STEPS: tuple[StepName, ...] = ("prefill", "decode")
@@ -98,11 +99,11 @@ def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[
 
 def _refuse_unfit(work: Compilation) -> None:
     """Everything that can be refused before a byte of weights is read."""
-    if not (work.model_dir / "config.json").is_file():
+    if not (work.model_dir / CONFIG_FILE).is_file():
         raise InputError(
             f"{work.model_dir} holds no model (config.json is missing): run `make consolidate` first"
         )
-    config = json.loads((work.model_dir / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((work.model_dir / CONFIG_FILE).read_text(encoding="utf-8"))
     if config.get("model_type") != "llama":
         raise InputError(
             f'{work.model_dir} holds a model of type "{config.get("model_type")}"; the torch backend compiles "llama" only'
@@ -221,7 +222,7 @@ def _description(
 
 def _random_probe(work: Compilation) -> Probe:
     """Seeded random ids; prompts from the longest that the check reads down to one token."""
-    vocab_size = json.loads((work.model_dir / "config.json").read_text(encoding="utf-8"))[
+    vocab_size = json.loads((work.model_dir / CONFIG_FILE).read_text(encoding="utf-8"))[
         "vocab_size"
     ]
     longest = min(work.sequence_length, CHECKED_TOKENS) - CHECKED_STEPS

@@ -27,6 +27,7 @@ from torch.serialization import skip_data
 
 from stages.backends.torch.metadata import Shard, ShardedTensor, sharded_tensors
 from stages.model.weights import PIECE_BYTES, write_safetensors
+from stages.run.contract import Consolidated
 from stages.run.errors import StageFailure
 
 PROBLEMS_SHOWN = 5
@@ -41,7 +42,7 @@ def consolidate(
     prefix: str = "model.",
     tied: Mapping[str, str] | None = None,
     base: Path | None = None,
-) -> dict[str, Any]:
+) -> Consolidated:
     """Write the model in the DCP folder `shards` to the existing folder `output` as safetensors, cast to `dtype` (None: as it was trained).
 
     The model's tensors are the checkpoint's entries whose names begin with `prefix`, which is cut off. `tied` gives, for each name that is

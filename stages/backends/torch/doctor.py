@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from stages.run.check_result import Check, CheckResult, fail
 from stages.run.errors import InputError
+from stages.run.progress import show_size
 from stages.run.settings import Settings
-from stages.run.sizes import show_size
 
 
 def torch_build(settings: Settings) -> Iterator[CheckResult]:
@@ -59,9 +59,10 @@ def compiler(settings: Settings) -> Iterator[CheckResult]:
 def training(settings: Settings) -> Iterator[CheckResult]:
     """What train would refuse before it starts; the tokenizer's size is not known before the data stage ran."""
     from stages.backends.torch.train import check
+    from stages.model.base import base_config
 
     try:
-        check(settings, vocabulary=0)
+        check(settings, base_config(settings), vocabulary=0)
     except InputError as error:
         yield from (fail("training", problem) for problem in error.problems)
     else:

@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from stages.backends.schedule import data_parallel_size
 from stages.model.check import pretrained_config, tied_weights
 from stages.run.settings import Settings
 
@@ -35,7 +36,7 @@ SUPPORTED = ("llama",)
 
 def mesh_of(settings: Settings, device: torch.device) -> DeviceMesh:
     """The ranks as [data parallel, tensor parallel]; neighbours, which share the fastest links, share a layer."""
-    shape = (settings.data_parallel_size, settings.tensor_parallel_size)
+    shape = (data_parallel_size(settings), settings.tensor_parallel_size)
     return init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))
 
 

@@ -16,9 +16,11 @@ from stages.backends.torch.train import device_name, environment, prepare, train
 from stages.model.base import base_model_folder
 from stages.model.size import training_bytes
 from stages.run.disk import disk_guard
+from stages.run.json_file import write_json
 from stages.run.launch import launch
+from stages.run.layout import METRICS_FILE, PRECOMPILE_FILE
 from stages.run.progress import duration
-from stages.run.publish import StageResult, write_json
+from stages.run.publish import StageResult
 from stages.run.settings import Settings
 
 STEPS = 4
@@ -45,7 +47,7 @@ def precompile(settings: Settings, data: Path, work: Path) -> StageResult:
             )
         lines = [
             json.loads(line)
-            for line in (throw_away / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            for line in (throw_away / METRICS_FILE).read_text(encoding="utf-8").splitlines()
         ]
     finally:
         shutil.rmtree(throw_away)
@@ -65,8 +67,8 @@ def precompile(settings: Settings, data: Path, work: Path) -> StageResult:
         "seconds_per_step": round(seconds, 4),
         "train_seconds_expected": round(seconds * steps, 1),
     }
-    write_json(work / "precompile.json", report)
-    return StageResult(device=device_name(), metrics=report, unkeyed=("precompile.json",))
+    write_json(work / PRECOMPILE_FILE, report)
+    return StageResult(device=device_name(), metrics=report, unkeyed=(PRECOMPILE_FILE,))
 
 
 def _cached() -> set[Path]:

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from stages.backends.metrics import last_line
 from stages.backends.schedule import derivation, sequences_per_step, total_steps
@@ -20,6 +21,7 @@ from stages.run.digests import files_below
 from stages.run.disk import disk_guard
 from stages.run.errors import InputError
 from stages.run.launch import launch
+from stages.run.layout import CHECKPOINTS_FOLDER, MANIFEST_FILE, METRICS_FILE, SHARDS_FOLDER
 from stages.run.publish import StageResult
 from stages.run.settings import Settings
 
@@ -32,10 +34,10 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Stag
     rows = prepare(settings, data)
     base = base_model_folder(settings)
     if not (
-        work / "shards"
+        work / SHARDS_FOLDER
     ).is_dir():  # else a former call trained to the end and was killed before it published
         _remove_half_written(work)  # of a training that was killed
-        kept = sum(file.stat().st_size for file in files_below(work / "checkpoints"))
+        kept = sum(file.stat().st_size for file in files_below(work / CHECKPOINTS_FOLDER))
         needed = training_bytes(settings, "torch", total_steps(settings, rows)) - kept
         try:
             with disk_guard("the training's checkpoints and shards", work, max(0, needed)):
@@ -46,28 +48,28 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Stag
                 )
         finally:
             _remove_half_written(work)
-    shutil.rmtree(work / "checkpoints", ignore_errors=True)
+    shutil.rmtree(work / CHECKPOINTS_FOLDER, ignore_errors=True)
     copy_config(base, data, work)
     steps = total_steps(settings, rows)
-    last = last_line(work / "metrics.jsonl")
+    last = last_line(work / METRICS_FILE)
     tokens = steps * settings.max_length * sequences_per_step(settings)
     return StageResult(
         device=device_name(),
         tokens=tokens,
         metrics=last,
-        unkeyed=("metrics.jsonl", "shards/.metadata"),
+        unkeyed=(METRICS_FILE, "shards/.metadata"),
     )
 
 
 def _remove_half_written(work: Path) -> None:
-    for folder in (*work.glob("*.writing"), *(work / "checkpoints").glob("*.writing")):
+    for folder in (*work.glob("*.writing"), *(work / CHECKPOINTS_FOLDER).glob("*.writing")):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepare(settings: Settings, data: Path) -> int:
     """Check that the training can run, print what follows from the settings; returns the number of training rows."""
-    figures = json.loads((data / "manifest.json").read_bytes())["metrics"]
-    check(settings, figures["vocabulary"])
+    figures = json.loads((data / MANIFEST_FILE).read_bytes())["metrics"]
+    check(settings, base_config(settings), figures["vocabulary"])
     rows = figures["train"]["rows"]
     print("\n".join([f"device           {device_name()}", *derivation(settings, rows)]), flush=True)
     return rows
@@ -105,7 +107,7 @@ def environment(settings: Settings) -> dict[str, str]:
     }
 
 
-def check(settings: Settings, vocabulary: int) -> None:
+def check(settings: Settings, config: Any, vocabulary: int) -> None:
     """Raise InputError with everything that keeps this model from being trained with these settings here.
 
     `vocabulary` is the number of ids that the rows' tokenizer can give.
@@ -115,7 +117,6 @@ def check(settings: Settings, vocabulary: int) -> None:
     from stages.backends.torch.inductor import unusable_path
     from stages.backends.torch.parallel import SUPPORTED
 
-    config = base_config(settings)
     problems = []
     if config.model_type not in SUPPORTED:
         problems.append(

@@ -24,10 +24,17 @@ from torch.distributed.tensor.parallel import loss_parallel
 from stages.backends.batches import PackedSequences, sequences_of_step
 from stages.backends.loss import loss_sum, supervised
 from stages.backends.metrics import Metrics, require_finite
-from stages.backends.schedule import sequences_per_step, total_steps
+from stages.backends.schedule import data_parallel_size, sequences_per_step, total_steps
 from stages.backends.torch import checkpoint, optimizer
 from stages.backends.torch.parallel import build_model, mesh_of
 from stages.backends.torch.rank import run_rank
+from stages.run.layout import (
+    CHECKPOINTS_FOLDER,
+    METRICS_FILE,
+    SHARDS_FOLDER,
+    TRAIN_SPLIT,
+    VALIDATION_SPLIT,
+)
 from stages.run.progress import Progress
 from stages.run.settings import Settings
 
@@ -85,12 +92,14 @@ def train(
     """Train from the last whole checkpoint in `work`, or from the base model, to the last step."""
     state = _prepare(settings, base, data, device)
     total = max_steps if max_steps > 0 else total_steps(settings, len(state.train))
-    first = checkpoint.resume(work / "checkpoints", state.model, state.optimizer)
-    metrics = Metrics(work / "metrics.jsonl", first, writes=dist.get_rank() == 0)
+    first = checkpoint.resume(work / CHECKPOINTS_FOLDER, state.model, state.optimizer)
+    metrics = Metrics(work / METRICS_FILE, first, writes=dist.get_rank() == 0)
     with Progress("train", total, "steps", done=first, shown=dist.get_rank() == 0) as progress:
         for step in range(first, total):
             figures = train_step(state, step, total)
-            require_finite(step + 1, figures, lambda: checkpoint.last_step(work / "checkpoints"))
+            require_finite(
+                step + 1, figures, lambda: checkpoint.last_step(work / CHECKPOINTS_FOLDER)
+            )
             done, last = step + 1, step + 1 == total
             if (
                 state.validation
@@ -118,14 +127,14 @@ def train(
             ):
                 metrics.flush()
                 checkpoint.save_checkpoint(
-                    work / "checkpoints",
+                    work / CHECKPOINTS_FOLDER,
                     done,
                     state.model,
                     state.optimizer,
                     settings.save_total_limit,
                 )
     metrics.flush()
-    checkpoint.save_shards(work / "shards", state.model)
+    checkpoint.save_shards(work / SHARDS_FOLDER, state.model)
 
 
 def train_step(state: Training, step: int, total: int) -> dict[str, float]:
@@ -136,7 +145,7 @@ def train_step(state: Training, step: int, total: int) -> dict[str, float]:
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     rows = sequences_of_step(step, sequences_per_step(settings), len(state.train), settings.seed)
-    mine = rows.reshape(settings.data_parallel_size, settings.gradient_accumulation_steps, -1)[
+    mine = rows.reshape(data_parallel_size(settings), settings.gradient_accumulation_steps, -1)[
         state.data_rank
     ]
     batches = [state.train.batch(indices, state.device) for indices in mine]
@@ -151,7 +160,7 @@ def train_step(state: Training, step: int, total: int) -> dict[str, float]:
         with loss_parallel():
             loss = loss_sum(state.model, batch)
             # FSDP averages gradients over the data-parallel ranks; the loss is a mean over the whole global batch's tokens.
-            (loss * (settings.data_parallel_size / max(1, tokens))).backward()
+            (loss * (data_parallel_size(settings) / max(1, tokens))).backward()
         local += _whole(loss.detach())
     norm = _whole(
         torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.max_grad_norm or math.inf)
@@ -172,7 +181,7 @@ def train_step(state: Training, step: int, total: int) -> dict[str, float]:
 def validation_loss(state: Training, held_out: PackedSequences) -> float:
     """Mean loss over the held-out rows, in nats per supervised token; the data-parallel ranks share them."""
     state.model.eval()
-    size, ranks = state.settings.per_device_train_batch_size, state.settings.data_parallel_size
+    size, ranks = state.settings.per_device_train_batch_size, data_parallel_size(state.settings)
     total, tokens = 0.0, 0
     for turn in range(math.ceil(len(held_out) / (size * ranks))):
         # FSDP and TP exchange tensors in every forward: a rank without rows left runs its last one for nothing.
@@ -194,7 +203,7 @@ def _prepare(settings: Settings, base: Path, data: Path, device: torch.device) -
     torch.manual_seed(settings.seed)
     mesh = mesh_of(settings, device)
     model = build_model(base, settings, mesh, device)
-    held_out = data / "validation"
+    held_out = data / VALIDATION_SPLIT
     validation = PackedSequences(held_out) if held_out.is_dir() else None
     return Training(
         settings,
@@ -202,7 +211,7 @@ def _prepare(settings: Settings, base: Path, data: Path, device: torch.device) -
         mesh,
         model,
         optimizer.adamw(model, settings),
-        PackedSequences(data / "train"),
+        PackedSequences(data / TRAIN_SPLIT),
         validation,
     )
 

@@ -1,0 +1,118 @@
+"""What a backend offers: one module per Protocol, which `backend_module` imports by its name.
+
+A backend is a package in `stages/backends` with the modules `train`, `precompile`, `consolidate`,
+`compile_inference`, `generate` and `doctor`. mypy checks every backend's modules against these
+Protocols (stages/backends/conformance.py). Evaluation is the same on every backend, so it has
+none (stages/backends/evaluate.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypedDict
+
+from stages.run.check_result import Check
+from stages.run.publish import StageResult
+from stages.run.settings import Settings
+
+
+class Train(Protocol):
+    """Module `train`."""
+
+    def check(self, settings: Settings, config: Any, vocabulary: int) -> None:
+        """Raise InputError with everything that keeps the model from being trained here.
+
+        `config` is the base model's PretrainedConfig, `vocabulary` the number of ids that the
+        tokenizer can give (0 where it is not known yet). Reads no weights and starts nothing.
+        """
+
+    def train(self, settings: Settings, data: Path, precompiled: Path, work: Path) -> StageResult:
+        """Train on the sequences in `data`; write shards, metrics.jsonl, config, tokenizer and
+        prompt to `work`, where an interrupted call has left its checkpoints."""
+
+
+class Precompile(Protocol):
+    """Module `precompile`."""
+
+    def precompile(self, settings: Settings, data: Path, work: Path) -> StageResult:
+        """Fill the compile cache with a few steps of the training command; write a report to
+        `work`."""
+
+
+class Consolidated(TypedDict):
+    """Counts of what `consolidate` wrote; `files` maps each file's name to its SHA-256."""
+
+    tensors: int
+    parameters: int
+    bytes_read: int
+    files: dict[str, str]
+
+
+class Consolidate(Protocol):
+    """Module `consolidate`."""
+
+    def consolidate(
+        self,
+        shards: Path,
+        output: Path,
+        *,
+        dtype: str | None,
+        max_shard_size: int,
+        tied: Mapping[str, str] | None = None,
+        base: Path | None = None,
+    ) -> Consolidated:
+        """Write the model in `shards` to the existing folder `output` as safetensors.
+
+        Casts to `dtype` (None: as trained), in files of at most `max_shard_size` bytes. `tied` maps
+        each name that is the same parameter as another to that other, and is left out. `base` is
+        the model that adapters are merged into. Raises StageFailure, and leaves nothing in
+        `output`, for shards that are missing, damaged or not whole, and for values that are not
+        finite.
+        """
+
+
+class CompileInference(Protocol):
+    """Module `compile_inference`."""
+
+    def compile_model(self, model_dir: Path, output: Path, *, settings: Settings) -> dict[str, Any]:
+        """Compile the model in `model_dir` into `output` for INFERENCE_BATCH_SIZE slots and
+        INFERENCE_SEQUENCE_LENGTH tokens; return the metrics for the manifest, `device` among them.
+
+        Raises InputError for a model or sizes that cannot be compiled, StageFailure when compiling
+        fails.
+        """
+
+
+class LoadedModel(Protocol):
+    """A compiled model in memory, of fixed sizes."""
+
+    batch_size: int
+    sequence_length: int
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens: int,
+        do_sample: bool,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int,
+        eos_token_id: int,
+    ) -> Iterator[list[int | None]]:
+        """Yield, step by step, one new id per prompt; None for a prompt that has ended."""
+
+
+class Generate(Protocol):
+    """Module `generate`."""
+
+    def load(self, compiled: Path) -> LoadedModel:
+        """Load what `compile_model` wrote; raises InputError for what cannot run here."""
+
+
+class Doctor(Protocol):
+    """Module `doctor`: what this backend needs, beyond what every backend does."""
+
+    CHECKS: list[Check]

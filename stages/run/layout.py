@@ -1,0 +1,46 @@
+"""The contract between stages: every file, folder and column that one stage writes and another reads.
+
+    data               train/ [validation/] tokenizer/ prompt.json
+    train              shards/ metrics.jsonl config.json generation_config.json tokenizer/ prompt.json
+    consolidate        *.safetensors config.json generation_config.json and the tokenizer's files, prompt.json
+    compile-inference  the backend's compiled model, the tokenizer's files, prompt.json
+    eval               answers.jsonl
+
+Every stage also publishes manifest.json. Standard library only.
+"""
+
+from __future__ import annotations
+
+MANIFEST_FILE = "manifest.json"
+
+# The data stage's splits: folders that `datasets.load_from_disk` reads.
+TRAIN_SPLIT = "train"
+VALIDATION_SPLIT = "validation"
+# Columns of a split, each int32 [MAX_LENGTH] per sequence.
+SEQUENCE_COLUMNS = ("input_ids", "labels", "position_ids")
+IGNORED_LABEL = -100  # a label that the loss leaves out; torch.nn.CrossEntropyLoss's ignore_index
+
+PROMPT_FILE = "prompt.json"
+TOKENIZER_FOLDER = "tokenizer"
+# Everything that AutoTokenizer reads, as far as a model has it.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+# A model folder in the Hugging Face layout.
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+PICKLED_WEIGHTS = "pytorch_model*.bin"  # weights of a model that has no safetensors
+
+SHARDS_FOLDER = "shards"
+CHECKPOINTS_FOLDER = "checkpoints"
+METRICS_FILE = "metrics.jsonl"
+PRECOMPILE_FILE = "precompile.json"
+ANSWERS_FILE = "answers.jsonl"
