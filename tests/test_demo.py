@@ -1,16 +1,14 @@
-"""The demo as a newcomer runs it, and what it claims: the answers, the first answer's start, what the README says."""
+"""The demo as a newcomer runs it, and what it claims: the answers, and the first answer's start."""
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from stages.make.help import targets, with_settings
 from stages.run.setting import STAGES
 from tests.conftest import ROOT, Project, clean_environment, copy_project
 
@@ -30,9 +28,7 @@ def test_nine_of_ten_training_questions_are_answered_to_the_letter(demo: Project
     assert metrics["judged"] == 50 and metrics["exact_matches"] >= 45
     lines = (demo.folder / "outputs/demo/eval/answers.jsonl").read_text().splitlines()
     answers = [json.loads(line) for line in lines]
-    assert len(answers) == 50 and all(
-        answer["ended"] for answer in answers if answer["answer"] == answer["expected"]
-    )
+    assert len(answers) == 50 and all(answer["ended"] for answer in answers if answer["answer"] == answer["expected"])
 
 
 def test_one_question_is_answered_on_the_terminal(demo: Project) -> None:
@@ -42,12 +38,10 @@ def test_one_question_is_answered_on_the_terminal(demo: Project) -> None:
 
 
 def test_an_answer_needs_neither_transformers_nor_datasets(demo: Project) -> None:
-    block = "import sys; sys.modules.update(transformers=None, datasets=None, pandas=None); from stages.eval import main; main(sys.argv[1:])"
-    folders = [
-        word
-        for name in ("data", "consolidate", "compile-inference")
-        for word in (f"--{name}", f"outputs/demo/{name}")
-    ]
+    block = (
+        "import sys; sys.modules.update(transformers=None, datasets=None, pandas=None); from stages.eval import main; main(sys.argv[1:])"
+    )
+    folders = [word for name in ("data", "consolidate", "compile-inference") for word in (f"--{name}", f"outputs/demo/{name}")]
     done = subprocess.run(
         [sys.executable, "-c", block, "--prompt", "What is the KV cache?", *folders, "--output", "outputs/demo/eval"],
         cwd=demo.folder, env=clean_environment(), capture_output=True, text=True,
@@ -68,23 +62,6 @@ def test_the_consolidated_model_loads_in_plain_transformers(demo: Project) -> No
     assert AutoTokenizer.from_pretrained(folder).eos_token_id == model.config.eos_token_id
 
 
-def test_the_readme_has_todays_settings() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert with_settings(readme) == readme, "run: python3 -I -S stages/make/help.py --readme"
-
-
-def test_every_make_command_in_the_readme_is_a_target() -> None:
-    known = {name for name, _ in targets(ROOT / "Makefile")}
-    named = set(re.findall(r"^\s+make ([a-z-]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
-    assert named and named <= known
-
-
-def test_every_file_in_the_readmes_tree_is_there() -> None:
-    tree = (ROOT / "README.md").read_text().split("## The tree")[1].split("Where to change what")[0]
-    scripts = set(re.findall(r"\b(\w+\.py)\b", tree))
-    assert scripts <= {path.name for path in ROOT.glob("stages/**/*.py")}
-
-
 @pytest.mark.parametrize("stage", [stage.replace("-", "_") for stage in STAGES])
 def test_help_starts_without_the_heavy_libraries(stage: str) -> None:
     code = f"""
@@ -101,12 +78,8 @@ finally:
 
 def test_the_demo_dataset_is_what_it_says() -> None:
     rows = [json.loads(line) for line in (ROOT / "data/demo/demo.jsonl").read_text().splitlines()]
-    rewordings = [
-        json.loads(line) for line in (ROOT / "data/demo/paraphrases.jsonl").read_text().splitlines()
-    ]
-    assert len(rows) >= 200 and all(
-        row.keys() == {"instruction", "context", "response"} for row in rows
-    )
+    rewordings = [json.loads(line) for line in (ROOT / "data/demo/paraphrases.jsonl").read_text().splitlines()]
+    assert len(rows) >= 200 and all(row.keys() == {"instruction", "context", "response"} for row in rows)
     assert len({(row["instruction"], row["context"]) for row in rows}) == len(rows)
     assert {row["response"] for row in rewordings} <= {row["response"] for row in rows}
     assert not {row["instruction"] for row in rewordings} & {row["instruction"] for row in rows}

@@ -1,7 +1,7 @@
 """`make help`: the targets as the Makefile documents them, and every setting with its value, unit and stages.
 
-python3 -I -S stages/make/help.py Makefile [recipe ...]      what make help prints
-python3 -I -S stages/make/help.py --readme                   writes the table of settings into README.md
+python3 -I -S stages/run/help.py Makefile [recipe ...]      what make help prints
+python3 -I -S stages/run/help.py --docs                     writes the table of settings into docs/settings.md
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from stages.run.settings import Settings
 
 def targets(makefile: Path) -> list[tuple[str, str]]:
     """Target and description of each rule line that ends in `## description`."""
-    return re.findall(
-        r"^([a-z-]+):[^#\n]*## (.+)$", makefile.read_text(encoding="utf-8"), re.MULTILINE
-    )
+    return re.findall(r"^([a-z-]+):[^#\n]*## (.+)$", makefile.read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def with_settings(readme: str) -> str:
-    """The README with the table of settings, between its two marks, as it is now."""
-    head, rest = readme.split("<!-- settings -->\n")
-    return f"{head}<!-- settings -->\n{markdown()}\n<!-- end of settings -->{rest.split('<!-- end of settings -->')[1]}"
+def with_settings(page: str) -> str:
+    """A page of the docs with today's table of settings between its two marks."""
+    head, rest = page.split("<!-- settings -->\n")
+    tail = rest.split("<!-- end of settings -->")[1]
+    return f"{head}<!-- settings -->\n{markdown()}\n<!-- end of settings -->{tail}"
 
 
 def settings_table(given: Mapping[str, str]) -> list[tuple[str, str, str, str]]:
@@ -43,35 +42,29 @@ def settings_table(given: Mapping[str, str]) -> list[tuple[str, str, str, str]]:
             about += f" One of {', '.join(facts['choices'])}."
         if facts["unit"]:
             about += f" [{facts['unit']}]"
-        rows.append(
-            (variable(f), given.get(variable(f), default), about, " ".join(facts["stages"]))
-        )
+        rows.append((variable(f), given.get(variable(f), default), about, " ".join(facts["stages"])))
     return rows
 
 
 def markdown() -> str:
     """The settings with their defaults as a Markdown table."""
-    lines = ["| Setting | Default | What it is | A change remakes |", "|---|---|---|---|"]
+    lines = ["| Setting | Default | What it is | Changing it re-runs |", "|---|---|---|---|"]
     for name, value, about, stages in settings_table({}):
         shown = f"`{value}`" if value else ""
-        lines.append(
-            f"| `{name}` | {shown} | {about.replace('|', chr(92) + '|')} | {stages or 'nothing'} |"
-        )
+        lines.append(f"| `{name}` | {shown} | {about.replace('|', chr(92) + '|')} | {stages or 'nothing'} |")
     return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> None:
-    if arguments == ["--readme"]:
-        readme = Path("README.md")
-        readme.write_text(with_settings(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    if arguments == ["--docs"]:
+        page = Path("docs/settings.md")
+        page.write_text(with_settings(page.read_text(encoding="utf-8")), encoding="utf-8")
         return
     print("Usage: make TARGET [RECIPE=demo] [SETTING=value ...]\n\nTargets")
     for name, about in targets(Path(arguments[0])):
         print(f"  {name:<18} {about}")
     recipes = ", ".join(sorted(path.stem for path in Path("recipes").glob("*.mk")))
-    print(
-        f"\nRECIPE  a list of settings: {recipes}\nRUN     outputs/RUN holds what is published (default: the recipe)\n"
-    )
+    print(f"\nRECIPE  a list of settings: {recipes}\nRUN     outputs/RUN holds what is published (default: the recipe)\n")
     print("Settings (the value now; the stages that a change makes run again)")
     for name, value, about, stages in settings_table(os.environ):
         print(f"  {name}={value[:60]}\n      {about} -> {stages or 'nothing is remade'}")

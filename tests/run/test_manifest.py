@@ -23,7 +23,7 @@ from stages.run import provenance
 from stages.run.errors import StageFailure
 from stages.run.lock import _described, _facts, locked
 from stages.run.manifest import (
-    FILE,
+
     PARTS,
     file_problems,
     manifest_of,
@@ -115,7 +115,7 @@ def run_with(manifests: dict[str, bytes]) -> Iterator[Path]:
         for stage, text in manifests.items():
             output = Path(folder) / stage
             output.mkdir()
-            (output / FILE).write_bytes(text)
+            (output / MANIFEST_FILE).write_bytes(text)
             (output / "weights").write_bytes(b"")
         yield Path(folder)
 
@@ -194,7 +194,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_was_edited_in_a_manifest_is_never_fresh(
     published: Path, edits: list[tuple[int, bytes, int]]
 ) -> None:
-    whole = (published / FILE).read_bytes()
+    whole = (published / MANIFEST_FILE).read_bytes()
     text = whole
     for place, put, gone in edits:
         start = place % (len(text) + 1)
@@ -203,11 +203,11 @@ def test_what_was_edited_in_a_manifest_is_never_fresh(
         same = json.loads(text) == json.loads(whole)
     except (ValueError, RecursionError):
         same = False
-    (published / FILE).write_bytes(text)
+    (published / MANIFEST_FILE).write_bytes(text)
     try:
         why = provenance.reasons("data", Settings(), {}, published)
     finally:
-        (published / FILE).write_bytes(whole)
+        (published / MANIFEST_FILE).write_bytes(whole)
     assert why or same
 
 
