@@ -1,14 +1,17 @@
-# Fine-tune an open LLM on AWS Trainium with make. `make help` lists targets and settings, `make demo` runs all of it
-# here. This file is the graph: which stage reads which, and nothing else knows the order. Whether a stage is stale is
-# asked of stages/make/plan.py, which compares what it was made from with what it would be made from now.
+# Fine-tune an open LLM on AWS Trainium with make. `make help` lists the targets and the settings,
+# `make demo` runs all stages here. This file is the graph: which stage reads which. Nothing else
+# knows the order. stages/make/plan.py says which stages are stale: it compares what each was made
+# from with what it would be made from now.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .SUFFIXES:
 .DEFAULT_GOAL := help
 
-# A value on the command line is text, never a make expression: PROMPT='$5' arrives as typed.
+# make would expand a `$` in a value of its command line. Values are text: PROMPT='$5' arrives as
+# typed. So every variable of the command line is set again to its own unexpanded value.
 given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v))
 $(foreach v,$(given) RECIPE RUN,$(if $(filter-out undefined,$(origin $v)),$(eval override $v := $$(value $v))))
+MAKEOVERRIDES :=
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,25 +19,12 @@ RECIPE ?= demo
 ifneq (,$(filter demo,$(MAKECMDGOALS)))
   override RECIPE := demo
 endif
-ifeq (,$(and $(filter 1,$(words $(RECIPE))),$(findstring recipes/$(RECIPE).mk,$(wildcard recipes/*.mk))))
-  $(error RECIPE='$(RECIPE)' is not there. There are: $(notdir $(basename $(wildcard recipes/*.mk))))
+ifeq (undefined,$(origin RUN))
+  RUN := $(value RECIPE)
 endif
-
-# A recipe is a list of `NAME ?= value`: the command line and the environment come before it, the defaults after it.
-before := $(subst %,\%,$(.VARIABLES))
-include recipes/$(RECIPE).mk
-RUN ?= $(RECIPE)
-given += $(filter-out before RUN,$(filter-out $(before),$(.VARIABLES)))
-export $(filter-out MAKE%,$(given))
-MAKEOVERRIDES :=
-
-# RUN stands in targets and in shell lines: it may hold nothing that either would read as more than a name.
-letters := a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z
-rest := $(RUN)
-$(foreach c,$(letters) 0 1 2 3 4 5 6 7 8 9 _ - .,$(eval rest := $$(subst $c,,$$(rest))))
-ifneq (,$(or $(rest),$(filter-out 1,$(words $(RUN))),$(filter .% -%,$(RUN))))
-  $(error RUN is to be a folder's name in outputs/ of letters, digits, dots, - and _, without a leading dot or dash)
-endif
+# Stages read their settings from the environment, then from the recipe, then from the defaults.
+export RECIPE RUN $(filter-out MAKE%,$(given))
+out := outputs/$(RUN)
 
 # The graph. What a stage is made from: a change of that content makes it stale.
 STAGES := data precompile train consolidate compile-inference eval
@@ -44,11 +34,13 @@ train.from := data
 consolidate.from := train
 compile-inference.from := consolidate
 eval.from := data consolidate compile-inference
-# What has to be there before it, whatever its content: precompile only fills a cache.
+# What must exist before it, whatever its content: precompile only fills a cache.
 precompile.after := data
 train.after := precompile
 
-# Ask what is stale, for goals that run stages. make 4.3 hands no variables to $(shell), so they are quoted by hand.
+# Ask plan.py which stages are stale, for goals that use outputs/RUN. It also checks every setting,
+# RECIPE and RUN, before a target or a shell line holds them. make 4.3 does not export variables to
+# $(shell), so they are quoted here: a quote in a value becomes '\'', a line break '$'\n''.
 define newline
 
 
@@ -56,72 +48,77 @@ endef
 quoted = '$(subst $(newline),'$$'\n'',$(subst ','\'',$1))'
 comma := ,
 empty :=
+# data::  train:data:precompile  eval:data,consolidate,compile-inference:  ...
 graph := $(foreach s,$(STAGES),$s:$(subst $(empty) ,$(comma),$($s.from)):$($s.after))
-out := outputs/$(RUN)
-plan = env $(foreach v,$(given),$(call quoted,$v=$(value $v))) $(PYTHON) -I -S stages/make/plan.py $(out) $(graph) \
-  --given $(call quoted,$(given)) --goals $(call quoted,$(MAKECMDGOALS))
+plan = env $(foreach v,RECIPE RUN $(given),$(call quoted,$v=$(value $v))) $(PYTHON) -I -S stages/make/plan.py \
+  $(call quoted,$(out)) $(graph) --given $(call quoted,$(given)) --goals $(call quoted,$(MAKECMDGOALS))
 answering := $(and $(filter eval,$(MAKECMDGOALS)),$(value PROMPT),$(wildcard $(out)/compile-inference/manifest.json))
-ifneq (,$(filter all demo outputs/% $(STAGES),$(MAKECMDGOALS)))
-  stale := $(shell $(plan) $(if $(answering),--answer,$(if $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS)))),--dry-run)))
+dry_run := $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS))))
+uses_run := $(filter all demo status outputs/% $(STAGES),$(MAKECMDGOALS))
+ifneq (,$(or $(uses_run),$(filter verify clean,$(MAKECMDGOALS))))
+  stale := $(shell $(plan) $(if $(uses_run),$(if $(answering),--answer,$(if $(dry_run),--dry-run)),--check-run))
   ifneq (0,$(.SHELLSTATUS))
-    $(error nothing was run$(if $(filter-out 2,$(.SHELLSTATUS)),: asking what is stale ended with status $(.SHELLSTATUS)))
+    $(error nothing was run$(if $(filter-out 2,$(.SHELLSTATUS)),: plan.py ended with status $(.SHELLSTATUS)))
   endif
-  # One prompt is answered by the model that is there, never by training another.
+  # The model that exists answers one prompt; nothing is trained for it.
   stale := $(if $(answering),,$(stale))
 endif
 
 python := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
-# What is installed: the Neuron set where there are Neuron devices, and beside it what the tests need, for goals that test.
+# What is installed: the Neuron requirements where there are Neuron devices. Goals that test also
+# install what the tests need.
 requirements := $(if $(wildcard /dev/neuron[0-9]*),docker/requirements.txt,requirements.txt)
 neuron_pins := stages/backends/neuron/requirements.txt
 pins := $(requirements) stages/requirements.txt $(if $(filter docker/%,$(requirements)),$(neuron_pins))
 test_pins := tests/requirements.txt $(neuron_pins)
 installed := $(if $(VENV),$(VENV)/requirements.txt)
 tested := $(if $(VENV),$(VENV)/tests-requirements.txt)
-# PyPI holds placeholders for AWS's wheels.
-NEURON_PIP_INDEX ?= https://pip.repos.neuron.amazonaws.com
+# AWS's own package index: what PyPI has under the names of its wheels is empty.
+export NEURON_PIP_INDEX ?= https://pip.repos.neuron.amazonaws.com
 
-.PHONY: help all demo status verify doctor cache-status cache-lookup cache-synchronize test torture audit lint clean FORCE $(STAGES)
+.PHONY: help all demo status verify doctor cache-status cache-lookup cache-synchronize
+.PHONY: check test torture audit lint types clean FORCE $(STAGES)
 
 help: ## Targets, and settings with their values
-	@$(PYTHON) -I -S stages/make/help.py $(MAKEFILE_LIST)
+	@$(PYTHON) -I -S stages/make/help.py $(firstword $(MAKEFILE_LIST))
 
-demo: eval ## The whole run on this machine: a tiny model learns data/demo by heart and answers
+demo: eval ## All stages on this machine: a tiny model learns data/demo by heart and answers
 all: eval ## Every stage that is stale
 
 status: ## Which stages would run, and why
 	@$(plan) --show
 
-verify: ## Read every published file: is it still what was published?
+verify: ## Read every published file and compare it with its digest
 	@$(PYTHON) -I -S stages/make/verify.py $(out) $(STAGES)
 
-doctor: $(installed) ## Can every stage run here? A line for each thing that it needs: OK, or what to do
+doctor: $(installed) ## Can every stage run here? A line per requirement: OK, or what to do
 	@$(python) -m stages.doctor
 
-data: $(out)/data/manifest.json ## Rows -> packed token ids, and what became of every token
-precompile: $(out)/precompile/manifest.json ## The training command for a few steps, to fill the compile cache
-train: $(out)/train/manifest.json ## Packed rows -> sharded weights
+data: $(out)/data/manifest.json ## Dataset -> packed token ids, with an account of every token
+precompile: $(out)/precompile/manifest.json ## A few training steps, to fill the compile cache
+train: $(out)/train/manifest.json ## Packed token ids -> sharded weights
 consolidate: $(out)/consolidate/manifest.json ## Shards -> a Hugging Face model folder
 compile-inference: $(out)/compile-inference/manifest.json ## Model folder -> compiled prefill and decode
 
-# A stage's recipe runs when its manifest is missing or it is stale; time stamps decide nothing (order-only).
+# A stage runs when its manifest is missing or it is stale. Its prerequisites are order-only (after
+# the |), so time stamps decide nothing. The stage gets make's process id ($PPID) and ends with it.
 define stage_rule
 $(out)/$1/manifest.json: $(if $(filter stale-$1,$(stale)),FORCE) | $(installed) $(foreach s,$($1.from) $($1.after),$(out)/$s/manifest.json)
 	@TRN_TUNE_MAKE=$$$$PPID $(python) -m stages.$(subst -,_,$1) $(foreach s,$($1.from) $($1.after),--$s $(out)/$s) --output $(out)/$1
 endef
-# An interrupted make removes no target: what is published is whole.
+# An interrupted make must not remove what is published.
 .PRECIOUS: $(STAGES:%=$(out)/%/manifest.json)
 $(foreach s,$(STAGES),$(eval $(call stage_rule,$s)))
 
 ifeq (,$(value PROMPT))
-eval: $(out)/eval/manifest.json ## Answers and validation losses; PROMPT="..." answers that alone
+eval: $(out)/eval/manifest.json ## Answers and validation losses; PROMPT="..." only answers that
 else
 eval: | $(out)/compile-inference/manifest.json
 	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.eval $(foreach s,$(eval.from),--$s $(out)/$s) --output $(out)/eval
 endif
 
 ifneq (,$(installed))
-# The lists of what is installed are kept beside it, and compared by content (white space aside).
+# A copy of the requirements is kept with what was installed from them, and compared by content.
 contents = $(strip $(foreach f,$(wildcard $1),$(file <$f)))
 ifneq ($(call contents,$(installed)),$(call contents,$(pins)))
 $(installed): FORCE
@@ -129,18 +126,11 @@ endif
 ifneq ($(call contents,$(tested)),$(call contents,$(test_pins)))
 $(tested): FORCE
 endif
-pip = $(python) -m pip install --quiet --disable-pip-version-check --requirement $(requirements) \
-  $(if $(filter docker/%,$(requirements)),--extra-index-url '$(NEURON_PIP_INDEX)')
 $(installed):
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 12) or sys.exit( \
-	  f"error: Python 3.10 to 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}. Set PYTHON=python3.11")'
-	@echo 'installing $(requirements) into $(VENV): a minute or more, once'
-	@$(PYTHON) -m venv $(VENV)
-	@$(pip)
+	@$(PYTHON) -I stages/make/install.py $(VENV) $(requirements)
 	@cat $(pins) > $(installed)
 $(tested): $(installed)
-	@echo 'installing tests/requirements.txt into $(VENV)'
-	@$(pip) --requirement tests/requirements.txt
+	@$(PYTHON) -I stages/make/install.py $(VENV) $(requirements) tests/requirements.txt
 	@cat $(test_pins) > $(tested)
 endif
 
@@ -150,38 +140,43 @@ cache-synchronize: $(installed) ## Push compiled graphs to CUSTOM_CACHE_REPO on 
 cache-status cache-lookup cache-synchronize:
 	@$(python) -m stages.backends.neuron.cache $(@:cache-%=%)
 
-test: lint ## Lint, types, every test, and the demo from data to answers
+check: lint types ## Lint, types and the fast tests: under a minute
+	$(python) -m pytest --quiet --numprocesses 2 -m 'not slow'
+
+test: lint types ## Lint, types, every test, and the demo from data to answers
 	$(python) -m pytest --numprocesses 2 --dist loadfile
 
-torture: $(installed) $(tested) ## The tests' damage at length, with a summary: kills, full disks, bad input ... TORTURE_SEED=7 repeats one
+torture: $(installed) $(tested) ## Kills, full disks, bad input, damaged files, at length; TORTURE_SEED=7 repeats one
 	$(python) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m torture --torture $(or $(TORTURE_SEED),$(shell echo $$RANDOM))
 
-audit: $(installed) $(tested) ## What is known against the pinned versions and what is installed (OSV, by pip-audit)
+audit: $(installed) $(tested) ## Known vulnerabilities of the pins and of what is installed (OSV)
 	@$(python) -m tests.audit
 
-lint: $(installed) $(tested) ## ruff and mypy
+lint: $(installed) $(tested) ## ruff
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
+
+types: $(installed) $(tested) ## mypy
 	$(python) -m mypy
 
-# The container image: its entry point is this Makefile. docker/run gives it the host's devices and folders.
+# The container image: its entry point is this Makefile. docker/run gives it devices and folders.
 .PHONY: image shell notebook
 DOCKER ?= docker
 IMAGE ?= trn-tune
 build = $(DOCKER) build $(foreach v,$1,--build-arg $v)
-# What was typed or exported, without the recipe's settings: in the container another recipe may be chosen.
-inside = env $(foreach v,$(given),$(if $(filter file,$(origin $v)),-u $v)) DOCKER=$(DOCKER) IMAGE=$(IMAGE) docker/run
+inside = DOCKER=$(DOCKER) IMAGE=$(IMAGE) docker/run
 
 image: ## The container image; BASE_IMAGE=python:3.11-slim REQUIREMENTS=requirements.txt for CPUs
 	@[[ "$${NEURON_PIP_INDEX-}$${PIP_EXTRA_INDEX_URL-}" != *@* ]] || { \
-	  echo 'error: NEURON_PIP_INDEX or PIP_EXTRA_INDEX_URL holds a password, which would stay in the history of the image' >&2; exit 2; }
+	  echo 'error: NEURON_PIP_INDEX or PIP_EXTRA_INDEX_URL holds a password, which would stay in the history of the image.' \
+	    'Use an index without one.' >&2; exit 2; }
 	$(call build,BASE_IMAGE REQUIREMENTS NEURON_PIP_INDEX PIP_EXTRA_INDEX_URL) \
 	  --build-arg REVISION="$$(git describe --always --dirty 2> /dev/null)" --file docker/Dockerfile --tag $(IMAGE) .
 
 shell: ## bash in the container, with the devices, outputs/ and data/
 	@$(inside) shell
 
-notebook: ## Jupyter with the stages as a notebook, on 127.0.0.1:8080 (from afar: ssh -L 8080:localhost:8080 HOST)
+notebook: ## Jupyter with the stages as a notebook, on 127.0.0.1:8080 (remote: ssh -L 8080:localhost:8080 HOST)
 	$(call build,IMAGE) --file docker/notebook.Dockerfile --tag $(IMAGE)-notebook .
 	@$(inside) notebook
 

@@ -21,8 +21,10 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
 os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "5")
 
+from stages.model.base import base_config
 from stages.model.hub import from_hub
-from stages.model.size import bytes_written, config_values, parameters
+from stages.model.location import local_model, local_path
+from stages.model.size import bytes_written, parameters
 from stages.run.backend import backend_module, choose
 from stages.run.check_result import FAIL, Check, CheckResult, fail, folder_result, note
 from stages.run.cost import hourly_price, instance_type
@@ -31,6 +33,7 @@ from stages.run.errors import InputError
 from stages.run.progress import show_size
 from stages.run.provenance import REQUIREMENTS, installed_version, pinned_versions
 from stages.run.settings import Settings
+from stages.text.sources import FORMATS
 
 PYTHONS = {"torch": ((3, 10), (3, 12)), "neuron": ((3, 10), (3, 11))}
 OLDEST_MAKE = (4, 2)  # the first that reads a file with $(file <NAME)
@@ -142,65 +145,45 @@ def memory(settings: Settings) -> Iterator[CheckResult]:
 
 
 def model_source(settings: Settings) -> Iterator[CheckResult]:
-    name, folder = settings.model_id, Path(settings.model_id)
-    if _is_local(name) and not folder.is_dir():
-        yield fail(
-            "MODEL_ID",
-            f"{name} is no folder here. Name one that is, or a model of the Hub (OWNER/NAME).",
-        )
-        return
     try:
-        config_values(settings)
+        base_config(settings)
     except InputError as error:
         yield fail("MODEL_ID", str(error).removeprefix("MODEL_ID="))
         return
-    if (
-        folder.is_dir()
-        and settings.init_weights == "pretrained"
-        and not any(folder.glob("*.safetensors"))
-    ):
-        yield fail(
-            "MODEL_ID",
-            f"{name} has no *.safetensors. Put the weights into it, or set INIT_WEIGHTS=random.",
-        )
+    name, folder = settings.model_id, local_model(settings.model_id)
+    if folder is None:
+        yield CheckResult("MODEL_ID", f"{name} at {settings.model_revision}, {_hub()}")
+    elif settings.init_weights == "random" or any(folder.glob("*.safetensors")):
+        yield CheckResult("MODEL_ID", f"{name}, a folder")
     else:
-        yield CheckResult(
-            "MODEL_ID",
-            f"{name}, a folder"
-            if folder.is_dir()
-            else f"{name} at {settings.model_revision}, {_hub()}",
-        )
+        remedy = "Put the weights into it, or set INIT_WEIGHTS=random."
+        yield fail("MODEL_ID", f"{name} has no *.safetensors. {remedy}")
 
 
 def dataset_source(settings: Settings) -> Iterator[CheckResult]:
     name = settings.dataset
-    if Path(name).exists():
-        yield CheckResult("DATASET", f"{name}, a {'folder' if Path(name).is_dir() else 'file'}")
-    elif name.startswith("s3://"):
-        yield CheckResult("DATASET", f"{name}, in S3: not looked at here")
-    elif _is_local(name):
-        yield fail(
-            "DATASET",
-            f"{name} is not here. Name a file or folder that is, or a dataset of the Hub (OWNER/NAME).",
-        )
-    elif _offline():
-        yield note(
-            "DATASET",
-            f"{name}: HF_HUB_OFFLINE is set, so the Hub was not asked. It is read from the cache if it was fetched before.",
-        )
-    else:
-        from huggingface_hub import HfApi
+    if name.startswith("s3://"):
+        yield CheckResult("DATASET", f"{name}, in S3: not checked here")
+        return
+    try:
+        path = local_path("DATASET", name, "a file or a folder", suffixes=FORMATS)
+        if path is None and not _offline():
+            from huggingface_hub import HfApi
 
-        try:
-            from_hub(
-                "dataset",
-                name,
-                settings.dataset_revision,
-                lambda: HfApi().auth_check(name, repo_type="dataset"),
-            )
-            yield CheckResult("DATASET", f"{name} at {settings.dataset_revision}, {_hub()}")
-        except InputError as error:
-            yield fail("DATASET", str(error).removeprefix("DATASET="))
+            def ask() -> None:
+                HfApi().auth_check(name, repo_type="dataset")
+
+            from_hub("dataset", name, settings.dataset_revision, ask)
+    except InputError as error:
+        yield fail("DATASET", str(error).removeprefix("DATASET="))
+        return
+    if path is not None:
+        yield CheckResult("DATASET", f"{name}, a {'folder' if path.is_dir() else 'file'}")
+    elif _offline():
+        reason = "HF_HUB_OFFLINE is set, so the Hub was not asked"
+        yield note("DATASET", f"{name}: {reason}. It is read from the cache if it is there.")
+    else:
+        yield CheckResult("DATASET", f"{name} at {settings.dataset_revision}, {_hub()}")
 
 
 def prompts_source(settings: Settings) -> Iterator[CheckResult]:
@@ -268,19 +251,9 @@ def main() -> int:
 
 def _parameters(settings: Settings) -> int | None:
     try:
-        return parameters(config_values(settings))
+        return parameters(settings)
     except InputError:
-        return None  # said by `model_source`
-
-
-def _is_local(name: str) -> bool:
-    """Whether a name means a file or folder even where there is none: no model or dataset of the Hub is called so."""
-    return (
-        Path(name).exists()
-        or name.startswith(("/", "."))
-        or name.count("/") > 1
-        or Path(name).suffix in (".jsonl", ".json", ".csv")
-    )
+        return None  # `model_source` reports it
 
 
 def _offline() -> bool:

@@ -28,7 +28,9 @@ def test_nine_of_ten_training_questions_are_answered_to_the_letter(demo: Project
     assert metrics["judged"] == 50 and metrics["exact_matches"] >= 45
     lines = (demo.folder / "outputs/demo/eval/answers.jsonl").read_text().splitlines()
     answers = [json.loads(line) for line in lines]
-    assert len(answers) == 50 and all(answer["ended"] for answer in answers if answer["answer"] == answer["expected"])
+    assert len(answers) == 50 and all(
+        answer["ended"] for answer in answers if answer["answer"] == answer["expected"]
+    )
 
 
 def test_one_question_is_answered_on_the_terminal(demo: Project) -> None:
@@ -38,10 +40,12 @@ def test_one_question_is_answered_on_the_terminal(demo: Project) -> None:
 
 
 def test_an_answer_needs_neither_transformers_nor_datasets(demo: Project) -> None:
-    block = (
-        "import sys; sys.modules.update(transformers=None, datasets=None, pandas=None); from stages.eval import main; main(sys.argv[1:])"
-    )
-    folders = [word for name in ("data", "consolidate", "compile-inference") for word in (f"--{name}", f"outputs/demo/{name}")]
+    block = "import sys; sys.modules.update(transformers=None, datasets=None, pandas=None); from stages.eval import main; main(sys.argv[1:])"
+    folders = [
+        word
+        for name in ("data", "consolidate", "compile-inference")
+        for word in (f"--{name}", f"outputs/demo/{name}")
+    ]
     done = subprocess.run(
         [sys.executable, "-c", block, "--prompt", "What is the KV cache?", *folders, "--output", "outputs/demo/eval"],
         cwd=demo.folder, env=clean_environment(), capture_output=True, text=True,
@@ -78,8 +82,12 @@ finally:
 
 def test_the_demo_dataset_is_what_it_says() -> None:
     rows = [json.loads(line) for line in (ROOT / "data/demo/demo.jsonl").read_text().splitlines()]
-    rewordings = [json.loads(line) for line in (ROOT / "data/demo/paraphrases.jsonl").read_text().splitlines()]
-    assert len(rows) >= 200 and all(row.keys() == {"instruction", "context", "response"} for row in rows)
+    rewordings = [
+        json.loads(line) for line in (ROOT / "data/demo/paraphrases.jsonl").read_text().splitlines()
+    ]
+    assert len(rows) >= 200 and all(
+        row.keys() == {"instruction", "context", "response"} for row in rows
+    )
     assert len({(row["instruction"], row["context"]) for row in rows}) == len(rows)
     assert {row["response"] for row in rewordings} <= {row["response"] for row in rows}
     assert not {row["instruction"] for row in rewordings} & {row["instruction"] for row in rows}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.run.help import targets, with_settings
-from stages.run.plan import MAKE_VARIABLES
+from stages.make.help import targets, with_settings
+from stages.make.plan import MAKE_VARIABLES
 from stages.run.setting import variable
 from stages.run.settings import SECRET, Settings
 from tests.conftest import ROOT

@@ -1,7 +1,7 @@
 """`make help`: the targets as the Makefile documents them, and every setting with its value, unit and stages.
 
-python3 -I -S stages/run/help.py Makefile [recipe ...]      what make help prints
-python3 -I -S stages/run/help.py --docs                     writes the table of settings into docs/settings.md
+python3 -I -S stages/make/help.py Makefile [recipe ...]      what make help prints
+python3 -I -S stages/make/help.py --docs                     writes the table of settings into docs/settings.md
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from stages.run.setting import variable
-from stages.run.settings import Settings
+from stages.run.settings import Settings, with_recipe
 
 
 def targets(makefile: Path) -> list[tuple[str, str]]:
     """Target and description of each rule line that ends in `## description`."""
-    return re.findall(r"^([a-z-]+):[^#\n]*## (.+)$", makefile.read_text(encoding="utf-8"), re.MULTILINE)
+    return re.findall(
+        r"^([a-z-]+):[^#\n]*## (.+)$", makefile.read_text(encoding="utf-8"), re.MULTILINE
+    )
 
 
 def with_settings(page: str) -> str:
@@ -42,7 +44,9 @@ def settings_table(given: Mapping[str, str]) -> list[tuple[str, str, str, str]]:
             about += f" One of {', '.join(facts['choices'])}."
         if facts["unit"]:
             about += f" [{facts['unit']}]"
-        rows.append((variable(f), given.get(variable(f), default), about, " ".join(facts["stages"])))
+        rows.append(
+            (variable(f), given.get(variable(f), default), about, " ".join(facts["stages"]))
+        )
     return rows
 
 
@@ -51,7 +55,9 @@ def markdown() -> str:
     lines = ["| Setting | Default | What it is | Changing it re-runs |", "|---|---|---|---|"]
     for name, value, about, stages in settings_table({}):
         shown = f"`{value}`" if value else ""
-        lines.append(f"| `{name}` | {shown} | {about.replace('|', chr(92) + '|')} | {stages or 'nothing'} |")
+        lines.append(
+            f"| `{name}` | {shown} | {about.replace('|', chr(92) + '|')} | {stages or 'nothing'} |"
+        )
     return "\n".join(lines)
 
 
@@ -64,9 +70,11 @@ def main(arguments: list[str]) -> None:
     for name, about in targets(Path(arguments[0])):
         print(f"  {name:<18} {about}")
     recipes = ", ".join(sorted(path.stem for path in Path("recipes").glob("*.mk")))
-    print(f"\nRECIPE  a list of settings: {recipes}\nRUN     outputs/RUN holds what is published (default: the recipe)\n")
+    print(
+        f"\nRECIPE  a list of settings: {recipes}\nRUN     outputs/RUN holds what is published (default: the recipe)\n"
+    )
     print("Settings (the value now; the stages that a change makes run again)")
-    for name, value, about, stages in settings_table(os.environ):
+    for name, value, about, stages in settings_table(with_recipe(os.environ)):
         print(f"  {name}={value[:60]}\n      {about} -> {stages or 'nothing is remade'}")
 
 

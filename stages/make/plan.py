@@ -1,15 +1,21 @@
-"""What make has to run: prints `stale-STAGE` for each stage that is stale; ends with status 2 after saying what is wrong.
+"""Which stages make has to run: prints `stale-STAGE` for each, or ends with status 2 and the reasons.
 
-    python3 -I -S stages/make/plan.py RUN_FOLDER STAGE:INPUTS:AFTER ... --given "NAMES" --goals "GOALS" [--show | --dry-run | --answer]
+    python3 -I -S stages/make/plan.py RUN_FOLDER STAGE:INPUTS:AFTER ... --given NAMES --goals GOALS
+        [--show | --dry-run | --answer | --check-run]
 
-make runs it while it reads the Makefile, with the settings in the environment, for every goal that needs the graph,
-`make -n` and `make -q` too: so it writes nothing, and takes the standard library alone (`-I -S`, no site-packages).
-INPUTS (whose content counts) and AFTER (which only has to be there) are stages, separated by commas.
+make starts this while it reads the Makefile, with the settings in the environment, for every goal
+that needs the graph, also under `make -n` and `make -q`. So it writes nothing and needs only the
+standard library (`-I -S`: no site-packages). INPUTS (stages whose content counts) and AFTER (stages
+that only have to exist) are separated by commas. --show prints a line per stage instead,
+--dry-run and --answer add notes for `make -n` and `make eval PROMPT=...`, --check-run only checks
+RUN.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,28 +25,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from stages.model.fit import division_problems, length_problems
 from stages.run.errors import InputError
 from stages.run.layout import CONFIG_FILE
-from stages.run.provenance import manifest_of, reasons
+from stages.run.manifest import manifest_of
+from stages.run.provenance import reasons
 from stages.run.settings import Settings, unknown_names
 
-MAKE_VARIABLES = ("RECIPE", "RUN", "PYTHON", "VENV", "YES", "NEURON_PIP_INDEX", "IMAGE", "DOCKER")
-MOST_RUN_CHARACTERS = 200  # of a folder's name; 255 bytes is the file systems' bound
+MAKE_VARIABLES = (
+    *("RECIPE", "RUN", "PYTHON", "VENV", "YES", "TORTURE_SEED"),
+    *("NEURON_PIP_INDEX", "IMAGE", "DOCKER", "BASE_IMAGE", "REQUIREMENTS", "PIP_EXTRA_INDEX_URL"),
+)
+# RUN is part of targets and shell lines, and a folder's name: file systems allow 255 bytes.
+_RUN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", re.ASCII)
+Graph = dict[str, list[str]]
 
 
-def stale_stages(
-    graph: dict[str, list[str]], run_folder: Path, settings: Settings
-) -> dict[str, list[str]]:
-    """Stage -> reasons, in the graph's order, for each that has to run.
+def stale_stages(graph: Graph, run_folder: Path, settings: Settings) -> dict[str, list[str]]:
+    """Stage -> reasons, in the graph's order, for each stage that has to run.
 
-    A stage after a stale one is listed too, since what it will be given is not known yet; it looks again when its turn
-    comes, and does nothing if its upstream was remade with the same content.
+    A stage after a stale one is listed too, since its input is not known yet. It checks again when
+    its turn comes, and does nothing if its upstream published the same content.
     """
     stale: dict[str, list[str]] = {}
     for stage, inputs in graph.items():
         folders = {name: run_folder / name for name in inputs}
-        why = reasons(stage, settings, folders, run_folder / stage)
-        why = why or [f"unless {name} comes out the same" for name in inputs if name in stale]
-        if why:
-            stale[stage] = why
+        stage_reasons = reasons(stage, settings, folders, run_folder / stage)
+        stage_reasons = stage_reasons or [
+            f"unless {name} publishes the same content" for name in inputs if name in stale
+        ]
+        if stage_reasons:
+            stale[stage] = stage_reasons
     for stage in reversed(list(stale)):
         for name in graph[stage]:
             removed = (manifest_of(run_folder / name) or {}).get("removed")
@@ -49,24 +61,39 @@ def stale_stages(
     return {stage: stale[stage] for stage in graph if stage in stale}
 
 
-def needed(goals: list[str], graph: dict[str, list[str]], after: dict[str, list[str]]) -> set[str]:
-    """The goals that are stages (all of them where none is), and every stage before them."""
-    todo = [goal for goal in goals if goal in graph] or list(graph)
-    found: set[str] = set()
-    while todo:
-        stage = todo.pop()
-        found.add(stage)
-        todo += [name for name in graph[stage] + after[stage] if name not in found]
-    return found
+def needed(goals: list[str], graph: Graph, after: Graph) -> set[str]:
+    """The goals that are stages (all stages where none is), and every stage before them."""
+    pending = [goal for goal in goals if goal in graph] or list(graph)
+    stages: set[str] = set()
+    while pending:
+        stage = pending.pop()
+        stages.add(stage)
+        pending += [name for name in graph[stage] + after[stage] if name not in stages]
+    return stages
 
 
 def model_problems(settings: Settings) -> list[str]:
-    """What of the settings contradicts config.json of a local MODEL_ID. One that cannot be read is left to the stage that reads it."""
+    """What in the settings contradicts config.json of a local MODEL_ID.
+
+    A config.json that cannot be read is left to the stage that reads it.
+    """
     try:
         config = SimpleNamespace(**json.loads((Path(settings.model_id) / CONFIG_FILE).read_bytes()))
         return [*division_problems(settings, config), *length_problems(settings, config)]
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return []
+
+
+def run_problems(run: str) -> list[str]:
+    """Why RUN cannot be the name of a folder in outputs/."""
+    if _RUN.fullmatch(run):
+        return []
+    if len(run) > 200:
+        return [f"RUN has {len(run):,} characters. Choose a name of at most 200."]
+    return [
+        f"RUN={run!r} must be the name of a folder in outputs/: letters, digits, dots, - and _, "
+        "without a leading dot or dash."
+    ]
 
 
 def refuse(problems: list[str]) -> None:
@@ -77,59 +104,62 @@ def refuse(problems: list[str]) -> None:
         sys.exit(2)
 
 
+def print_notes(stale: dict[str, list[str]], stages: list[str], text: str) -> None:
+    """A line on stderr for each of `stages` that is stale."""
+    for stage in stages:
+        if stage in stale:
+            print(text.format(stage=stage, reasons="; ".join(stale[stage])), file=sys.stderr)
+
+
+def parse_graph(words: list[str]) -> tuple[Graph, Graph]:
+    """Stage -> inputs, and stage -> stages that only have to exist before it."""
+    parts = [word.split(":") for word in words]
+    graph = {stage: [name for name in inputs.split(",") if name] for stage, inputs, _ in parts}
+    after = {stage: [name for name in before.split(",") if name] for stage, _, before in parts}
+    return graph, after
+
+
 def main(run_folder: str, *words: str) -> None:
     options = words.index("--given")
-    given, goals, flags = (
-        words[options + 1].split(),
-        words[options + 3].split(),
-        words[options + 4 :],
-    )
-    graph, after = {}, {}
-    for word in words[:options]:
-        stage, inputs, behind = word.split(":")
-        graph[stage] = [name for name in inputs.split(",") if name]
-        after[stage] = [name for name in behind.split(",") if name]
-    problems = unknown_names(given, also=MAKE_VARIABLES)
-    # make takes `LEARNING RATE=1` for a target, which it would miss only once the others are made.
+    given, goals = words[options + 1].split(), words[options + 3].split()
+    flags = words[options + 4 :]
+    graph, after = parse_graph(list(words[:options]))
+    problems = run_problems(os.environ.get("RUN", Path(run_folder).name))
+    if "--check-run" in flags:
+        refuse(problems)
+        return
+    problems += unknown_names(given, also=MAKE_VARIABLES)
+    # make takes `LEARNING RATE=1` for a goal, and would only miss it after making the others.
     problems += [
-        f"{goal[:60]!r} is not a setting: its name may hold no spaces."
+        f"{goal[:60]!r} is not a setting: its name must not contain spaces."
         for goal in goals
         if "=" in goal
     ]
-    if len(Path(run_folder).name) > MOST_RUN_CHARACTERS:
-        problems.append(
-            f"RUN has {len(Path(run_folder).name):,} characters. Choose a name of at most {MOST_RUN_CHARACTERS}."
-        )
     try:
         settings = Settings.read()
     except InputError as error:
-        problems += error.problems
+        refuse(problems + error.problems)
     refuse(problems)
     try:
         stale = stale_stages(graph, Path(run_folder), settings)
     except OSError as error:
         refuse([f"{error.filename} cannot be read: {error.strerror}."])
-    if "--answer" not in flags and {"precompile", "train"} & stale.keys() & needed(
-        goals, graph, after
-    ):
+    wanted = needed(goals, graph, after)
+    if "--answer" not in flags and {"precompile", "train"} & stale.keys() & wanted:
         refuse(model_problems(settings))
     if "--show" in flags:
         for stage in graph:
-            print(
-                f"{stage:>18}  {'to run: ' + '; '.join(stale[stage]) if stage in stale else 'up to date'}"
-            )
+            state = f"to run: {'; '.join(stale[stage])}" if stage in stale else "up to date"
+            print(f"{stage:>18}  {state}")
         return
     if "--answer" in flags:
-        for stage in [
+        outdated = [
             stage for stage in stale if stage != "eval" and not stale[stage][0].startswith("unless")
-        ]:
-            print(
-                f"note: answered by the model that is there; {stage} would run again: {'; '.join(stale[stage])}",
-                file=sys.stderr,
-            )
+        ]
+        note = "note: the existing model answers; {stage} would run again: {reasons}"
+        print_notes(stale, outdated, note)
     if "--dry-run" in flags:
-        for stage in [stage for stage in stale if stage in needed(goals, graph, after)]:
-            print(f"# {stage}: {'; '.join(stale[stage])}", file=sys.stderr)
+        print_notes(stale, [stage for stage in graph if stage in wanted], "# {stage}: {reasons}")
     print(" ".join(f"stale-{stage}" for stage in stale))
 
 

@@ -7,7 +7,6 @@ no code that a model brings, and no pickles but where ALLOW_PICKLE=1 asks for th
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from stages.model.check import base_model_problems, pretrained_config, tied_weights
 from stages.model.from_pickles import PICKLE_INDEX, content_of, convert, pickled_files
 from stages.model.hub import download_files
+from stages.model.location import local_model
 from stages.run.disk import disk_guard
 from stages.run.errors import InputError, StageFailure
 from stages.run.fsync import fsync_tree
@@ -34,36 +34,19 @@ MADE_MODELS = Path("outputs/.cache/models")
 CONFIG_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE)
 
 
-def local_model(model: str) -> Path | None:
-    """The folder that MODEL_ID names, None where it is an id of the Hub; InputError for a path at which there is no folder."""
-    folder = Path(model)
-    if folder.is_dir():
-        return folder
-    if os.path.lexists(folder) or model.startswith((".", "/", "~")):
-        found = (
-            "is a link that leads nowhere"
-            if folder.is_symlink()
-            else "is not a folder"
-            if folder.exists()
-            else "is not there"
-        )
-        raise InputError(
-            f"MODEL_ID={model} {found}. Name a folder in the Hugging Face layout, or OWNER/NAME on the Hub."
-        )
-    return None
-
-
 def base_config(settings: Settings) -> Any:
-    """The `PretrainedConfig` of MODEL_ID; raises InputError when there is none that can be read."""
-    folder = local_model(settings.model_id)
+    """The `PretrainedConfig` of MODEL_ID; raises InputError where none can be read."""
     try:
-        return pretrained_config(
-            folder or download_files(settings.model_id, settings.model_revision, (CONFIG_FILE,))
-        )
+        return pretrained_config(config_folder(settings.model_id, settings.model_revision))
     except StageFailure as failure:
         raise InputError(
             f"MODEL_ID={settings.model_id}: {failure} Name a folder in the Hugging Face layout."
         ) from failure
+
+
+def config_folder(model: str, revision: str) -> Path:
+    """A local folder with the model's config.json, which is downloaded where it is on the Hub."""
+    return local_model(model) or download_files(model, revision, (CONFIG_FILE,))
 
 
 def base_model_folder(settings: Settings) -> Path:

@@ -18,7 +18,7 @@ from stages.run.disk import disk_failure
 from stages.run.errors import InputError, StageFailure
 from stages.run.guard import guard_stage
 from stages.run.setting import kind, variable
-from stages.run.settings import Settings
+from stages.run.settings import Settings, with_recipe
 
 
 def stage_command(
@@ -39,7 +39,7 @@ def stage_command(
                     "TQDM_DISABLE", "1"
                 )  # libraries' bars, redrawn, fill a log; `Progress` writes lines
             with_exit_status(
-                lambda: main(Settings.read({**os.environ, **_set(given)}), **paths),
+                lambda: main(Settings.read(with_recipe({**os.environ, **_set(given)})), **paths),
                 paths["output"].parent,
             )
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CANNOT_SHAPE_OUTPUT = frozenset(
     {
         # Settings: their values are part of the provenance, whatever the code that parsed them.
+        "stages.run.recipe",
         "stages.run.settings",
         "stages.run.setting",
         "stages.run.cache_url",
@@ -46,6 +47,7 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.backends.torch.doctor",
         "stages.doctor",
         "stages.make.help",
+        "stages.make.install",
         "stages.make.plan",
         "stages.make.verify",
     }

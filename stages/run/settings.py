@@ -17,6 +17,7 @@ from typing import Any
 
 from stages.run.cache_url import check_cache_url
 from stages.run.errors import InputError
+from stages.run.recipe import read_recipe
 from stages.run.setting import as_text, parse, setting, variable
 from stages.run.sizes import parse_size
 
@@ -274,8 +275,11 @@ class Settings:
 
     @classmethod
     def read(cls, given: Mapping[str, str] | None = None) -> Settings:
-        """Settings from make variables (default: the environment), checked; raises InputError with every problem."""
-        given = os.environ if given is None else given
+        """Settings from variables by name (default: the environment on top of the recipe), checked.
+
+        Raises InputError with every problem.
+        """
+        given = with_recipe(os.environ) if given is None else given
         values, problems = {}, []
         for f in fields(cls):
             text = given.get(variable(f))
@@ -335,6 +339,18 @@ class Settings:
     def path_settings() -> list[str]:
         """Variable names of the settings whose value may be a local file or folder."""
         return [variable(f) for f in fields(Settings) if f.metadata["path"]]
+
+
+def with_recipe(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` on top of the settings of the recipe that it names in RECIPE, if any.
+
+    Raises InputError for a recipe that cannot be read or sets something else.
+    """
+    name = environment.get("RECIPE")
+    values = read_recipe(name) if name else {}
+    if problems := unknown_names(list(values)):
+        raise InputError(f"recipes/{name}.mk: {problem}" for problem in problems)
+    return {**values, **environment}
 
 
 def unknown_names(names: list[str], also: tuple[str, ...] = ()) -> list[str]:

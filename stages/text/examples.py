@@ -7,27 +7,21 @@ by file, row and column. Only the standard library is imported unless the datase
 
 from __future__ import annotations
 
-import os
-import re
-import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from stages.model.location import local_path
 from stages.run.errors import InputError
 from stages.text import formats
 from stages.text.formats import Problem, Record
+from stages.text.sources import FORMATS, Source, open_local
 
 BATCH_EXAMPLES = 1000
 # A batch of long rows ends earlier: tokenising takes some hundred bytes per character.
 BATCH_CHARACTERS = 4 * 2**20
 PROBLEMS_SHOWN = 10
-# What reading one of the JSON files of a saved dataset may raise where it is something else.
-_NOT_SAVED = (ValueError, KeyError, TypeError, RecursionError)
-FORMATS = (".jsonl", ".json", ".csv", ".parquet")
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -48,16 +42,6 @@ class Example(NamedTuple):
     response: str
 
 
-@dataclass(frozen=True)
-class Source:
-    """An opened dataset. `columns` is None where each record has its own (JSON); `unit` is what a record's number counts."""
-
-    name: str
-    unit: str
-    columns: list[str] | None
-    records: Iterator[tuple[int, Record]]
-
-
 def read_examples(
     dataset: str,
     *,
@@ -74,7 +58,7 @@ def read_examples(
     named and all counted (after the first bad row nothing more is yielded); and for a dataset without rows.
     """
     columns = columns or Columns()
-    source = _open(
+    source = open_dataset(
         dataset,
         revision,
         config,
@@ -207,137 +191,18 @@ def fault(text: object, present: bool) -> str:
     return ""
 
 
-def _open(dataset: str, revision: str, config: str, split: str, wanted: list[str]) -> Source:
+def open_dataset(
+    dataset: str, revision: str, config: str, split: str, columns: list[str]
+) -> Source:
+    """Open what DATASET names, wherever it is; of formats with columns only `columns` are read."""
     if dataset.startswith("s3://"):
         from stages.text.remote_sources import open_s3
 
-        return open_s3(dataset, split, wanted)
-    if os.path.lexists(dataset):
-        return _open_local(Path(dataset), split, wanted)
-    if (
-        dataset.endswith(FORMATS)
-        or dataset.startswith((".", "/", "~"))
-        or not _HUB_ID.fullmatch(dataset)
-    ):
-        raise InputError(
-            f"DATASET={dataset[:200]!r}: there is no such file or folder, and a dataset of the Hub is named OWNER/NAME."
-        )
+        return open_s3(dataset, split, columns)
+    kind = f"a file ({', '.join(FORMATS)}) or a folder made by save_to_disk"
+    path = local_path("DATASET", dataset, kind, suffixes=FORMATS)
+    if path is not None:
+        return open_local(path, split, columns)
     from stages.text.remote_sources import open_hub
 
-    return open_hub(dataset, revision, config, split, wanted)
-
-
-def _open_local(path: Path, split: str, wanted: list[str]) -> Source:
-    try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            return open_saved(str(path), lambda name: _opened_within(path, name), split, wanted)
-        if not stat.S_ISREG(mode):
-            raise InputError(f"{path} is neither a file nor a folder.")
-        return open_file(str(path), lambda: path.open("rb"), wanted)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
-
-
-def _opened_within(folder: Path, name: str) -> Any:
-    """A file of a saved dataset, in binary. Whoever made the dataset may not choose files of this machine by a link."""
-    file = folder / name
-    if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
-        raise InputError(
-            f"{file} is a link that leads out of its folder. Put the file itself there."
-        )
-    if file.exists() and not file.is_file():
-        raise InputError(f"{file} is not a file.")
-    return file.open("rb")
-
-
-def open_file(name: str, opened: Callable[[], Any], wanted: list[str]) -> Source:
-    """A dataset in one file, told by the end of its name; `opened()` gives it in binary."""
-    if not name.lower().endswith(FORMATS):
-        packed = (
-            " Unpack it first." if name.endswith((".gz", ".zip", ".zst", ".bz2", ".xz")) else ""
-        )
-        raise InputError(f"{name}: a dataset's file ends in {', '.join(FORMATS)}.{packed}")
-    file = opened()
-    try:
-        if name.lower().endswith(".csv"):
-            return Source(name, "line", *formats.csv_records(file))
-        if name.lower().endswith(".parquet"):
-            return Source(name, "row", *formats.parquet_records(file, wanted))
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
-    if formats.holds_array(file):
-        return Source(name, "row", None, formats.json_array(file))
-    return Source(name, "line", None, formats.json_lines(file))
-
-
-def open_saved(folder: str, opened: Callable[[str], Any], split: str, wanted: list[str]) -> Source:
-    """A folder that `datasets` saved (save_to_disk): one dataset, or one per split. `opened(name)` opens a file of it in binary.
-
-    Read without `datasets`, whose import costs a second and which copies a dataset on S3 to the disk first: the folder
-    is Arrow streams, named by state.json.
-    """
-    import json
-
-    def content(name: str) -> Any:
-        with opened(name) as file:
-            return json.load(file)
-
-    inside = ""
-    try:
-        splits = content("dataset_dict.json")["splits"]
-        if split not in splits or Path(split).name != split or split == "..":
-            raise InputError(
-                f"{folder} has no split {split!r}; it has {', '.join(splits)}. Set DATASET_SPLIT."
-            )
-        inside = f"{split}/"
-    except FileNotFoundError:
-        pass  # one dataset, without splits
-    except _NOT_SAVED as error:
-        raise InputError(
-            f"{folder}/dataset_dict.json is not what `datasets` writes ({error!r})."
-        ) from None
-    try:
-        names = [entry["filename"] for entry in content(f"{inside}state.json")["_data_files"]]
-    except FileNotFoundError:
-        remedy = f"Name a file ({', '.join(FORMATS)}) or a folder made by save_to_disk."
-        raise InputError(
-            f"{folder} is a folder without state.json, so no dataset that `datasets` saved. {remedy}"
-        ) from None
-    except _NOT_SAVED as error:
-        raise InputError(
-            f"{folder}/{inside}state.json is not what `datasets` writes ({error!r})."
-        ) from None
-    if any(
-        not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name
-        for name in names
-    ):
-        raise InputError(f"{folder}/{inside}state.json names data files outside its folder.")
-    return _arrow_files(folder, [inside + name for name in names], opened, wanted)
-
-
-def _arrow_files(
-    folder: str, names: list[str], opened: Callable[[str], Any], wanted: list[str]
-) -> Source:
-    def stream(name: str) -> tuple[list[str], Iterator[tuple[int, Record]]]:
-        try:
-            file = opened(name)
-        except FileNotFoundError:
-            raise InputError(
-                f"{folder}/{name} is missing: the saved dataset is not whole."
-            ) from None
-        try:
-            return formats.arrow_records(file, wanted)
-        except InputError as error:
-            raise InputError(f"{folder}/{name}: {error}") from None
-
-    def records() -> Iterator[tuple[int, Record]]:
-        done = 0
-        for name in names:
-            number = 0
-            for number, record in stream(name)[1]:
-                yield done + number, record
-            done += number
-
-    columns = stream(names[0])[0] if names else []
-    return Source(folder, "row", columns, records())
+    return open_hub(dataset, revision, config, split, columns)

@@ -15,12 +15,13 @@ from urllib.parse import urlsplit
 from stages.model.hub import from_hub
 from stages.model.hub_cache import commit_of
 from stages.run.errors import InputError
-from stages.text.examples import BATCH_EXAMPLES, FORMATS, Source, open_file, open_saved
 from stages.text.formats import table_records
+from stages.text.sources import FORMATS, Source, open_file, open_saved
 
 _TRIES = 5  # of each request, by the client itself, with growing pauses
 _LONGEST_SILENCE = 20  # seconds without a byte, after which a request is tried again
 _STREAM_BUFFER = 2**20
+_BATCH_EXAMPLES = 1000
 
 
 def open_s3(dataset: str, split: str, wanted: list[str]) -> Source:
@@ -105,7 +106,7 @@ def open_hub(dataset: str, revision: str, config: str, split: str, wanted: list[
     name = f"{dataset} ({split})"
     if not columns:
         return Source(name, "row", data.column_names, iter(()))
-    tables = data.select_columns(columns).with_format("arrow").iter(batch_size=BATCH_EXAMPLES)
+    tables = data.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH_EXAMPLES)
     return Source(name, "row", data.column_names, table_records(tables, columns))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from stages.model.location import local_model
 from stages.run.errors import InputError
 from stages.run.layout import TOKENIZER_FILES
 
@@ -256,10 +257,8 @@ def _marks_spaces(tokenizer: Tokenizer) -> bool:
 
 def find_tokenizer(model: str, revision: str = "") -> TextTokenizer:
     """The tokenizer of a model's folder or Hub id. Only one without tokenizer.json is converted by transformers (seconds)."""
-    folder = Path(model)
-    if not folder.is_dir():
-        if folder.exists() or folder.is_symlink() or model.startswith((".", "/", "~")):
-            raise InputError(f"MODEL_ID={model}: there is no such folder.")
+    folder = local_model(model)
+    if folder is None:
         from stages.model.hub import download_files
 
         folder = download_files(model, revision, TOKENIZER_FILES)

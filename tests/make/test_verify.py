@@ -12,7 +12,8 @@ import pytest
 from stages.make.verify import damage_of
 from stages.run import fsync
 from stages.run.fingerprint import ROOT
-from stages.run.manifest import FILE, manifest_of, with_checksum
+from stages.run.layout import MANIFEST_FILE
+from stages.run.manifest import manifest_of, with_checksum
 from stages.run.provenance import reasons
 from stages.run.publish import StageResult, publish, write_json
 from stages.run.settings import Settings
@@ -71,7 +72,7 @@ def test_a_run_without_outputs_is_not_called_whole(tmp_path: Path) -> None:
     "content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"provenance": {}, "outputs": {}}']
 )
 def test_a_manifest_that_cannot_be_believed_is_damage(output: Path, content: bytes) -> None:
-    (output / FILE).write_bytes(content)
+    (output / MANIFEST_FILE).write_bytes(content)
     assert damage_of(output) == ["manifest.json is damaged"]
     assert reasons("data", Settings(), {}, output) == ["manifest.json is damaged"]
 
@@ -80,7 +81,7 @@ def test_a_manifest_that_cannot_be_believed_is_damage(output: Path, content: byt
 def test_a_manifest_that_names_a_file_outside_is_refused(output: Path, name: str) -> None:
     manifest = manifest_of(output) or {}
     manifest["outputs"][name] = {"bytes": 1, "sha256": "0" * 64}
-    write_json(output / FILE, with_checksum(manifest))
+    write_json(output / MANIFEST_FILE, with_checksum(manifest))
     assert damage_of(output) == [f"manifest.json names {name!r}, which lies outside"]
 
 

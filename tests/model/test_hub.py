@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes import hub as hubs
 from tests.fakes.hub import FOR_EVER, Hub
 from tests.model.ask_hub import Answer, Asker, digests
-from tests.torture import hub as hubs
 
 pytestmark = pytest.mark.torture("network")
 

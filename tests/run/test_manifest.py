@@ -21,9 +21,9 @@ from stages.make.verify import damage_of
 from stages.make.verify import main as verify
 from stages.run import provenance
 from stages.run.errors import StageFailure
+from stages.run.layout import MANIFEST_FILE
 from stages.run.lock import _described, _facts, locked
 from stages.run.manifest import (
-
     PARTS,
     file_problems,
     manifest_of,

@@ -200,13 +200,11 @@ RECIPES = {
         "SEED ?= -1\nTOP_P ?= $$(touch pwned)\n",
         ["SEED=-1 must", "TOP_P='$$(touch pwned)' is not a number"],
     ),
-    "10 MB": (f"PROMPT ?= {'x' * 10_000_000}\n", ["Argument list too long", "nothing was run"]),
-    "a name of a run that is none": (
-        "RUN ?= a;touch${IFS}pwned\n",
-        ["RUN is to be a folder's name"],
-    ),
-    "no recipe at all": ("]]] not make\n", ["written.mk:1: *** missing separator"]),
-    "bytes": ("\x01\x7f\xff\n", ["written.mk:1: *** missing separator"]),
+    "10 MB": (f"PROMPT ?= {'x' * 10_000_000}\n", ["has 10,000,011 bytes", "nothing was run"]),
+    "a run": ("RUN ?= a;touch${IFS}pwned\n", ["RUN is not a setting"]),
+    "code for make": ("X := $(shell touch pwned)\n", ["line 1: 'X := $(shell touch pwned)' sets"]),
+    "no recipe at all": ("]]] not make\n", ["written.mk, line 1: ']]] not make' sets nothing"]),
+    "bytes": ("\x01\x7f\xff\n", ["written.mk cannot be read"]),
 }
 
 

@@ -18,12 +18,13 @@ from stages.backends.torch.train import environment, train, training_command
 from stages.make.verify import damage_of
 from stages.model.base import base_model_folder
 from stages.run.fingerprint import ROOT
-from stages.run.manifest import FILE, file_problems, manifest_of
+from stages.run.layout import MANIFEST_FILE
+from stages.run.manifest import file_problems, manifest_of
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
 from tests.backends.torch.test_train import base, data, weights  # noqa: F401 (fixtures: a two-layer model, and packed rows)
 from tests.conftest import Project
-from tests.torture.checkpoints import checkpoint_of, one_rank, resumed  # noqa: F401 (a fixture)
+from tests.torture.checkpoints import checkpoint_of, resumed
 from tests.torture.plugin import Torture
 
 pytestmark = pytest.mark.torture("damage")
@@ -91,7 +92,7 @@ def a_file_of(folder: Path, chance: random.Random) -> Path:
         sorted(
             path
             for path in folder.rglob("*")
-            if path.is_file() and path.name != FILE and any(path.read_bytes())
+            if path.is_file() and path.name != MANIFEST_FILE and any(path.read_bytes())
         )
     )
 
@@ -133,11 +134,11 @@ def test_a_fault_is_found_and_named(
 def test_a_manifest_is_no_longer_believed_when_a_byte_of_it_is_changed(
     published: Path, torture: Torture
 ) -> None:
-    text = (published / FILE).read_bytes()
+    text = (published / MANIFEST_FILE).read_bytes()
     for _ in range(torture.times(100, 3000)):
         place, value = torture.random.randrange(len(text)), torture.random.randrange(256)
         changed = text[:place] + bytes([value]) + text[place + 1 :]
-        (published / FILE).write_bytes(changed)
+        (published / MANIFEST_FILE).write_bytes(changed)
         try:
             same = json.loads(changed) == json.loads(text)
         except ValueError:
@@ -256,7 +257,11 @@ def a_checkpoint_file(checkpoint: Path, chance: random.Random) -> Path:
 
 @pytest.mark.parametrize("fault", CHECKPOINT_FAULTS)
 def test_a_training_goes_on_from_the_last_checkpoint_that_is_whole(
-    fault, one_rank, tmp_path, torture: Torture, capsys  # noqa: F811
+    fault,
+    one_rank,
+    tmp_path,
+    torture: Torture,
+    capsys,
 ) -> None:
     for step in (2, 4, 6):
         checkpoint_of(tmp_path / "written", step, keep=3)

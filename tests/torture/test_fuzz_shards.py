@@ -14,10 +14,14 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from stages.backends.neuron.shards.read.torch_archive import RowReader, StoredTensor, read_archive
+from stages.backends.neuron.shards.read.read.torch_archive import (
+    RowReader,
+    StoredTensor,
+    read_archive,
+)
 from torch.distributed.checkpoint import filesystem, metadata
 
-from stages.backends.neuron.shards import torch_archive
+from stages.backends.neuron.shards.read import torch_archive
 from stages.backends.torch.metadata import METADATA_FILE, read_metadata
 from stages.run.errors import StageFailure
 from tests.pickled import Call

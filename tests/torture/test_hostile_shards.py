@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from stages.backends.neuron.shards.read.torch_archive import read_archive
+from stages.backends.neuron.shards.read.read.torch_archive import read_archive
 from torch.distributed.checkpoint import metadata
 
 from stages.backends.torch.metadata import METADATA_FILE

@@ -16,7 +16,7 @@ from stages.run import publish as publishing
 from stages.run.manifest import file_problems, manifest_of
 from stages.run.publish import StageResult, publish, remove_published
 from stages.run.settings import Settings
-from tests.torture.checkpoints import checkpoint_of, one_rank, resumed  # noqa: F401 (a fixture)
+from tests.torture.checkpoints import checkpoint_of, resumed
 from tests.torture.plugin import Torture
 from tests.torture.power_cut import Moment, paused, recording
 
@@ -203,14 +203,16 @@ def recorded_checkpoint(folder: Path, flushes: bool = True) -> list[Moment]:
     return recorder.moments
 
 
-def test_a_power_cut_leaves_a_whole_checkpoint(one_rank, laid_out, tmp_path: Path) -> None:  # noqa: F811
+def test_a_power_cut_leaves_a_whole_checkpoint(one_rank, laid_out, tmp_path: Path) -> None:
     for folder, moment in laid_out(recorded_checkpoint(tmp_path / "recorded")):
         step, weight = resumed(folder / "checkpoints")
         assert step == weight and step in ((4,) if moment.finished else (2, 4))
 
 
 def test_a_training_whose_checkpoints_were_never_flushed_would_begin_anew(
-    one_rank, laid_out, tmp_path: Path  # noqa: F811
+    one_rank,
+    laid_out,
+    tmp_path: Path,
 ) -> None:
     cuts = laid_out(recorded_checkpoint(tmp_path / "recorded", flushes=False))
     assert any(resumed(folder / "checkpoints")[0] == 0 for folder, _ in cuts)

@@ -12,8 +12,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from stages.backends.neuron.shards.read import ShardedTensor, Shards, read_shards, refusal
-from stages.backends.neuron.shards.read.torch_archive import RowReader
+from stages.backends.neuron.shards.read.read import ShardedTensor, Shards, read_shards, refusal
+from stages.backends.neuron.shards.read.read.torch_archive import RowReader
 from stages.model.weights import ReadTensor, TensorSpec, write_safetensors
 from stages.run.contract import Consolidated
 from stages.run.errors import StageFailure
@@ -45,7 +45,7 @@ def consolidate(
         )
     reader = RowReader()
     if found.adapter:
-        from stages.backends.neuron.shards.read.merge_lora import merged_tensors
+        from stages.backends.neuron.shards.read.read.merge_lora import merged_tensors
 
         sources, base_bytes = merged_tensors(found, reader, base, dtype, tied or {})
     else:

@@ -12,8 +12,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.backends.neuron.shards.read import is_whole, read_shards
-from stages.backends.neuron.shards.read.torch_archive import RowReader
+from stages.backends.neuron.shards.read.read import is_whole, read_shards
+from stages.backends.neuron.shards.read.read.torch_archive import RowReader
 from stages.model.base import base_model_folder
 from stages.run.errors import InputError, StageFailure
 from stages.run.fsync import flush, fsync_tree

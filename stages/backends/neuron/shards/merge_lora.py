@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.backends.neuron.shards.read import ADAPTER_CONFIG, ShardedTensor, Shards, refusal
-from stages.backends.neuron.shards.read.torch_archive import RowReader
+from stages.backends.neuron.shards.read.read import ADAPTER_CONFIG, ShardedTensor, Shards, refusal
+from stages.backends.neuron.shards.read.read.torch_archive import RowReader
 from stages.model.weights import DTYPES, FLOATING, ReadTensor, TensorSpec
 from stages.run.errors import StageFailure
 

@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.backends.neuron.shards.read.torch_archive import (
+from stages.backends.neuron.shards.read.read.torch_archive import (
     Placeholder,
     RowReader,
     StoredTensor,
     TensorReference,
     read_archive,
 )
-from stages.backends.neuron.shards.read.unshard import (
+from stages.backends.neuron.shards.read.read.unshard import (
     Misfit,
     Original,
     Partition,

@@ -14,7 +14,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from stages.backends.neuron.shards.read.torch_archive import RowReader, StoredTensor, read_archive
+from stages.backends.neuron.shards.read.read.torch_archive import (
+    RowReader,
+    StoredTensor,
+    read_archive,
+)
 
 from stages.backends.neuron.consolidate import consolidate
 from stages.run.errors import StageFailure

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stages.backends.neuron.shards.read.torch_archive import RowReader
+from stages.backends.neuron.shards.read.read import ADAPTER_CONFIG, read_shards
+from stages.backends.neuron.shards.read.read.torch_archive import RowReader
 from transformers import AutoModelForCausalLM
 
 from stages.backends.neuron.consolidate import consolidate
-from stages.backends.neuron.shards.read import ADAPTER_CONFIG, read_shards
 from stages.run.errors import StageFailure
 from tests.backends.neuron.test_consolidate import GIGABYTE, assert_equal, written
 from tests.fakes.nxd_shards import LAYOUTS

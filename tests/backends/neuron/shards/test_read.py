@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from stages.backends.neuron.shards.read.torch_archive import RowReader, read_archive
+from stages.backends.neuron.shards.read.read import is_whole, problems, read_shards
+from stages.backends.neuron.shards.read.read.torch_archive import RowReader, read_archive
 
 from stages.backends.neuron.consolidate import consolidate
-from stages.backends.neuron.shards.read import is_whole, problems, read_shards
 from stages.run.errors import StageFailure
 from tests.backends.neuron.test_consolidate import GIGABYTE
 from tests.fakes.nxd import TensorReference

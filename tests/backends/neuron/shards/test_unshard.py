@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from stages.backends.neuron.shards.read.unshard import (
+from stages.backends.neuron.shards.read.read.unshard import (
     FusedLinearsSpec,
     GQAQKVColumnParallelLinearSpec,
     Misfit,
