@@ -52,10 +52,7 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Stag
     last = last_line(work / "metrics.jsonl")
     tokens = steps * settings.max_length * sequences_per_step(settings)
     return StageResult(
-        device=device_name(),
-        tokens=tokens,
-        metrics=last,
-        unkeyed=("metrics.jsonl", "shards/.metadata"),
+        device=device_name(), tokens=tokens, metrics=last, unkeyed=("metrics.jsonl",)
     )
 
 

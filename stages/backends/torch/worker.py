@@ -28,6 +28,7 @@ from stages.backends.schedule import sequences_per_step, total_steps
 from stages.backends.torch import checkpoint, optimizer
 from stages.backends.torch.parallel import build_model, mesh_of
 from stages.backends.torch.rank import run_rank
+from stages.model.check import tied_weights
 from stages.run.progress import Progress
 from stages.run.settings import Settings
 
@@ -125,7 +126,7 @@ def train(
                     settings.save_total_limit,
                 )
     metrics.flush()
-    checkpoint.save_shards(work / "shards", state.model)
+    checkpoint.save_shards(work / "shards", state.model, tied_weights(base))
 
 
 def train_step(state: Training, step: int, total: int) -> dict[str, float]:
