@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from stages.run.backend import backend_module
 from stages.run.cli import stage_command
@@ -34,11 +36,11 @@ def main(settings: Settings, train: Path, output: Path) -> None:
 
 
 def join(settings: Settings, train: Path, work: Path) -> StageResult:
-    """Write the whole model to `work` and hold it against its config.json; nothing is published that differs."""
+    """Write the whole model to `work` and check it against its config.json; a model that differs is not published."""
     from stages.model.base import base_model_folder
     from stages.model.check import check_model_folder, pretrained_config, tied_weights
 
-    require_published_shards(train)
+    shards = published_shards(train)
     backend = backend_module("consolidate", settings)
     shutil.copytree(train / TOKENIZER_FOLDER, work, dirs_exist_ok=True)
     for name in (PROMPT_FILE, GENERATION_CONFIG_FILE):
@@ -47,49 +49,70 @@ def join(settings: Settings, train: Path, work: Path) -> StageResult:
     config = pretrained_config(train)
     config.dtype = "bfloat16" if settings.bf16 else "float32"
     config.save_pretrained(work)
-    found = backend.consolidate(
-        train / SHARDS_FOLDER,
-        work,
-        dtype=config.dtype,
-        max_shard_size=parse_size(settings.max_shard_size),
-        tied=tied_weights(work),
-        base=base_model_folder(settings)
-        if settings.lora_r
-        else None,  # adapters are merged into it
-    )
+    try:
+        joined = backend.consolidate(
+            train / SHARDS_FOLDER,
+            work,
+            dtype=config.dtype,
+            max_shard_size=parse_size(settings.max_shard_size),
+            tied=tied_weights(work),
+            base=base_model_folder(settings)
+            if settings.lora_r
+            else None,  # adapters are merged into it
+        )
+    except Exception:  # damaged bytes can make a join fail in any way
+        require_undamaged(shards, train)
+        raise
+    require_undamaged(shards, train, joined["shards"])
     checked = check_model_folder(work)
     print(
         f"{checked['parameters']:,} parameters in {checked['dtype']}, {show_size(checked['bytes'])}: as config.json says",
         flush=True,
     )
     return StageResult(
-        metrics={**checked, "bytes_read": found["bytes_read"]}, digests=found["files"]
+        metrics={**checked, "bytes_read": joined["bytes_read"]}, digests=joined["files"]
     )
 
 
-def require_published_shards(train: Path) -> None:
-    """Raise StageFailure unless the shards are those that train published, byte by byte.
-
-    A shard's own checksum finds a byte that was changed. It does not find shards of equal shape that were exchanged, nor a changed
-    number in what says where each belongs.
-    """
+def published_shards(train: Path) -> dict[str, Any]:
+    """Train's manifest with only the shards as outputs. Raises StageFailure unless all exist and have their sizes."""
     manifest = manifest_of(train)
     if manifest is None:
         raise StageFailure(f"{train}: {manifest_problem(train)}. Run `make train` again.")
     shards = {
         name: facts for name, facts in manifest["outputs"].items() if name.startswith("shards/")
     }
-    found = [
-        line
-        for line in file_problems({**manifest, "outputs": shards}, train, read=True)
-        if line.startswith("shards/")
-    ]
-    if found:
+    manifest = {**manifest, "outputs": shards}
+    _require_none(file_problems(manifest, train), train)
+    return manifest
+
+
+def require_undamaged(
+    shards: dict[str, Any], train: Path, digests: Mapping[str, str] | None = None
+) -> None:
+    """Raise StageFailure unless the shards have the digests that train published, and there are no others.
+
+    `digests` (name -> SHA-256) are those that the join computed while it read; other files are read for theirs. This
+    comes after the join: no shard has to be read before it, and nothing is published until it passes.
+    """
+    read = {f"shards/{name}": digest for name, digest in (digests or {}).items()}
+    _require_none(
+        [
+            line
+            for line in file_problems(shards, train, read=True, digests=read)
+            if line.startswith("shards/")
+        ],
+        train,
+    )
+
+
+def _require_none(problems: list[str], train: Path) -> None:
+    if problems:
         raise StageFailure(
             "\n".join(
                 [
                     f"{train} is not what was published. Run `make train VERIFY=1`, which makes it again.",
-                    *found[:5],
+                    *problems[:5],
                 ]
             )
         )

@@ -115,6 +115,14 @@ def tied_weights(folder: Path) -> dict[str, str]:
     return _tied(described_model(folder))
 
 
+def untied(name: str, kept: str) -> StageFailure:
+    """The failure for two names that are one parameter in config.json and that training made different."""
+    return StageFailure(
+        f"{name} and {kept} are one parameter in config.json but two different ones in the shards: "
+        "training untied them. Set tie_word_embeddings to false, or train with them tied."
+    )
+
+
 def pretrained_config(folder: Path) -> Any:
     """The `PretrainedConfig` in `folder`. Raises StageFailure where there is none, or one that no model can be made from."""
     from transformers import CONFIG_MAPPING, AutoConfig

@@ -7,7 +7,7 @@ converted once, into a folder named after the content of its files.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,13 +71,19 @@ def convert(files: list[Path], tied: dict[str, str], output: Path) -> None:
     write_safetensors(sources, output, max_shard_size=MAX_SHARD_SIZE)
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
+def load_pickle(path: Path, known: Sequence[tuple[type, str]] = ()) -> Any:
+    """What torch.save wrote to `path`, its tensors mapped from the file.
+
+    `known` gives classes, and the names under which the file asks for them. Raises StageFailure for a file that is
+    damaged or asks for anything else than tensors and plain containers: nothing in it runs.
+    """
     import torch
 
     try:
-        state: Any = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        with torch.serialization.safe_globals(list(known)):
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except Exception as error:  # from damaged bytes, torch and pickle raise anything
         reason = str(error.__context__ or error).partition("\n")[0].partition(". ")[0] or repr(
             error
@@ -85,6 +91,10 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         raise StageFailure(
             f"{path} is damaged, or asks for more than tensors, and that is never run: {reason}"
         ) from error
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    state = load_pickle(path)
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise StageFailure(f"{path} holds no state dict (tensors by name).")
     strange = [name for name, value in state.items() if not _is_plain(value)]

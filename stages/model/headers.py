@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.model.weights import DTYPES, INDEX_FILE, SINGLE_FILE, TensorSpec
+from stages.model.weights import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, TensorSpec
 
 NAMES_SHOWN = 5
 
@@ -48,7 +48,6 @@ def _read_header(path: Path, headers: Headers) -> Iterator[str]:
     if not path.is_file():  # a pipe would be waited for
         yield f"{path} is not a file, or a link that leads nowhere."
         return
-    names = {code: dtype for dtype, (code, _) in DTYPES.items()}
     unknown = []
     try:
         with safe_open(path, framework="numpy") as file:
@@ -59,9 +58,9 @@ def _read_header(path: Path, headers: Headers) -> Iterator[str]:
                 if name in headers.files:
                     yield f"{path.parent}: {name} is in {headers.files[name]} and in {path.name}."
                 headers.files[name] = path.name
-                if entry.get_dtype() in names:
+                if entry.get_dtype() in DTYPE_NAMES:
                     headers.tensors[name] = TensorSpec(
-                        name, tuple(entry.get_shape()), names[entry.get_dtype()]
+                        name, tuple(entry.get_shape()), DTYPE_NAMES[entry.get_dtype()]
                     )
                 else:
                     unknown.append(f"{name} {entry.get_dtype()}")

@@ -44,6 +44,7 @@ DTYPES = {
     "uint8": ("U8", 1),
     "bool": ("BOOL", 1),
 }
+DTYPE_NAMES = {code: name for name, (code, _) in DTYPES.items()}
 FLOATING = ("float64", "float32", "float16", "bfloat16")
 
 # What passes through at a time: small enough to stay in a processor's cache from the read to the write, large enough for a disk.

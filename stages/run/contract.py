@@ -41,12 +41,17 @@ class Precompile(Protocol):
 
 
 class Consolidated(TypedDict):
-    """Counts of what `consolidate` wrote; `files` maps each file's name to its SHA-256."""
+    """Counts of what `consolidate` wrote, and digests.
+
+    `files` maps each file that was written to its SHA-256, `shards` each shard that was read from
+    its first byte to its last, so that nobody reads it again for its digest.
+    """
 
     tensors: int
     parameters: int
     bytes_read: int
     files: dict[str, str]
+    shards: dict[str, str]
 
 
 class Consolidate(Protocol):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -93,12 +94,18 @@ def _is_inside(name: str) -> bool:
     )
 
 
-def file_problems(manifest: dict[str, Any], output: Path, read: bool = False) -> list[str]:
+def file_problems(
+    manifest: dict[str, Any],
+    output: Path,
+    read: bool = False,
+    digests: Mapping[str, str] | None = None,
+) -> list[str]:
     """What is no longer as it was published into `output`: files that are gone or have another size, cheap enough for every make.
 
     With `read` every file is read and held against its digest, and files that were not published are found too. A file is never
-    read through a link that leads out of the folder.
+    read through a link that leads out of the folder. `digests` are those of files that the caller has read already.
     """
+    known = digests or {}
     found, to_read = [], []
     for name, facts in manifest["outputs"].items():
         wrong = _wrong_place(output, name, facts["bytes"])
@@ -108,6 +115,12 @@ def file_problems(manifest: dict[str, Any], output: Path, read: bool = False) ->
             to_read.append(name)
     if not read:
         return found
+    found += [
+        f"{name} has other bytes than were published"
+        for name in to_read
+        if name in known and known[name] != manifest["outputs"][name]["sha256"]
+    ]
+    to_read = [name for name in to_read if name not in known]
     with Progress(
         f"reading {output}", sum(manifest["outputs"][name]["bytes"] for name in to_read), "bytes"
     ) as progress:

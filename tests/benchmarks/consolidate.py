@@ -1,11 +1,13 @@
-"""How long consolidation takes, beside a copy of the same shards, and how much memory.
+"""How long consolidation takes, next to a copy of the same shards, and how much memory.
 
     python tests/benchmarks/consolidate.py FOLDER [--gigabytes 4] [--rounds 3]
 
-Two processes write a model of Llama's shapes (hidden 2048, as many layers as the size asks for, float32, random values) as tensor-parallel
-DCP shards below FOLDER. Then `cp -r` of the shards, consolidation to float32 and consolidation to bfloat16 take turns. Each round starts
-with the shards out of the page cache and ends when what was written is on the disk. Seconds are of whole processes, the start of Python and
-torch included; the table shows medians. Everything is removed at the end; FOLDER needs about twice the size.
+Two processes write a model of Llama's shapes (hidden 2048, as many layers as the size asks for, float32, random values)
+as tensor-parallel shards below FOLDER. Then `cp -r` of the shards, consolidation to float32, to bfloat16, and DCP's own
+join take turns. Consolidation checks every value, and hashes what it reads and what it writes; DCP's join does neither.
+Each round starts with the shards out of the page cache and ends when the output is on the disk. Seconds are of whole
+processes, the start of Python and torch included; the table shows medians. Everything is removed at the end; FOLDER
+needs about twice the size.
 """
 
 from __future__ import annotations
@@ -29,6 +31,15 @@ from stages.backends.torch.consolidate import consolidate
 shards, output, dtype = sys.argv[1:]
 consolidate(Path(shards), Path(output), dtype=dtype, max_shard_size=5 * 10**9)
 """
+DCP_JOIN = """
+import sys
+from pathlib import Path
+from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
+from safetensors import safe_open
+shards, output = sys.argv[1:]
+names = {name for path in Path(shards).iterdir() for name in safe_open(path, "pt").keys()}
+consolidate_safetensors_files(shards, output, dict.fromkeys(sorted(names), 1))
+"""
 
 
 def write_shards(folder: Path, gigabytes: float) -> None:
@@ -36,6 +47,7 @@ def write_shards(folder: Path, gigabytes: float) -> None:
     import torch
     import torch.distributed.checkpoint as dcp
     from torch import distributed as dist
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -71,12 +83,12 @@ def write_shards(folder: Path, gigabytes: float) -> None:
             [Shard(dimension) if len(shape) > 1 else Replicate()],
             run_check=False,
         )
-    dcp.save({"model": state}, checkpoint_id=folder)
+    dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     dist.destroy_process_group()
 
 
-def measured(command: list[str], shards: Path, output: Path) -> tuple[float, float]:
-    """Run `command` from a cold cache; return seconds until its output is on the disk, and its peak resident memory in GB."""
+def measured(command: list[str], shards: Path, output: Path) -> tuple[float, float, float]:
+    """Run `command` from a cold cache; return seconds until its output is on the disk, CPU seconds and peak resident GB."""
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
     os.sync()
@@ -90,25 +102,28 @@ def measured(command: list[str], shards: Path, output: Path) -> tuple[float, flo
     if process.returncode:
         raise SystemExit(f"{command[0]} ended with status {process.returncode}")
     subprocess.run(["sync", "-f", str(output)], check=True)
-    return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e9
+    return (
+        time.perf_counter() - started,
+        usage.ru_utime + usage.ru_stime,
+        usage.ru_maxrss * 1024 / 1e9,
+    )
 
 
 def compare(commands: dict[str, list[str]], shards: Path, output: Path, rounds: int) -> None:
-    """Run the commands in turn, `rounds` times each, and print a line for each beside that of `cp -r`."""
-    runs: dict[str, list[tuple[float, float]]] = {label: [] for label in commands}
+    """Run the commands in turn, `rounds` times each, and print a line for each."""
+    runs: dict[str, list[tuple[float, float, float]]] = {label: [] for label in commands}
     for _ in range(rounds):
         for label, command in commands.items():
             runs[label].append(measured(command, shards, output))
     size = sum(path.stat().st_size for path in shards.rglob("*") if path.is_file()) / 1e9
     print(f"{size:.2f} GB of shards, medians of {rounds}")
-    print(f"{'':24}{'seconds':>9}{'of cp':>7}{'peak GB':>9}   each")
-    copy = median(seconds for seconds, _ in runs["cp -r"])
+    print(f"{'':24}{'seconds':>9}{'of cp':>7}{'CPU s':>7}{'peak GB':>9}   each")
+    copy = median(seconds for seconds, _, _ in runs["cp -r"])
     for label, results in runs.items():
-        seconds = median(seconds for seconds, _ in results)
-        each = " ".join(f"{value:.1f}" for value, _ in results)
-        print(
-            f"{label:24}{seconds:9.1f}{seconds / copy:7.2f}{max(peak for _, peak in results):9.2f}   {each}"
-        )
+        seconds, cpu, _ = (median(values) for values in zip(*results, strict=True))
+        each = " ".join(f"{values[0]:.1f}" for values in results)
+        peak = max(values[2] for values in results)
+        print(f"{label:24}{seconds:9.1f}{seconds / copy:7.2f}{cpu:7.1f}{peak:9.2f}   {each}")
 
 
 def main() -> None:
@@ -150,6 +165,7 @@ def main() -> None:
                 str(output),
                 dtype,
             ]
+        commands["DCP's own join"] = [sys.executable, "-c", DCP_JOIN, str(shards), str(output)]
         compare(commands, shards, output, arguments.rounds)
 
 

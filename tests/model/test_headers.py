@@ -10,20 +10,28 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save
 
 from stages.model.headers import read_headers
 from stages.model.weights import INDEX_FILE, SINGLE_FILE
-from tests.torture.shard_damage import CHANGES, STATE, changed, same_folder
 
 pytestmark = pytest.mark.torture("fuzz")
 
-WEIGHTS = save(
-    {"first": STATE["first"], "half": STATE["half"], "last": STATE["last"]},
-    metadata={"format": "pt"},
+STATE = {
+    "first": torch.arange(12.0).reshape(3, 4),
+    "half": torch.arange(6).bfloat16(),
+    "last": torch.arange(12.0, 24.0).reshape(3, 4),
+}
+WEIGHTS = save(STATE, metadata={"format": "pt"})
+# Places, as fractions of a file, and the bytes that are put there.
+CHANGES = st.lists(
+    st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4
+)
+same_folder = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
 )
 NUMBERS = st.one_of(
     st.integers(-2, 200), st.sampled_from([2**31, 2**63, 2**64, -(2**63), 1.5, None, "1", True])
@@ -39,6 +47,13 @@ ENTRIES = st.fixed_dictionaries(
         "more": NUMBERS,
     },
 )
+
+
+def changed(data: bytes, changes: list[tuple[float, int]], kept: float) -> bytes:
+    damaged = bytearray(data)
+    for place, byte in changes:
+        damaged[int(place * len(damaged))] = byte
+    return bytes(damaged[: round(kept * len(damaged))])
 
 
 def headers_of(folder: Path, weights: bytes) -> Iterator[tuple[str, torch.Tensor]]:

@@ -198,7 +198,7 @@ def test_a_flipped_bit_in_the_trained_shards_stops_consolidation_and_leaves_its_
         built.folder / "outputs/tiny/train/shards",
         ("RECIPE=tiny", "MAX_SHARD_SIZE=100kB"),
     )
-    file = max(shards.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    file = max(shards.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     whole, before = file.read_bytes(), built.manifest("consolidate")
     for _ in range(torture.times(1, 10)):
         place = torture.random.randrange(len(whole) // 4, len(whole) * 3 // 4)

@@ -100,7 +100,7 @@ def test_an_input_that_may_not_be_read_is_named(built: Project) -> None:
 
 
 def test_an_output_of_an_earlier_stage_that_may_not_be_read_is_named(built: Project) -> None:
-    shards = next((built.folder / "outputs/tiny/train/shards").glob("*.distcp"))
+    shards = next((built.folder / "outputs/tiny/train/shards").glob("*.safetensors"))
     shards.chmod(0o000)
     done = ordinary(built, "consolidate", "MAX_SHARD_SIZE=100KB")
     shards.chmod(0o644)

@@ -211,9 +211,7 @@ def test_no_call_in_the_stages_leaves_open_whether_a_models_code_is_run() -> Non
     ] == []
 
 
-def test_no_pickle_in_the_stages_is_opened_but_as_weights_or_by_a_list_of_what_it_may_build() -> (
-    None
-):
+def test_no_pickle_in_the_stages_is_opened_but_as_weights() -> None:
     found = []
     for path, node in sources():
         if (
@@ -245,7 +243,7 @@ def test_no_pickle_in_the_stages_is_opened_but_as_weights_or_by_a_list_of_what_i
             and node.func.id in ("eval", "exec")
         ):
             found.append(f"{path}:{node.lineno}: {node.func.id}")
-        if isinstance(node, ast.ClassDef) and path.name != "inert_unpickler.py":
+        if isinstance(node, ast.ClassDef):
             bases = [ast.unparse(base) for base in node.bases]
             found += [
                 f"{path}:{node.lineno}: {base}"

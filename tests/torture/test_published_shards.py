@@ -1,9 +1,8 @@
-"""Shards that are whole, each for itself, and yet not what train published; and checkpoints of a training that were made to do harm."""
+"""Shards that differ from what train published: found before anything is published from them, and named."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,34 +11,37 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from stages.backends.torch.metadata import METADATA_FILE
-from stages.backends.torch.reader import load_checkpoint
 from stages.consolidate import join
 from stages.run.errors import StageFailure
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
-from tests.pickled import Call
 from tests.tiny_llama import tiny_llama
-from tests.torture.shard_damage import SHARD, change
+from tests.torture.checkpoints import resumed
 
 pytestmark = [
     pytest.mark.torture("fuzz"),
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
 
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+
 
 @pytest.fixture
-def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What train publishes: the shards of a tiny Llama in two files, its config, a tokenizer and a prompt."""
+def train(tmp_path: Path) -> Path:
+    """What train publishes: the shards of a tiny Llama, its config, a tokenizer and a prompt."""
 
     def build(work: Path) -> StageResult:
         model = tiny_llama()
         model.config.save_pretrained(work)
         (work / "tokenizer").mkdir()
         (work / "prompt.json").write_text("{}")
-        dcp.save({"model": model.state_dict()}, checkpoint_id=work / "shards", no_dist=True)
-        return StageResult(unkeyed=("shards/.metadata",))
+        writer = HuggingFaceStorageWriter(str(work / "shards"), save_distributed=True)
+        dcp.save(model.state_dict(), storage_writer=writer, no_dist=True)
+        return StageResult()
 
     publish("train", Settings(), {}, tmp_path / "train", build)
     return tmp_path / "train"
@@ -47,6 +49,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def joined(train: Path) -> None:
     work = train.parent / "work"
+    shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     join(replace(Settings(), bf16=False), train, work)
 
@@ -55,24 +58,37 @@ def test_shards_as_they_were_published_are_joined(train: Path) -> None:
     joined(train)
 
 
+def replaced(path: Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert len(old) == len(new) and old in data
+    path.write_bytes(data.replace(old, new))
+
+
 def layers_exchanged(shards: Path) -> None:
-    """Two matrices of one shape: each is whole, and has the other's place."""
-    names = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(2)]
-    found = pickle.loads((shards / METADATA_FILE).read_bytes())
-    places = {
-        index.fqn.removeprefix("model."): place for index, place in found.storage_data.items()
-    }
-    for name, other in (names, reversed(names)):
-        change(shards, name, offset=places[other].offset, length=places[other].length)
+    """Two matrices of one shape under each other's names: only a digest can tell."""
+    first, second = (f"model.layers.{number}.mlp.up_proj.weight".encode() for number in range(2))
+    replaced(shards / SHARD, first, first.replace(b"up", b"xx"))
+    replaced(shards / SHARD, second, first)
+    replaced(shards / SHARD, first.replace(b"up", b"xx"), second)
+
+
+def last_byte_flipped(shards: Path) -> None:
+    data = bytearray((shards / SHARD).read_bytes())
+    data[-4] ^= 1
+    (shards / SHARD).write_bytes(data)
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "two layers exchanged": layers_exchanged,
-    "a byte of the metadata": lambda shards: (shards / METADATA_FILE).write_bytes(
-        (shards / METADATA_FILE).read_bytes() + b"."
+    "a digit of a place": lambda shards: replaced(
+        shards / SHARD, b'saved_offsets\\": [0, 0]', b'saved_offsets\\": [1, 0]'
     ),
-    "a byte of a shard": lambda shards: os.truncate(shards / SHARD, 10**7),
-    "a file more": lambda shards: shutil.copy(shards / SHARD, shards / "__1_0.distcp"),
+    "a bit of a weight": last_byte_flipped,
+    "zeros": lambda shards: (shards / SHARD).write_bytes(bytes((shards / SHARD).stat().st_size)),
+    "a shard cut short": lambda shards: os.truncate(shards / SHARD, 10**4),
+    "a file more": lambda shards: shutil.copy(
+        shards / SHARD, shards / SHARD.replace("shard-00001", "shard-00002")
+    ),
     "a file less": lambda shards: (shards / SHARD).unlink(),
     "a link in the place of a file": lambda shards: (
         (shards / SHARD).rename(shards.parents[1] / SHARD),
@@ -91,48 +107,38 @@ def test_shards_other_than_those_that_were_published_are_not_joined(
         joined(train)
 
 
-def resumed(folder: Path) -> dict:
-    state = {"model": {"w": torch.zeros(3)}, "optimizer": {"lr": 0.0, "betas": (0.0, 0.0)}}
-    load_checkpoint(folder, state)
-    return state
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    deadline=None,
+    max_examples=30,
+)
+@given(
+    place=st.one_of(st.floats(0, 1, exclude_max=True), st.floats(0, 0.1)), byte=st.integers(0, 255)
+)
+def test_any_changed_byte_of_a_shard_is_found(train: Path, place: float, byte: int) -> None:
+    intact = (train / "shards" / SHARD).read_bytes()
+    data = bytearray(intact)
+    data[int(place * len(data))] = byte
+    if data == intact:
+        return
+    (train / "shards" / SHARD).write_bytes(data)
+    try:
+        with pytest.raises(StageFailure, match="has other bytes than were published"):
+            joined(train)
+    finally:
+        (train / "shards" / SHARD).write_bytes(intact)
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    state = {"model": {"w": torch.arange(3.0)}, "optimizer": {"lr": 0.1, "betas": (0.9, 0.95)}}
-    dcp.save(state, checkpoint_id=tmp_path / "step", no_dist=True)
-    return tmp_path / "step"
-
-
-def test_a_checkpoint_is_resumed_with_its_numbers(checkpoint: Path) -> None:
-    state = resumed(checkpoint)
-    assert torch.equal(state["model"]["w"], torch.arange(3.0))
-    assert state["optimizer"] == {"lr": 0.1, "betas": (0.9, 0.95)}
-
-
-@pytest.mark.parametrize("place", ["the metadata", "a number"])
-def test_a_checkpoint_with_a_command_in_it_is_not_resumed_and_nothing_runs(
-    checkpoint: Path, place: str
+def test_a_checkpoint_that_cannot_be_read_is_a_clear_failure(
+    tmp_path: Path, one_rank: None
 ) -> None:
-    command = Call(os.system, "touch ran")
-    if place == "the metadata":
-        (checkpoint / METADATA_FILE).write_bytes(pickle.dumps(command))
-    else:
-        shutil.rmtree(checkpoint)
-        state = {
-            "model": {"w": torch.arange(3.0)},
-            "optimizer": {"lr": command, "betas": (0.9, 0.95)},
-        }
-        dcp.save(state, checkpoint_id=checkpoint, no_dist=True)
-    with pytest.raises(StageFailure, match=r"cannot be resumed from"):
-        resumed(checkpoint)
-    assert not list(Path().iterdir())
+    """Its files have the digests in its list, and yet are not a checkpoint of this model."""
+    from stages.backends.torch.checkpoint import save_checkpoint
 
-
-def test_a_checkpoint_that_names_a_file_elsewhere_is_not_resumed(checkpoint: Path) -> None:
-    shutil.copy(checkpoint / SHARD, checkpoint.parent / "outside")
-    change(checkpoint, "w", relative_path="../outside")
-    with pytest.raises(StageFailure, match="is not one of the checkpoint's own"):
-        resumed(checkpoint)
+    model = torch.nn.Linear(3, 1)
+    save_checkpoint(tmp_path, 2, model, torch.optim.SGD(model.parameters()), keep=1)
+    with pytest.raises(
+        StageFailure,
+        match=r"step-00000002 cannot be resumed from: .*Remove it and run `make train` again",
+    ):
+        resumed(tmp_path)

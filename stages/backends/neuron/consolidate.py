@@ -1,8 +1,8 @@
-"""From optimum-neuron's shards to whole weights, on any machine: reads what NeuronTrainer.save_model left, hands on safetensors files.
+"""Joins the shards that NeuronTrainer.save_model left into whole tensors, on any machine, and writes them as safetensors.
 
-The library's own way out holds the whole model in memory twice, needs the Neuron packages and, above 5 GB, gives all files one name, so
-that the last alone survives. Here the shards are read where they lie, a few megabytes at a time. An adapter is merged into its base model
-on the way.
+optimum-neuron's own join keeps the whole model in memory twice, needs the Neuron packages and, above 5 GB, gives all
+files one name, so that only the last survives. Here the shards are read a few megabytes at a time. An adapter is merged
+into its base model on the way.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from stages.backends.neuron.shards.read.read import ShardedTensor, Shards, read_shards, refusal
-from stages.backends.neuron.shards.read.read.torch_archive import RowReader
+from stages.backends.neuron.shards.read import ShardedTensor, Shards, read_shards, refusal
+from stages.backends.neuron.shards.torch_archive import RowReader
+from stages.model.check import untied
 from stages.model.weights import ReadTensor, TensorSpec, write_safetensors
 from stages.run.contract import Consolidated
 from stages.run.errors import StageFailure
@@ -45,7 +46,7 @@ def consolidate(
         )
     reader = RowReader()
     if found.adapter:
-        from stages.backends.neuron.shards.read.read.merge_lora import merged_tensors
+        from stages.backends.neuron.shards.merge_lora import merged_tensors
 
         sources, base_bytes = merged_tensors(found, reader, base, dtype, tied or {})
     else:
@@ -56,6 +57,7 @@ def consolidate(
         "parameters": sum(spec.elements for spec, _ in sources),
         "bytes_read": reader.bytes_read + base_bytes,
         "files": digests,
+        "shards": {},  # the caller reads them for their digests
     }
 
 
@@ -103,7 +105,4 @@ def _check_tie(tensor: ShardedTensor | None, kept: ShardedTensor, reader: RowRea
             torch.equal(a, b) for a, b in zip(tensor.read(reader), kept.read(reader), strict=True)
         )
     if not same:
-        raise StageFailure(
-            f"{tensor.spec.name} and {kept.spec.name} are one parameter in config.json but two different ones in the shards: "
-            "training untied them. Set tie_word_embeddings to false, or train with them tied."
-        )
+        raise untied(tensor.spec.name, kept.spec.name)

@@ -12,10 +12,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.backends.neuron.shards.read.read import is_whole, read_shards
-from stages.backends.neuron.shards.read.read.torch_archive import RowReader
+from stages.backends.neuron.shards.read import damaged, is_whole
 from stages.model.base import base_model_folder
-from stages.run.errors import InputError, StageFailure
+from stages.run.errors import InputError
 from stages.run.fsync import flush, fsync_tree
 from stages.run.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, SHARDS_FOLDER
 from stages.run.settings import Settings
@@ -92,10 +91,10 @@ def _resumed(work: Path, step: int) -> Path:
 def _last_undamaged(work: Path) -> tuple[int, Path] | None:
     """`last_checkpoint` of the interrupted ones whose weights can be read to the last byte. Damaged ones are named and removed."""
     while (last := last_checkpoint(work / INTERRUPTED)) and not _resumed(work, last[0]).is_dir():
-        wrong = damage(last[1])
-        if not wrong:
+        reason = damaged(last[1])
+        if not reason:
             break
-        print(f"the checkpoint of step {last[0]:,} is damaged and removed: {wrong}", flush=True)
+        print(f"the checkpoint of step {last[0]:,} is damaged and removed: {reason}", flush=True)
         shutil.rmtree(work / INTERRUPTED / f"checkpoint-{last[0]}")
     return last
 
@@ -106,22 +105,10 @@ def finished(work: Path) -> bool:
         (work / SHARDS_FOLDER, work / SHARDS_FOLDER),
         (work / "saved", saved_shards(work / "saved")),
     ):
-        if is_whole(shards) and not damage(shards):
+        if is_whole(shards) and not damaged(shards):  # NeuronTrainer does not flush what it saves
             return True
         shutil.rmtree(folder, ignore_errors=True)
     return False
-
-
-def damage(shards: Path) -> str:
-    """What is wrong with saved weights, all of which are read; empty where nothing is. NeuronTrainer does not flush what it saves."""
-    try:
-        found, reader = read_shards(shards), RowReader()
-        for tensor in () if found.problems else found.tensors.values():
-            for _ in tensor.read(reader):
-                pass
-    except StageFailure as failure:
-        return str(failure)
-    return "; ".join(found.problems[:1])
 
 
 def _as_model_folder(settings: Settings, shards: Path, folder: Path) -> Path:

@@ -22,7 +22,7 @@ from stages.backends.neuron.resume import (
     finished,
     saved_shards,
 )
-from stages.backends.neuron.shards.read.read import ADAPTER_CONFIG, is_whole
+from stages.backends.neuron.shards.read import ADAPTER_CONFIG, is_whole
 from stages.backends.schedule import derivation, sequences_per_step, total_steps
 from stages.model.base import base_config, base_model_folder, copy_config
 from stages.model.fit import fit_problems

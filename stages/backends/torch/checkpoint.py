@@ -1,8 +1,9 @@
-"""Checkpoints to resume from, and the shards that training hands on, with torch.distributed.checkpoint (DCP).
+"""Checkpoints to resume from, and the shards that train publishes, with torch.distributed.checkpoint (DCP).
 
-Both are written beside their place, flushed to the disk, and renamed when every rank has written its part. A checkpoint also lists
-its files with their digests: one that a disk damaged later is found when a training would resume from it. Each tensor is stored
-once, in pieces that any later layout of processes can read.
+Both are written into a temporary folder, flushed to the disk, and renamed when every rank has written its part. A
+checkpoint is in DCP's own format and lists its files with their digests, so that damage is found before a training
+resumes from it. The shards are plain safetensors files, one for each rank. Each tensor is stored once, in parts that
+any later layout of processes can read.
 """
 
 from __future__ import annotations
@@ -11,21 +12,24 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
-from stages.backends.torch.reader import load_checkpoint
 from stages.run.digests import file_digest
 from stages.run.disk import disk_guard
+from stages.run.errors import StageFailure
 from stages.run.fsync import flush, fsync_tree, make_durable_folder
 
 LIST = "files.json"  # name -> bytes and sha256 of each other file of a checkpoint
@@ -36,7 +40,7 @@ def save_checkpoint(
 ) -> None:
     """Write `folder/step-N` with weights and optimizer state, then remove all but the last `keep`."""
     weights, moments = get_state_dict(model, optimizer)
-    _write(folder / f"step-{step:08d}", {"model": weights, "optimizer": moments}, listed=True)
+    _write(folder / f"step-{step:08d}", {"model": weights, "optimizer": moments}, checkpoint=True)
     if dist.get_rank() == 0:
         for old in _checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
@@ -59,18 +63,23 @@ def resume(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimize
         return 0
     weights, moments = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
-    load_checkpoint(_checkpoints(folder)[-1], state)
+    _load(_checkpoints(folder)[-1], state)
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
     return step
 
 
-def save_shards(folder: Path, model: torch.nn.Module) -> None:
-    """Write the trained weights alone: float32, under their Hugging Face names with the prefix `model.`."""
-    _write(
-        folder, {"model": get_model_state_dict(model)}, listed=False
-    )  # the stage's manifest will list them
+def save_shards(folder: Path, model: torch.nn.Module, tied: Mapping[str, str]) -> None:
+    """Write only the trained weights: float32, under their Hugging Face names.
+
+    `tied` gives, for each name that is the same parameter as another, that other: it is left out while the two are equal.
+    """
+    weights: dict[str, Any] = get_model_state_dict(model)
+    for name, kept in tied.items():
+        if name in weights and _same(weights[name], weights[kept]):
+            del weights[name]
+    _write(folder, weights, checkpoint=False)
 
 
 def last_step(folder: Path) -> int:
@@ -83,25 +92,49 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
 
 
-def _write(folder: Path, state: dict[str, Any], listed: bool) -> None:
-    beside = folder.with_name(f"{folder.name}.writing")
+def _load(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Fill `state` from a checkpoint whose digests were checked. DCP unpickles its metadata: outputs/ is trusted."""
+    try:
+        dcp.load(state, checkpoint_id=checkpoint)
+    except dcp.CheckpointException as error:  # not an Exception: nothing above would catch it
+        reasons = sorted(
+            {str(failure).partition("\n")[0] for failure, _ in error.failures.values()}
+        )
+        raise StageFailure(
+            f"{checkpoint} cannot be resumed from: {'; '.join(reasons)}. Remove it and run `make train` again."
+        ) from error
+
+
+def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors that are cut alike are equal on every rank."""
+    local, other = (
+        tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in (first, second)
+    )
+    equal = [False] * dist.get_world_size()
+    dist.all_gather_object(equal, torch.equal(local, other))
+    return all(equal)
+
+
+def _write(folder: Path, state: dict[str, Any], checkpoint: bool) -> None:
+    writing = folder.with_name(f"{folder.name}.writing")
     if dist.get_rank() == 0:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(writing, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
         make_durable_folder(folder.parent)
     dist.barrier()
-    with disk_guard(folder.name, beside, _bytes(state)):
+    writer = None if checkpoint else HuggingFaceStorageWriter(str(writing), save_distributed=True)
+    with disk_guard(folder.name, writing, _bytes(state)):
         try:
-            dcp.save(state, checkpoint_id=beside)
-        except dcp.CheckpointException as error:  # no Exception: nothing above would catch it
+            dcp.save(state, checkpoint_id=writing, storage_writer=writer)
+        except dcp.CheckpointException as error:  # not an Exception: nothing above would catch it
             raise RuntimeError(str(error)) from error
     dist.barrier()
-    files = _facts(beside, sorted(path.name for path in beside.iterdir())) if listed else {}
+    files = _facts(writing, sorted(path.name for path in writing.iterdir())) if checkpoint else {}
     if dist.get_rank() == 0:
-        if listed:
-            (beside / LIST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
-        fsync_tree(beside)
-        beside.rename(folder)
+        if checkpoint:  # train's manifest lists the shards
+            (writing / LIST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+        fsync_tree(writing)
+        writing.rename(folder)
         flush(folder.parent)
     dist.barrier()
 

@@ -53,12 +53,7 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Stag
     steps = total_steps(settings, rows)
     last = last_line(work / METRICS_FILE)
     tokens = steps * settings.max_length * sequences_per_step(settings)
-    return StageResult(
-        device=device_name(),
-        tokens=tokens,
-        metrics=last,
-        unkeyed=(METRICS_FILE, "shards/.metadata"),
-    )
+    return StageResult(device=device_name(), tokens=tokens, metrics=last, unkeyed=(METRICS_FILE,))
 
 
 def _remove_half_written(work: Path) -> None:

@@ -28,6 +28,7 @@ from stages.backends.schedule import data_parallel_size, sequences_per_step, tot
 from stages.backends.torch import checkpoint, optimizer
 from stages.backends.torch.parallel import build_model, mesh_of
 from stages.backends.torch.rank import run_rank
+from stages.model.check import tied_weights
 from stages.run.layout import (
     CHECKPOINTS_FOLDER,
     METRICS_FILE,
@@ -134,7 +135,7 @@ def train(
                     settings.save_total_limit,
                 )
     metrics.flush()
-    checkpoint.save_shards(work / SHARDS_FOLDER, state.model)
+    checkpoint.save_shards(work / SHARDS_FOLDER, state.model, tied_weights(base))
 
 
 def train_step(state: Training, step: int, total: int) -> dict[str, float]:

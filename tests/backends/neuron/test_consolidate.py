@@ -33,7 +33,7 @@ def test_every_layout_gives_the_original_weights_and_what_the_library_reads(
     written_shards, output, name, piece_bytes, monkeypatch
 ):
     monkeypatch.setattr(shards, "PIECE_BYTES", piece_bytes)
-    monkeypatch.setattr(archive, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(archive, "MAPPED_BYTES", piece_bytes)
     for package in PACKAGES:
         monkeypatch.setitem(sys.modules, package, None)  # importing it is an error
     folder = written_shards / name

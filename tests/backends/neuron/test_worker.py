@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from stages.backends.neuron.shards.read.read import is_whole
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from stages.backends.batches import PackedSequences, sequences_of_step
@@ -21,6 +20,7 @@ from stages.backends.neuron import cache
 from stages.backends.neuron.arguments import environment, training_command
 from stages.backends.neuron.consolidate import consolidate
 from stages.backends.neuron.precompile import precompile
+from stages.backends.neuron.shards.read import is_whole
 from stages.backends.neuron.train import START, train
 from stages.backends.schedule import sequences_per_step
 from stages.data import pack

@@ -1,4 +1,4 @@
-"""Writes a tiny Llama as DCP shards, laid out as training lays them out, and beside them the plain state dict (plain.pt).
+"""Writes a tiny Llama as shards, laid out as training lays them out, and next to them the plain state dict (plain.pt).
 
 Run in 4 processes: `python -m torch.distributed.run --nproc-per-node 4 -m tests.backends.torch.write_shards FOLDER`.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import distributed as dist
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -46,7 +47,8 @@ def sharded_state(data_parallel: int, tensor_parallel: int) -> dict[str, torch.T
 def write(folder: Path) -> None:
     for layout, sizes in LAYOUTS.items():
         dcp.save(
-            {"model": sharded_state(*sizes), "step": torch.tensor(7)}, checkpoint_id=folder / layout
+            sharded_state(*sizes),
+            storage_writer=HuggingFaceStorageWriter(str(folder / layout), save_distributed=True),
         )
     if dist.get_rank() == 0:
         torch.save(tiny_llama().state_dict(), folder / "plain.pt")

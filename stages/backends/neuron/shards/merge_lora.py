@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.backends.neuron.shards.read.read import ADAPTER_CONFIG, ShardedTensor, Shards, refusal
-from stages.backends.neuron.shards.read.read.torch_archive import RowReader
-from stages.model.weights import DTYPES, FLOATING, ReadTensor, TensorSpec
+from stages.backends.neuron.shards.read import ADAPTER_CONFIG, ShardedTensor, Shards, refusal
+from stages.backends.neuron.shards.torch_archive import RowReader
+from stages.model.check import NOT_A_WEIGHT
+from stages.model.headers import read_headers
+from stages.model.weights import FLOATING, ReadTensor, TensorSpec
 from stages.run.errors import StageFailure
 
 if TYPE_CHECKING:
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 
 # The names of a model's tensors inside a peft model.
 PEFT_PREFIX = "base_model.model."
-# Llama 2's published weights hold this table, which no model reads: transformers passes over it as well.
-NOT_A_WEIGHT = ".rotary_emb.inv_freq"
 # Settings of peft under which the merge would be another one; each is left at its default.
 UNSUPPORTED = (
     *(
@@ -113,30 +113,10 @@ def _base_tensor(spec: TensorSpec, file: Path) -> Iterator[torch.Tensor]:
 
 
 def _base_tensors(base: Path) -> dict[str, tuple[TensorSpec, Path]]:
-    from safetensors import SafetensorError, safe_open
-
-    names = {code: dtype for dtype, (code, _) in DTYPES.items()}
-    tensors = {}
-    for path in sorted(base.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    entry = file.get_slice(name)
-                    dtype = names.get(entry.get_dtype())
-                    if dtype is None:
-                        raise StageFailure(
-                            f"{path}: {name} has the dtype {entry.get_dtype()}. Convert it to bfloat16 or float32."
-                        )
-                    tensors[name] = (TensorSpec(name, tuple(entry.get_shape()), dtype), path)
-        except SafetensorError as error:
-            raise StageFailure(
-                f"{path} is damaged: {error}. Fetch the base model again."
-            ) from error
-    if not tensors:
-        raise StageFailure(
-            f"{base} holds no .safetensors files. Name the folder of the base model."
-        )
-    return tensors
+    headers = read_headers(base)
+    if headers.problems:
+        raise refusal(f"The base model {base} cannot be read. Fetch it again.", headers.problems)
+    return {name: (spec, base / headers.files[name]) for name, spec in headers.tensors.items()}
 
 
 def _configuration(path: Path) -> tuple[float, list[str], list[str]]:

@@ -3,8 +3,8 @@
     shards/  done  mp_metadata_pp_rank_PP.json  [adapter_config.json]  model/dp_rank_00_tp_rank_TT_pp_rank_PP.pt
              with use_xser also  model/...pt.info.pt (shapes and dtypes)  model/...pt.tensors/tensor_K.pt (one for each tensor)
 
-Names, shapes and places of all tensors are known after a look at the metadata and into each file's directory; the weights are read
-afterwards, a few rows at a time.
+Names, shapes and dtypes of all tensors are known from the metadata and from the files' descriptions of their tensors; the
+weights are read afterwards, a few rows at a time.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.backends.neuron.shards.read.read.torch_archive import (
-    Placeholder,
+from stages.backends.neuron.shards.torch_archive import (
     RowReader,
     StoredTensor,
     TensorReference,
+    damage,
     read_archive,
 )
-from stages.backends.neuron.shards.read.read.unshard import (
+from stages.backends.neuron.shards.unshard import (
     Misfit,
     Original,
     Partition,
@@ -32,7 +32,7 @@ from stages.backends.neuron.shards.read.read.unshard import (
     original_tensors,
     parse_metadata,
 )
-from stages.model.weights import PIECE_BYTES, TensorSpec
+from stages.model.weights import DTYPES, PIECE_BYTES, TensorSpec
 from stages.run.errors import StageFailure
 
 if TYPE_CHECKING:
@@ -116,6 +116,12 @@ def is_whole(folder: Path) -> bool:
 def problems(folder: Path) -> list[str]:
     """All that can be seen to be wrong with the shards without reading a weight."""
     return read_shards(folder).problems
+
+
+def damaged(folder: Path) -> str:
+    """Why the shards, all of which are read, are not as they were written; empty where they are."""
+    reasons = (damage(path) for path in sorted((folder / "model").rglob("*.pt")) if path.is_file())
+    return next(filter(None, reasons), "") or "; ".join(problems(folder)[:1])
 
 
 def refusal(heading: str, problems: list[str]) -> StageFailure:
@@ -248,34 +254,49 @@ def _sharded_tensor(original: Original, stored: list[StoredTensor]) -> ShardedTe
 
 
 def _rank_tensors(file: Path, problems: list[str]) -> dict[str, StoredTensor]:
-    """Name -> tensor for one rank's file and the files it refers to. What is wrong with the latter is added to `problems`."""
+    """Name -> tensor for one rank's file and the files it refers to. Problems of the latter are added to `problems`."""
     entries = read_archive(file)
     if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
         raise StageFailure(f"{file} holds no state dict.")
-    beside = file.with_name(f"{file.name}.info.pt")
-    information = read_archive(beside) if beside.is_file() else {}
+    info_file = file.with_name(f"{file.name}.info.pt")
+    information = read_archive(info_file) if info_file.is_file() else {}
     if not isinstance(information, dict):
-        raise StageFailure(f"{beside} does not list tensors.")
+        raise StageFailure(f"{info_file} does not list tensors.")
     tensors = {}
-    for name, value in entries.items():
-        entry = value
-        if isinstance(value, TensorReference):
-            try:
-                entry = _referred(file, getattr(value, "tid", None), information)
-            except StageFailure as failure:
-                problems.append(f"{failure} {name} lies there.")
-                continue
-        if isinstance(entry, StoredTensor):
-            tensors[name] = entry
-        elif not isinstance(entry, Placeholder):  # another pipeline stage's
-            problems.append(f"{file}: its entry {name} is not a tensor.")
+    for name, entry in entries.items():
+        try:
+            if isinstance(entry, TensorReference):
+                stored = _referred(file, getattr(entry, "tid", None), information)
+            else:
+                stored = _stored(file, name, entry)
+        except StageFailure as failure:
+            problems.append(
+                f"{failure} It holds {name}."
+                if isinstance(entry, TensorReference)
+                else str(failure)
+            )
+            continue
+        if stored:
+            tensors[name] = stored
     return tensors
 
 
-def _referred(
-    file: Path, number: object, information: dict[Any, Any]
-) -> StoredTensor | Placeholder:
-    """The tensor that lies in a file of its own, if it is as info.pt says (old versions of neuronx-distributed wrote no info.pt)."""
+def _stored(file: Path, name: str | None, value: object) -> StoredTensor | None:
+    """A tensor that was read from `file`, by its place; None for one without data (another pipeline rank's)."""
+    import torch
+
+    if (
+        not isinstance(value, torch.Tensor)
+        or (dtype := str(value.dtype).removeprefix("torch.")) not in DTYPES
+    ):
+        raise StageFailure(
+            f"{file}: its entry {name} is not a tensor." if name else f"{file} holds no tensor."
+        )
+    return None if value.is_meta else StoredTensor(file, name, dtype, tuple(value.shape))
+
+
+def _referred(file: Path, number: object, information: dict[Any, Any]) -> StoredTensor | None:
+    """The tensor in a file of its own, if it is as info.pt says (old versions of neuronx-distributed wrote no info.pt)."""
     if not isinstance(number, int):
         raise StageFailure(
             f"{file} refers to a tensor {reprlib.repr(number)}, and not by a number."
@@ -283,16 +304,16 @@ def _referred(
     path = file.with_name(f"{file.name}.tensors") / f"tensor_{number}.pt"
     if not path.is_file():
         raise StageFailure(f"{path} is missing.")
-    stored = read_archive(path)
-    if not isinstance(stored, StoredTensor | Placeholder):
-        raise StageFailure(f"{path} holds no tensor.")
+    stored = _stored(path, None, read_archive(path))
     described = information.get(number)
-    if isinstance(stored, StoredTensor) and isinstance(described, dict):
-        expected = (described.get("dtype"), described.get("shape"))
+    if stored and isinstance(described, dict):
+        expected = (
+            str(described.get("dtype")).removeprefix("torch."),
+            tuple(described.get("shape", ())),
+        )
         if expected != (stored.dtype, stored.shape):
-            says = " ".join(map(reprlib.repr, expected)).replace("'", "")
             raise StageFailure(
-                f"{path} holds {stored.dtype} {stored.shape}, {file.name}.info.pt says {says}."
+                f"{path} holds {stored.dtype} {stored.shape}, {file.name}.info.pt says {expected[0]} {expected[1]}."
             )
     return stored
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from stages.backends.neuron.shards.read.read.unshard import (
+
+from stages.backends.neuron.shards.unshard import (
     FusedLinearsSpec,
     GQAQKVColumnParallelLinearSpec,
     Misfit,
