@@ -1,1 +1,1 @@
-"""What every stage shares: settings, the record it was made from, publishing, the lock, starting processes."""
+"""What every stage shares: settings, staleness, publishing, the lock, starting processes."""

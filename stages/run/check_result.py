@@ -1,4 +1,5 @@
-"""What the doctor's checks yield. A check is a function of the settings, in the list CHECKS of a module named `doctor`."""
+"""The result of one of the doctor's checks: functions of the settings, in the list CHECKS of a
+module named `doctor`."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ OK, NOTE, FAIL = "OK", "note", "FAIL"
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One line: what was looked at, what was found and what to do about it, and whether that is fine, advice, or stops a stage."""
+    """One line: the subject, the result with the remedy, and whether it is fine, advice, or fatal."""
 
     about: str
     text: str
@@ -33,12 +34,12 @@ def note(about: str, text: str) -> CheckResult:
 
 
 def fail(about: str, text: str) -> CheckResult:
-    """What keeps a stage from running; `text` ends with what to do."""
+    """A problem that keeps a stage from running; `text` ends with the remedy."""
     return CheckResult(about, text, FAIL)
 
 
 def folder_result(about: str, folder: Path, setting: str = "") -> CheckResult:
-    """Whether `folder` can be written, or made where it is not there yet; `setting` is what moves it elsewhere."""
+    """Whether `folder` can be written or created; `setting` names the setting that moves it."""
     elsewhere = f", or set {setting} to another folder" if setting else ""
     if problem := write_problem(folder):
         return fail(about, f"{problem}{elsewhere}.")

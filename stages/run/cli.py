@@ -1,6 +1,6 @@
-"""The edge between click and a stage: its options are the settings that concern it, its errors are exit statuses.
+"""The command line of a stage: options are the settings that affect it, errors are exit statuses.
 
-0: published, or up to date. 1: what failed. 2: what the user can mend. 130: interrupted.
+0: published, or up to date. 1: a failure. 2: a problem that the user can fix. 130: interrupted.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def stage_command(
 ) -> Callable[[Callable[..., None]], click.Command]:
     """Make a click command of `main(settings, <folders>, output)`.
 
-    `folders`: name -> help of each upstream output that the stage reads. `more`: settings that concern no published
-    output and are still this stage's (PROMPT).
+    `folders`: name -> help of each upstream output that the stage reads. `more`: settings that
+    change no published output but are this stage's (PROMPT).
     """
 
     def decorate(main: Callable[..., None]) -> click.Command:
@@ -35,9 +35,8 @@ def stage_command(
             paths = {name: given.pop(name) for name in (*folders, "output")}
             guard_stage()
             if not sys.stderr.isatty():
-                os.environ.setdefault(
-                    "TQDM_DISABLE", "1"
-                )  # libraries' bars, redrawn, fill a log; `Progress` writes lines
+                # Redrawn bars of libraries fill a log; `Progress` writes lines instead.
+                os.environ.setdefault("TQDM_DISABLE", "1")
             with_exit_status(
                 lambda: main(Settings.read(with_recipe({**os.environ, **_set(given)})), **paths),
                 paths["output"].parent,
@@ -62,7 +61,7 @@ def stage_command(
 
 
 def with_exit_status(work: Callable[[], None], folder: Path = Path("outputs")) -> None:
-    """Run `work`, which writes to `folder`; end the process with the status and the message that its error deserves."""
+    """Run `work`, which writes to `folder`; end the process with its error's status and message."""
     try:
         work()
     except InputError as error:
@@ -74,14 +73,15 @@ def with_exit_status(work: Callable[[], None], folder: Path = Path("outputs")) -
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         print(
-            "interrupted: nothing was published. The same command goes on, a training from its last whole checkpoint.",
+            "interrupted: nothing was published. The same command continues, a training from its "
+            "last complete checkpoint.",
             file=sys.stderr,
         )
         sys.exit(130)
     except Exception as error:
         failure = disk_failure(error, folder)
         if failure is None:
-            raise  # a defect of ours: the traceback is what helps
+            raise  # a defect of ours: only the traceback helps
         print(f"failed: {failure}", file=sys.stderr)
         sys.exit(failure.exit_status)
 
@@ -92,7 +92,7 @@ def _options(stage: str, more: tuple[str, ...]) -> list[click.Option]:
         if stage in f.metadata["stages"] or variable(f) in more:
             unit = f" [{f.metadata['unit']}]" if f.metadata["unit"] else ""
             text = f"{f.metadata['help']}{unit} (default: {f.default})"
-            # Values stay text: `Settings.read` parses them, and reports all that are wrong together.
+            # Values stay text: `Settings.read` parses them and reports all problems together.
             options.append(
                 click.Option(
                     [f"--{f.name.replace('_', '-')}"],

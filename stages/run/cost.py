@@ -1,4 +1,4 @@
-"""Which EC2 instance this is, and what an hour of it costs. Standard library only: publish asks for every manifest."""
+"""Which EC2 instance this is and what it costs, for every manifest. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 from stages.run.settings import Settings
 
-# What the hypervisor tells of itself and of the machine: on EC2 (Nitro) the vendor and the instance type. Containers see it too.
+# On EC2 (Nitro) the hypervisor reports the vendor and the instance type here, also in containers.
 DMI = Path("/sys/devices/virtual/dmi/id")
 VENDOR = "Amazon EC2"
 
-# USD per hour on demand, Linux, us-east-1: https://aws.amazon.com/ec2/pricing/on-demand, rounded as optimum-neuron's tutorial of
-# Llama 2 7B gives them ("trn1.32xlarge, 21.50 $/h"). INSTANCE_PRICE is for other regions, spot and reserved instances.
+# USD per hour, on demand, Linux, us-east-1 (https://aws.amazon.com/ec2/pricing/on-demand), rounded
+# as in optimum-neuron's tutorial of Llama 2 7B ("trn1.32xlarge, 21.50 $/h"). INSTANCE_PRICE is for
+# other regions, spot and reserved instances.
 PRICES = {
     "trn1.2xlarge": 1.34,
     "trn1.32xlarge": 21.50,
@@ -21,7 +22,7 @@ PRICES = {
 
 
 def instance_type() -> str | None:
-    """This machine's EC2 type, `trn1.32xlarge`; None where it is no EC2 instance or does not tell."""
+    """This machine's EC2 type, such as `trn1.32xlarge`; None where it is no EC2 instance."""
     try:
         vendor = (DMI / "sys_vendor").read_text(encoding="utf-8").strip()
         name = (DMI / "product_name").read_text(encoding="utf-8").strip()
@@ -31,7 +32,7 @@ def instance_type() -> str | None:
 
 
 def hourly_price(settings: Settings) -> float | None:
-    """USD per hour: INSTANCE_PRICE where it is set, else what is known of this EC2 type; None where nothing is known."""
+    """USD per hour: INSTANCE_PRICE where set, else the EC2 type's list price; None if unknown."""
     return settings.instance_price or PRICES.get(instance_type() or "")
 
 
@@ -41,7 +42,7 @@ def dollars(seconds: float, price: float) -> float:
 
 
 def cost_of(seconds: float, settings: Settings) -> dict[str, Any]:
-    """For a manifest: the seconds, this machine's EC2 type, and the USD that it cost for so long; None where one is not known."""
+    """A manifest's seconds, EC2 type, and USD for that time; None for each that is not known."""
     price = hourly_price(settings)
     return {
         "seconds": round(seconds, 3),

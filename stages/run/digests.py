@@ -1,7 +1,7 @@
-"""Digests of what lies on disk: by content, with a cheap signature that spares reading what has not changed.
+"""Digests of files and folders by content, and a cheap signature that saves reading them again.
 
-Neither a path nor a time ever decides whether two things are the same; time stamps only decide whether a file is read
-again. Standard library only.
+Neither a path nor a time decides whether two things are the same; time stamps only decide whether
+a file is read again. Standard library only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def file_digest(path: Path, read: Callable[[int], object] = lambda count: None) -> str:
-    """sha256 of a file's bytes, in hexadecimal; `read` is told how many more were read."""
+    """SHA-256 of a file's bytes in hexadecimal; `read` is called with each number of bytes read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -22,7 +22,7 @@ def file_digest(path: Path, read: Callable[[int], object] = lambda count: None) 
 
 
 def files_below(path: Path, patterns: tuple[str, ...] = ("*",)) -> Iterator[Path]:
-    """The file itself, or the files of a folder (hidden ones left out) whose names match, in a fixed order."""
+    """The file itself, or a folder's files that match and are not hidden, in a fixed order."""
     if path.is_file():
         yield path
         return
@@ -33,12 +33,13 @@ def files_below(path: Path, patterns: tuple[str, ...] = ("*",)) -> Iterator[Path
 
 
 def content_digest(path: Path, patterns: tuple[str, ...] = ("*",)) -> str:
-    """One sha256 for a file's content, or for the names and contents of a folder's files."""
+    """One SHA-256 for a file's content, or for the names and contents of a folder's files."""
     return combine({_name(file, path): file_digest(file) for file in files_below(path, patterns)})
 
 
 def signature(path: Path, patterns: tuple[str, ...] = ("*",)) -> str:
-    """What changes whenever content does (and sometimes when it does not): sizes, times, inodes. Costs a stat per file."""
+    """A digest of sizes, times and inodes: it changes whenever the content does, and sometimes when
+    it does not. Costs a stat per file."""
     lines = []
     for file in files_below(path, patterns):
         s = file.stat()
@@ -47,11 +48,11 @@ def signature(path: Path, patterns: tuple[str, ...] = ("*",)) -> str:
 
 
 def combine(digests: dict[str, str]) -> str:
-    """One sha256 for named digests."""
+    """One SHA-256 for named digests."""
     lines = "".join(f"{name}\0{digest}\n" for name, digest in sorted(digests.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _name(file: Path, below: Path) -> str:
-    # A single file counts by its content alone: renaming a dataset changes nothing.
+    # Only the content of a single file counts: renaming a dataset changes nothing.
     return "" if file == below else file.relative_to(below).as_posix()

@@ -1,8 +1,10 @@
-"""Room on the disk: asked for before much is written, and told of where it ran out all the same, or where nothing may be written.
+"""Disk space: checked before large writes, and turned into a clear error when it runs out or the
+disk cannot be written.
 
-A full disk has many voices: an OSError with or without a file's name, safetensors' own error, torch.save's "unexpected pos" in
-the traceback of another rank, the last line of a compiler. `disk_failure` knows them, and says of each the same: which file,
-what it takes, what is free, what to do.
+A full disk shows as an OSError with or without a file's name, as safetensors' own error, as
+torch.save's "unexpected pos" in another rank's traceback, or as a compiler's last line.
+`disk_failure` recognizes them all and reports the same: which file, what it needs, what is free,
+what to do.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from stages.run.progress import show_size
 
 REMEDY = "Make room, or make outputs/ a link to a folder on a larger disk."
 
-# What libraries and compilers say in the place of an error number. torch.save has only its own words for a write that came up short.
-_SAID = {
+# What libraries and compilers print instead of an error number. torch.save has its own words for
+# a short write.
+_PHRASES = {
     errno.ENOSPC: (
         "No space left on device",
         "unexpected pos",
@@ -33,15 +36,17 @@ _NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def nearest_existing(folder: Path) -> Path:
-    """`folder`, or the nearest above it that is there: where it would be made."""
-    # os.path: what may not even be looked at counts as not there, and the folder above it as what cannot be written.
+    """`folder`, or its nearest parent that exists: where it would be created."""
+    # os.path.exists: a path that may not even be looked at counts as missing, and its parent then
+    # as not writable.
     return next(
         path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path)
     )
 
 
 def write_problem(folder: Path) -> str | None:
-    """Why nothing can be written to `folder`, or it cannot be made; with what to do but for the full stop. None where it can."""
+    """Why `folder` cannot be written or created, with the remedy but without the full stop; None
+    where it can."""
     place = nearest_existing(folder)
     if not place.is_dir():
         return f"{place} is a file. Remove it"
@@ -53,28 +58,29 @@ def write_problem(folder: Path) -> str | None:
 
 
 def free_space(folder: Path) -> int:
-    """Bytes that can still be written to the disk of `folder`, or of the nearest folder above it that is there."""
+    """Bytes free on the disk of `folder`, or of its nearest parent that exists."""
     return shutil.disk_usage(nearest_existing(folder)).free
 
 
 def require_writable(folder: Path) -> None:
-    """Raise StageFailure where nothing can be written to `folder`, or it cannot be made."""
+    """Raise StageFailure where `folder` cannot be written or created."""
     if problem := write_problem(folder):
         raise StageFailure(f"{problem}, or make outputs/ a link to another folder.")
 
 
 def require_space(what: str, folder: Path, needed: int) -> None:
-    """Raise StageFailure unless `needed` bytes, which `what` takes, fit on the disk of `folder`."""
+    """Raise StageFailure unless `needed` bytes for `what` fit on the disk of `folder`."""
     free = free_space(folder)
     if needed > free:
         raise StageFailure(
-            f"{folder} has room for {show_size(free)}, and {show_size(needed)} are needed for {what}. {REMEDY}"
+            f"{folder} has room for {show_size(free)}, and {show_size(needed)} are needed for "
+            f"{what}. {REMEDY}"
         )
 
 
 @contextmanager
 def disk_guard(what: str, folder: Path, needed: int = 0) -> Iterator[None]:
-    """`require_space`, where it is known how much is `needed`; within it, a full or closed disk's error is raised as `disk_failure`'s."""
+    """Require `needed` bytes, and raise `disk_failure`'s error for what a full disk raises inside."""
     require_space(what, folder, needed)
     try:
         yield
@@ -87,12 +93,12 @@ def disk_guard(what: str, folder: Path, needed: int = 0) -> Iterator[None]:
 
 
 def disk_failure(error: BaseException, folder: Path, needs: str = "") -> StageFailure | None:
-    """What to tell of an error that came of a disk which is full or may not be written or read; None for any other.
+    """The failure to report for an error that a full, closed or read-only disk caused; else None.
 
-    `folder` is where it was written to, `needs` says how much of it, where that is known. To be asked before what was half written
-    is removed: it tells of it, and of the room that is left.
+    `folder` is where was written to, `needs` how much, where known. Call it before anything half
+    written is removed: the message names the file and the space left.
     """
-    if isinstance(error, (InputError, StageFailure)):  # said already
+    if isinstance(error, (InputError, StageFailure)):
         return None
     for part in exception_chain(error):
         number = _number(part)
@@ -100,27 +106,34 @@ def disk_failure(error: BaseException, folder: Path, needs: str = "") -> StageFa
             continue
         name = getattr(part, "filename", None)
         if number in (errno.EACCES, errno.EPERM):
-            about = f"{name or folder}: user {os.getuid()} may not read or write it. Change its owner or its mode."
+            about = (
+                f"{name or folder}: user {os.getuid()} may not read or write it. "
+                "Change its owner or its mode."
+            )
         elif number == errno.EROFS:
-            about = f"{name or folder} is on a disk that is mounted read-only. Mount it for writing, or make outputs/ a link to another."
+            about = (
+                f"{name or folder} is on a disk that is mounted read-only. "
+                "Mount it for writing, or make outputs/ a link to another."
+            )
         else:
-            about = f"{name or _last_written(folder)}: the disk is full. {_free(folder)}{needs and f', and {needs}'}. {REMEDY}"
+            space = f"{_free(folder)}{needs and f', and {needs}'}"
+            about = f"{name or _last_written(folder)}: the disk is full. {space}. {REMEDY}"
         return StageFailure(f"{about} Nothing was published; the former output is whole.")
     return None
 
 
 def _number(error: BaseException) -> int | None:
-    """The error number of a disk's refusal; None for every other error."""
+    """The error number where a disk refused; None for every other error."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno if error.errno in _NUMBERS else None
     text = str(error)
     return next(
-        (number for number, words in _SAID.items() if any(word in text for word in words)), None
+        (number for number, words in _PHRASES.items() if any(word in text for word in words)), None
     )
 
 
 def _last_written(folder: Path) -> str:
-    """The file below `folder` that was written last: the one that was cut off, where the error does not name it."""
+    """The last file written below `folder`: the one cut off, where the error does not name it."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return (
         f"{max(files, key=lambda path: path.stat().st_mtime_ns)}, or what comes after it"
@@ -130,7 +143,7 @@ def _last_written(folder: Path) -> str:
 
 
 def _free(folder: Path) -> str:
-    """What is left on the disk of `folder`, and on that of temporary files, which compilers write to."""
+    """The space left on the disk of `folder`, and on that of temporary files where it is less."""
     temporary, free = Path(os.environ.get("TMPDIR") or "/tmp"), free_space(folder)
     fuller = free_space(temporary) < free
     return f"{folder} has {show_size(free)} left" + (

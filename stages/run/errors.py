@@ -1,4 +1,5 @@
-"""The two ways in which a stage ends badly, told apart by who can mend it.
+"""Two error types: InputError for what the user can fix (exit 2), StageFailure for what failed
+(exit 1).
 
 Every message names the problem, the numbers and the remedy; several problems are reported together.
 """
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 
 class InputError(Exception):
-    """What the user can mend: a setting, a row of data, a missing file. Exit status 2."""
+    """What the user can fix: a setting, an example of the data, a missing file. Exit status 2."""
 
     exit_status = 2
 
@@ -19,7 +20,8 @@ class InputError(Exception):
 
 
 class StageFailure(Exception):
-    """What failed although the input was right: a worker that died, a loss that is no number. Exit status 1."""
+    """What failed although the input was right: a dead worker, a loss that is not finite. Exit
+    status 1."""
 
     exit_status = 1
 

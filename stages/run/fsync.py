@@ -1,7 +1,7 @@
-"""Bytes on the disk, not only in memory: what a power cut leaves.
+"""fsync: what a power cut must not lose.
 
-A file's bytes are safe once the file is flushed, its name once the folder that holds it is. Whoever renames a finished folder into
-its place flushes what is in it first: the name must not outlive the bytes.
+fsync a file to persist its bytes, its folder to persist its name. Before a finished folder is
+renamed into place, fsync its contents: a power cut could otherwise leave a name without data.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's bytes, or the names in a folder, are on the disk."""
+    """fsync a file's bytes, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -20,16 +20,16 @@ def flush(path: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Flush every file below `folder`, and every folder, the innermost first and `folder` itself last."""
+    """fsync every file and folder below `folder`, the innermost first, and `folder` itself last."""
     for inner, _, names in os.walk(folder, topdown=False):
         for name in names:
-            if (Path(inner) / name).is_file():  # what else there is (a socket) holds no bytes
+            if (Path(inner) / name).is_file():
                 flush(Path(inner) / name)
         flush(Path(inner))
 
 
 def make_durable_folder(folder: Path) -> None:
-    """Make `folder` and those above it where they are not there, so that they stay."""
+    """Create `folder` and its missing parents, so that a power cut does not lose them."""
     if folder.is_dir():
         return
     make_durable_folder(folder.parent)

@@ -1,8 +1,8 @@
-"""Nothing that a stage starts outlives it, and the stage does not outlive its make, however they end.
+"""No process that a stage starts outlives it, and no stage outlives its make, however they end.
 
-A stage first starts a guard: a process in a session of its own that waits until the stage has ended, by whatever signal,
-and then kills what is left of its descendants: launchers, ranks, compilers and the compilers' own children, whatever
-sessions they have moved to. They are known by a mark in the environment, which each hands on to those that it starts.
+A stage first forks a guard: a process in its own session that waits until the stage ends, by
+whatever signal, and then kills its remaining descendants: launchers, ranks, compilers and their
+children, in whatever session. It finds them by a mark in the environment, which they inherit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _MAKE = "TRN_TUNE_MAKE"
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when its parent is gone, or end it now if it is no longer `parent` (Linux)."""
+    """Ask the kernel to kill this process when its parent ends; end it now if the parent is no
+    longer `parent` (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if parent is not None and os.getppid() != parent:
@@ -28,16 +29,14 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def guard_stage() -> None:
-    """Tie this stage to its make, whose process id the Makefile passes, and to the stage all that it will start.
+    """Tie this stage to its make, whose process id the Makefile passes, and start the guard.
 
-    To be called before there are threads. Children that are forked without a new program are not covered.
+    Call it before there are threads. Children that are forked without an exec are not covered.
     """
     make = os.environ.pop(_MAKE, None)
     die_with_parent(int(make) if make else None)
     os.environ[_MARK] = own = os.urandom(8).hex()
-    ended, alive = (
-        os.pipe()
-    )  # `alive` is closed by the kernel when the stage ends; no program that it starts inherits it
+    ended, alive = os.pipe()
     if os.fork() == 0:
         try:
             os.close(alive)
@@ -50,14 +49,15 @@ def guard_stage() -> None:
 
 
 def mark() -> str | None:
-    """What marks the processes that this stage starts; None where nobody guards it."""
+    """The mark of the processes that this stage starts; None where it has no guard."""
     return os.environ.get(_MARK)
 
 
 def kill_marked(mark: str | None) -> None:
-    """Kill every process with `mark` in the environment that it was started with, until there is none."""
+    """Kill every process that was started with `mark` in its environment, until there is none."""
     clean = 0 if mark else 2
-    while clean < 2:  # a second look finds what was just being started when its parent was killed
+    # Look twice: a process may just have been starting when its parent was killed.
+    while clean < 2:
         found = _marked(f"{_MARK}={mark}".encode(errors="replace"))
         for pid in found:
             try:
@@ -69,7 +69,8 @@ def kill_marked(mark: str | None) -> None:
 
 
 def _marked(variable: bytes) -> list[int]:
-    """Process ids; without Python's resource tracker, which removes the semaphores of those that it outlives, and then ends."""
+    """Ids of the marked processes, without Python's resource tracker: it removes the semaphores of
+    processes that it outlives, and then ends."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -85,7 +86,7 @@ def _marked(variable: bytes) -> list[int]:
 
 
 def _leave_the_terminal() -> None:
-    """No signal that is meant for the stage ends its guard, and no reader of the stage's output waits for it."""
+    """Let no signal for the stage end its guard, and no reader of its output wait for the guard."""
     os.setsid()
     for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(sign, signal.SIG_IGN)

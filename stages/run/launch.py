@@ -1,7 +1,7 @@
-"""Starting the processes of a distributed run, and hearing from them why they failed.
+"""Start the processes of a distributed run, and report why they failed.
 
-The launcher runs in a session of its own, so that Ctrl-C reaches the stage alone, which then ends the whole group.
-Should the stage itself be killed, its guard ends them (guard.py).
+The launcher runs in its own session, so that Ctrl-C reaches only the stage, which then ends the
+whole group. If the stage itself is killed, its guard ends them (guard.py).
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ def launch(
     error_file: Path,
     on_line: Callable[[str], None] | None = None,
 ) -> None:
-    """Run `command`, its program found on `environment`'s PATH, from the project's folder and wait for it.
+    """Run `command` from the project's folder and wait for it; its program is on `environment`'s PATH.
 
-    A worker that knows what went wrong writes `InputError` or `StageFailure` and its message to `error_file`
-    (`report_error`); it is raised here. Any other failure is a StageFailure with the exit status. `on_line` is given each
-    line that the processes print, on either stream, after it is passed on.
+    A worker that knows what went wrong writes its error to `error_file` (`report_error`); it is
+    raised here. Any other failure is a StageFailure with the exit status. `on_line` is called with
+    each line that the processes print, on either stream, after it is printed.
     """
     error_file.unlink(missing_ok=True)
     whole_environment = {**os.environ, **environment, ERROR_FILE: str(error_file.absolute())}
     program = shutil.which(command[0], path=whole_environment.get("PATH"))
     if program is None:
         raise InputError(
-            f"{command[0]} is not on the PATH. Install what brings it, or run in the container (docker/run)."
+            f"{command[0]} is not on the PATH. Install the package that has it, or run in the "
+            "container (docker/run)."
         )
     print(f"$ {shlex.join(_shown(command))}", flush=True)
     streams: dict[str, Any] = (
@@ -79,7 +80,9 @@ def launch(
 
 
 def report_error(error: InputError | StageFailure, error_file: Path) -> None:
-    """For a worker: hand `error` to the stage that launched it; print it where the disk does not take it. The first of several is on_line."""
+    """In a worker: pass `error` to the stage that launched it, or print it where the disk is full.
+
+    Only the first of several errors is kept."""
     try:
         with error_file.open("x", encoding="utf-8") as file:
             file.write(f"{type(error).__name__}\n{error}")
@@ -91,7 +94,7 @@ def report_error(error: InputError | StageFailure, error_file: Path) -> None:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End what is left of the launcher's group: politely, then not."""
+    """End what remains of the launcher's group: SIGTERM, then SIGKILL."""
     deadline = time.monotonic() + GRACE_SECONDS
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:

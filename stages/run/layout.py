@@ -1,8 +1,10 @@
-"""The contract between stages: every file, folder and column that one stage writes and another reads.
+"""The contract between stages: every file, folder and column that one writes and another reads.
 
     data               train/ [validation/] tokenizer/ prompt.json
-    train              shards/ metrics.jsonl config.json generation_config.json tokenizer/ prompt.json
-    consolidate        *.safetensors config.json generation_config.json and the tokenizer's files, prompt.json
+    train              shards/ metrics.jsonl, config.json generation_config.json, tokenizer/
+                       prompt.json
+    consolidate        *.safetensors, config.json generation_config.json, the tokenizer's files,
+                       prompt.json
     compile-inference  the backend's compiled model, the tokenizer's files, prompt.json
     eval               answers.jsonl
 

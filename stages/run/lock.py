@@ -1,7 +1,8 @@
 """One stage at a time per run folder, by flock on a file inside it.
 
-The kernel drops the lock when its holder dies, however it dies, and the lock is seen from a container that mounts the
-folder; a process id in a file would be neither.
+The kernel releases the lock when its holder dies, however it dies, and a container that mounts the
+folder sees it. A file with a process id would do neither. (The filelock package truncates its file
+on every attempt, which would erase who holds it.)
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from stages.run.guard import kill_marked, mark
 
 @contextmanager
 def locked(run_folder: Path, stage: str) -> Iterator[None]:
-    """Hold the run folder for `stage`; where another holds it, say who and wait for it.
+    """Hold the run folder for `stage`; where another stage holds it, say which and wait.
 
-    The file tells of the holder until it lets go. What tells of one that has gone without was left by a kill, and
-    whatever that holder had started is ended first: it may still write.
+    The file names the holder and is emptied on release. If it still names one when we get the lock,
+    that holder was killed: what it started is killed first, because it may still write.
     """
     make_durable_folder(run_folder)
     with open(run_folder / ".lock", "a+", encoding="utf-8", opener=_no_link) as file:
@@ -36,22 +37,22 @@ def locked(run_folder: Path, stage: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(
-                f"{stage}: waiting for {_described(_facts(run_folder))} in {run_folder}",
+                f"{stage}: waiting for {_described(_holder(run_folder))} in {run_folder}",
                 file=sys.stderr,
                 flush=True,
             )
             fcntl.flock(file, fcntl.LOCK_EX)
-        left = _facts(run_folder).get("mark")
-        kill_marked(left if left != mark() else None)
+        killed = _holder(run_folder).get("mark")
+        kill_marked(killed if killed != mark() else None)
         file.truncate(0)
-        facts = {
+        holder = {
             "stage": stage,
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "since": time.strftime("%H:%M:%S"),
             "mark": mark(),
         }
-        json.dump(facts, file)
+        json.dump(holder, file)
         file.flush()
         try:
             yield
@@ -60,29 +61,28 @@ def locked(run_folder: Path, stage: str) -> Iterator[None]:
 
 
 def _no_link(path: str, flags: int) -> int:
-    """For `open`: the file is emptied, so where others can write the folder it may not be a link to one of the caller's."""
+    """For `open`: the file is emptied, so it must not be a link that another user planted."""
     try:
         return os.open(path, flags | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
         raise InputError(
-            f"{path} is a link; a run's lock is a file of its own. Remove it."
+            f"{path} is a link, and a run's lock must be a plain file. Remove it."
         ) from None
 
 
-def _facts(run_folder: Path) -> dict[str, Any]:
+def _holder(run_folder: Path) -> dict[str, Any]:
+    """What the lock file says of its holder; empty where it says nothing."""
     try:
-        facts = json.loads((run_folder / ".lock").read_text(encoding="utf-8"))
+        holder = json.loads((run_folder / ".lock").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
-def _described(facts: dict[str, Any]) -> str:
+def _described(holder: dict[str, Any]) -> str:
     try:
-        return (
-            f"{facts['stage']} (process {facts['pid']} on {facts['host']}, since {facts['since']})"
-        )
+        return f"{holder['stage']} (process {holder['pid']} on {holder['host']}, since {holder['since']})"
     except KeyError:
         return "another make"

@@ -1,7 +1,8 @@
-"""A stage's manifest as a reader finds it: whether it is one, and whether the files that it lists are still there.
+"""Reading a stage's manifest: whether it is intact, and whether the files that it lists still are.
 
-It may have been cut short, edited, or copied from somebody else's machine. What does not carry its own digest, or names a file
-outside its folder, is none. Standard library only: make reads every manifest at every start.
+A manifest may have been cut short, edited, or copied from another machine. One without its own
+digest, or with a file outside its folder, counts as none. Standard library only: make reads every
+manifest at every start.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from stages.run.layout import MANIFEST_FILE
 from stages.run.progress import Progress
 
 SEAL = "sha256"  # of the manifest itself, without this entry
-PARTS = ("settings", "versions", "code", "inputs")  # of a record
+PARTS = ("settings", "versions", "code", "inputs")  # of a provenance
 
 
 def with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with its own digest, by which a reader knows that it is as it was written."""
+    """The manifest with its own digest, which shows a reader that nothing changed it."""
     facts = {name: value for name, value in manifest.items() if name != SEAL}
     return {
         **facts,
@@ -34,12 +35,12 @@ def with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def manifest_of(output: Path) -> dict[str, Any] | None:
-    """The manifest that a stage published into `output`; None where there is none, or none that is whole."""
+    """The manifest that a stage published in `output`; None where it is missing or damaged."""
     return _read(output)[0]
 
 
 def manifest_problem(output: Path) -> str:
-    """Why there is no manifest in `output` that can be believed, in words; empty where there is one."""
+    """Why `output` has no usable manifest, as text; empty where it has one."""
     return _read(output)[1]
 
 
@@ -58,7 +59,7 @@ def _read(output: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def _misshapen(manifest: dict[str, Any]) -> str:
-    """What keeps a manifest with its own digest, which anyone can make, from being a stage's; empty where nothing does."""
+    """What a manifest with a right digest lacks to be a stage's; empty where nothing."""
     provenance, outputs, seen = (manifest.get(name) for name in ("provenance", "outputs", "seen"))
     if (
         not isinstance(provenance, dict)
@@ -83,7 +84,7 @@ def _misshapen(manifest: dict[str, Any]) -> str:
     if not all(type(facts.get("bytes")) is int for facts in outputs.values()):
         return f"{MANIFEST_FILE} is no stage's"
     outside = [name for name in (*outputs, *seen["code"]) if not _is_inside(name)]
-    return f"{MANIFEST_FILE} names {outside[0]!r}, which lies outside" if outside else ""
+    return f"{MANIFEST_FILE} names {outside[0]!r}, which is outside" if outside else ""
 
 
 def _is_inside(name: str) -> bool:
@@ -100,10 +101,11 @@ def file_problems(
     read: bool = False,
     digests: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """What is no longer as it was published into `output`: files that are gone or have another size, cheap enough for every make.
+    """What is no longer as published in `output`: files that are missing or have another size.
 
-    With `read` every file is read and held against its digest, and files that were not published are found too. A file is never
-    read through a link that leads out of the folder. `digests` are those of files that the caller has read already.
+    That is cheap enough for every make. With `read` every file is compared with its digest, and
+    files that were not published are reported too. No file is read through a link that leads out
+    of the folder. `digests` are those of files that the caller has already read.
     """
     known = digests or {}
     found, to_read = [], []
@@ -146,7 +148,7 @@ def _wrong_place(output: Path, name: str, size: int) -> str:
 def _wrong_bytes(output: Path, name: str, expected: str, progress: Progress) -> list[str]:
     path = output / name
     if not path.resolve().is_relative_to(output.resolve()):
-        return [f"{name} lies outside, behind a link"]
+        return [f"{name} is outside, through a link"]
     try:
         same = file_digest(path, progress.update) == expected
     except OSError as error:

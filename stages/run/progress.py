@@ -10,7 +10,7 @@ import sys
 import time
 from types import TracebackType
 
-# Without a terminal, work that reports often (a tensor, a thousand rows) says something at most this often.
+# Without a terminal, work that updates often prints at most this often.
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -19,8 +19,8 @@ class Progress:
 
     with Progress("pack", total=100, unit="rows") as bar: bar.update(10)
 
-    Of several processes that do the same, one is `shown`. `update(..., line=True)` forces a line where there is no
-    terminal: a training step that was logged.
+    Of several processes that do the same, only one is `shown`. `update(..., line=True)` forces a
+    line where there is no terminal, for a training step that was logged.
     """
 
     def __init__(self, label: str, total: int | None, unit: str, done: int = 0, shown: bool = True):
@@ -44,7 +44,7 @@ class Progress:
     def update(
         self, count: int = 1, figures: dict[str, str] | None = None, line: bool = False
     ) -> None:
-        """Advance by `count`; `figures` (loss, tokens/s) stand beside the bar or in the line."""
+        """Advance by `count`; `figures` (loss, tokens/s) are shown after the bar or in the line."""
         self.done += count
         if self._bar is not None:
             if figures:

@@ -1,9 +1,9 @@
-"""What a stage's output was made from, and why that is no longer what it would be made from now.
+"""What a stage's output was made from, and why it would be made from something else now.
 
-A record holds four kinds of facts: the settings that concern the stage (a local file by its content), a digest of
-each file of code that it runs, the pinned versions of the libraries that shape its output, and the content of its
-upstream stages' outputs. A stage is stale when the record in its manifest differs from today's; the reason is the
-difference, in words. Nothing here writes. Standard library only: make runs it at every start.
+A provenance has four parts: the settings that affect the stage (a local file by its content), a
+digest of each file of code that it runs, the pinned versions of the libraries that shape its
+output, and the content of its upstream stages' outputs. A stage is stale when the provenance in its
+manifest differs from today's; the reason is the difference, as text. Nothing here writes. Standard library only: make runs it at every start.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NEURON_LIBRARIES = {
     "compile-inference": ("neuronx-cc", "optimum-neuron"),
     "eval": ("optimum-neuron",),
 }
-# The part of a model folder that a stage reads, where it is not the weights and all that describes them.
+# The part of a model folder that a stage reads; the others read weights and configs.
 MODEL_FILES = {
     "data": TOKENIZER_FILES,
     "precompile": (CONFIG_FILE,),
@@ -50,9 +50,10 @@ def provenance_now(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `stage` would be made from now, and what was looked at to know it.
 
-    `inputs` are the output folders of the upstream stages whose content counts. `published` is the stage's own
-    manifest, if any: a file whose bytes (code) or signature (data) are those of then is not analysed or read again.
-    BACKEND=auto stays what it was then: a look from another machine makes nothing stale.
+    `inputs` are the output folders of the upstream stages whose content counts. `published` is the
+    stage's own manifest, if any: a file whose bytes (code) or signature (data) are unchanged is not
+    analysed or read again. BACKEND=auto stays what it was: looking from another machine makes
+    nothing stale.
     """
     seen_then = (published or {}).get("seen", {})
     provenance_then = (published or {}).get("provenance", {})
@@ -87,9 +88,9 @@ def provenance_now(
 
 
 def reasons(stage: str, settings: Settings, inputs: dict[str, Path], output: Path) -> list[str]:
-    """Why `stage` has to run, in words; empty when what it published is what it would publish now."""
+    """Why `stage` has to run, as text; empty when it would publish what it published."""
     published = manifest_of(output)
-    if published is None:  # nothing to compare with: spare the reading
+    if published is None:
         return reasons_of(None, {}, output)
     return reasons_of(
         published,
@@ -102,14 +103,14 @@ def reasons(stage: str, settings: Settings, inputs: dict[str, Path], output: Pat
 def reasons_of(
     published: dict[str, Any] | None, now: dict[str, Any], output: Path, verify: bool = False
 ) -> list[str]:
-    """`reasons`, for one who has the published manifest and today's record already. `verify` reads every published file."""
+    """`reasons`, from the published manifest and today's provenance; `verify` reads every file."""
     if published is None:
         return [manifest_problem(output)]
     return differences(published["provenance"], now) + file_problems(published, output, read=verify)
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Each difference of two records as a phrase: `LEARNING_RATE 5e-05 -> 0.0001`."""
+    """Each difference of two provenances as a phrase: `LEARNING_RATE 5e-05 -> 0.0001`."""
     found = []
     for part in ("settings", "versions", "code", "inputs"):
         before, after = then.get(part, {}), now[part]
@@ -125,7 +126,7 @@ def libraries_of(stage: str, backend: str) -> tuple[str, ...]:
 
 
 def pinned_versions(backend: str) -> dict[str, str]:
-    """Library -> version as the backend's requirements pin it, and the files that they name in `-r`; nearest file first."""
+    """Library -> version that the backend's requirements pin, or the files that they include."""
     pins: dict[str, str] = {}
     files = [ROOT / REQUIREMENTS[backend]]
     for file in files:
@@ -150,7 +151,7 @@ def installed_version(library: str) -> str | None:
 
 
 def _holds(marker: str) -> bool:
-    """Whether a pin's condition is true of this Python; those on its version are the only ones here."""
+    """Whether a pin's condition holds for this Python; only conditions on its version are used."""
     match = re.search(r'python_version (<|>=) "3\.(\d+)"', marker)
     return match is None or (sys.version_info.minor < int(match[2])) == (match[1] == "<")
 
@@ -186,7 +187,7 @@ def _values(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     values, signatures = settings.affecting(stage), {}
     for name in settings.path_settings():
-        # DATASET=folder/rows.jsonl is made from those rows, wherever they lie and whatever the file is called.
+        # Only the content of DATASET=folder/rows.jsonl counts, not where the file is or its name.
         path = Path(str(values.get(name)))
         if name not in values or not path.exists():
             continue

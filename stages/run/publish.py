@@ -1,7 +1,7 @@
-"""A stage's output appears whole or not at all.
+"""Publish a stage's output completely or not at all.
 
-A stage works in a folder of its own beside its output, keyed by what it is made from. When everything is written, its
-manifest is added and the folder takes the output's place by one rename. Killed at any moment before that, it leaves
+A stage works in a folder next to its output, keyed by its provenance. When everything is written,
+the manifest is added and one rename replaces the output. A stage that is killed before that leaves
 the former output as it was; a training's work folder survives, and the same command resumes it.
 """
 
@@ -38,10 +38,10 @@ _AT_FDCWD = -100
 
 @dataclass
 class StageResult:
-    """What a stage reports of its work for the manifest, beyond the files it wrote.
+    """What a stage reports for its manifest, besides the files it wrote.
 
-    `digests`: sha256 of files that were hashed while they were written. `unkeyed`: files that differ from run to run
-    although the result is the same (timings); they do not make later stages stale.
+    `digests`: SHA-256 of files that were hashed while they were written. `unkeyed`: files that
+    differ from run to run although the result is the same (timings); they make no stage stale.
     """
 
     device: str = "cpu"
@@ -59,10 +59,10 @@ def publish(
     build: Callable[[Path], StageResult],
     resumable: bool = False,
 ) -> bool:
-    """Run `build(work_folder)` and publish the folder as `output`, unless what lies there is what it would be.
+    """Run `build(work_folder)` and publish the folder as `output`, unless that is up to date.
 
-    `inputs` are the upstream outputs whose content counts. Returns whether anything was built. The record is taken
-    before the work starts: an edit made during a long training is not recorded as trained.
+    `inputs` are the upstream outputs whose content counts. Returns whether anything was built. The
+    provenance is taken before the work starts: an edit during a long training is not recorded.
     """
     run_folder = output.parent
     require_writable(run_folder)
@@ -107,9 +107,10 @@ def _work_folder(run_folder: Path, stage: str, made_from: dict[str, Any], resuma
 
 
 def _was_replaced(work: Path) -> bool:
-    """Whether a work folder holds a former output, which a kill behind the exchange left under the new output's name.
+    """Whether a work folder holds a former output, left by a kill right after the exchange.
 
-    A folder with a manifest was finished. It waits to be published only if it is whole and made from what its name says.
+    A folder with a manifest is finished. It waits to be published only if it is undamaged and its
+    provenance is the one in its name.
     """
     manifest = manifest_of(work)
     return manifest is not None and (
@@ -162,7 +163,7 @@ def _write_manifest(
 
 
 def remove_published(output: Path, part: str, because: str) -> None:
-    """Remove a folder `part` of a published output that nothing needs any more; its manifest says so first."""
+    """Remove the folder `part` of a published output; its manifest says so first."""
     with locked(output.parent, output.name):
         manifest = manifest_of(output)
         if manifest is None or not (output / part).is_dir():
@@ -190,7 +191,7 @@ def _installed(stage: str, backend: str) -> dict[str, str]:
 
 
 def _replace(output: Path, work: Path) -> None:
-    """Put `work` in the place of `output` by one rename, then remove what was there."""
+    """Put `work` in the place of `output` by one rename, then remove the former output."""
     former = work.with_name(f"{work.name}.former")
     shutil.rmtree(former, ignore_errors=True)
     if not output.exists():
@@ -205,7 +206,7 @@ def _replace(output: Path, work: Path) -> None:
 
 
 def _put_back(output: Path) -> None:
-    """Give a former output its name again, which a kill between the two renames of `_replace` took from it."""
+    """Restore the name of a former output that a kill between `_replace`'s two renames took."""
     for former in output.parent.glob(f".work/{output.name}-*.former"):
         if not output.exists():
             former.rename(output)

@@ -1,4 +1,7 @@
-"""One setting: how it is declared, called, and read from text. `Settings` is the list of them. Standard library only."""
+"""One setting: how it is declared, named, and parsed. `Settings` is the list of all.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from typing import Any
 from stages.run.errors import InputError
 
 STAGES = ("data", "precompile", "train", "consolidate", "compile-inference", "eval")
-# Where a whole number has no bound of its own: the seeds of every library and 32-bit positions hold that much.
+# The upper bound of whole numbers without one: what seeds and 32-bit positions can hold.
 MOST_WHOLE = 2**31 - 1
-# Of a path in all and of each name in it, on Linux; more is an OSError wherever it is looked for.
+# The limits of a path and of each name in it on Linux; beyond them every access is an OSError.
 _PATH_BYTES, _NAME_BYTES = 4095, 255
 
 
@@ -31,11 +34,11 @@ def setting(
     path: bool = False,
     check: Callable[[str], object] | None = None,
 ) -> Any:
-    """A field of `Settings`. `stages` names those whose output it changes; "" means that nothing published depends on it.
+    """A field of `Settings`. `stages` names those whose output it changes; "" is for none.
 
-    `least`/`most` are inclusive bounds (MOST_WHOLE where a whole number has no `most`), `above`/`below` exclusive ones. `path`
-    marks a value that may name a local file or folder: then its content, not its name, is what a stage was made from. `check`
-    raises InputError for a bad value.
+    `least` and `most` are inclusive bounds (MOST_WHOLE where a whole number has no `most`), `above`
+    and `below` exclusive ones. `path` marks a value that may name a local file or folder: its
+    content, not its name, then makes a stage stale. `check` raises InputError for a bad value.
     """
     unknown = set(stages.split()) - set(STAGES)
     assert not unknown, f"not stages: {unknown}"
@@ -69,7 +72,7 @@ def as_text(value: Any) -> str:
 
 
 def parse(f: Field[Any], text: str) -> Any:
-    """The value of a setting from its text; raises InputError when it is of the wrong type or out of bounds."""
+    """The value of a setting from its text; raises InputError for a wrong type or a broken bound."""
     name, facts = variable(f), f.metadata
     shown = text if len(text) <= 60 else f"{text[:60]}... ({len(text)} characters)"
     if "\0" in text:
@@ -82,7 +85,8 @@ def parse(f: Field[Any], text: str) -> Any:
         size > _PATH_BYTES or any(len(part.encode()) > _NAME_BYTES for part in text.split("/"))
     ):
         raise InputError(
-            f"{name}={shown!r} can name nothing: a path has at most {_PATH_BYTES:,} bytes, each name in it {_NAME_BYTES}."
+            f"{name}={shown!r} is too long: a path has at most {_PATH_BYTES:,} bytes, each name "
+            f"in it {_NAME_BYTES}."
         )
     if kind(f) == "str":
         if facts["choices"] and text not in facts["choices"]:

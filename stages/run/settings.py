@@ -1,9 +1,13 @@
-"""Every setting, declared once: type, default, unit, bounds, help and the stages that it concerns.
+"""Every setting, declared once: type, default, unit, bounds, help and the stages that it affects.
 
-The make variable, the environment variable and the click option of a setting are its field's name in capitals
-(`learning_rate` -> `LEARNING_RATE`). `make help`, the README's table, the options of the stage scripts, the checks
-and the record that decides what is stale are all read from this class. Standard library only: make runs it at
-every start.
+The make variable, the environment variable and the click option of a setting are its field's name
+in capitals (`learning_rate` -> `LEARNING_RATE`). `make help`, docs/settings.md, the options of the
+stage scripts, the checks and the provenance that decides what is stale all come from this class.
+
+The road of one setting: `make train LEARNING_RATE=1e-4` exports it (Makefile); plan.py reads it to
+say what is stale; the stage's click option reads it again (cli.py); `Settings` reaches
+`backend.train`, which starts the workers with `environment()`; each worker reads it a last time
+and hands it to the optimizer. Standard library only: make imports this at every start.
 """
 
 from __future__ import annotations
@@ -22,22 +26,24 @@ from stages.run.setting import as_text, parse, setting, variable
 from stages.run.sizes import parse_size
 
 _MODEL = "precompile train"
-# Names of variables that hold a secret, or what belongs to one.
+# Names of variables that hold a secret, or belong to one.
 SECRET = re.compile(r"(HF|AWS|WANDB)_\w+|\w*(TOKEN|SECRET|PASSWORD|API_KEY)")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one run. `Settings.read` is the only way in from outside; it reports all problems together."""
+    """The settings of one run. `Settings.read` makes them from text and reports all problems."""
 
     # What runs where.
     backend: str = setting(
-        "auto", "Where stages run: found (Neuron devices, else PyTorch on CUDA, else on the CPU) or named.",
-        "precompile train consolidate compile-inference eval", choices=("auto", "torch", "neuron"),
-    )  # fmt: skip
+        "auto",
+        "Backend of the stages; auto: neuron where there are Neuron devices, else torch.",
+        "precompile train consolidate compile-inference eval",
+        choices=("auto", "torch", "neuron"),
+    )
     nproc_per_node: int = setting(
         1,
-        "Training processes (torchrun), a NeuronCore or a GPU each: tensor x pipeline x data parallel.",
+        "Training processes, one per NeuronCore or GPU: tensor x pipeline x data parallel.",
         _MODEL,
         least=1,
         most=4096,
@@ -46,21 +52,21 @@ class Settings:
         1, "Processes that share each layer's weights.", _MODEL, least=1
     )
     pipeline_parallel_size: int = setting(
-        1, "Groups of processes that hold a part of the layers each (Neuron).", _MODEL, least=1
+        1, "Groups of processes that each hold some of the layers (Neuron).", _MODEL, least=1
     )
     instance_price: float = setting(
         0.0,
-        "What an hour of this machine costs; 0 = as known of its EC2 type.",
+        "Price of this machine; 0 = the list price of its EC2 type, where known.",
         unit="USD/h",
         least=0,
     )
     verify: bool = setting(
         False,
-        "Read every published file again (its digest, not its size alone) and remake what is damaged.",
+        "Compare the digest of every published file, not only its size; re-run damaged stages.",
     )
     seed: int = setting(
         42,
-        "Held-out documents, random weights, batch order and sampling are functions of it.",
+        "Seed of the held-out documents, random weights, batch order and sampling.",
         "data train eval",
         least=0,
     )
@@ -76,13 +82,14 @@ class Settings:
         "main", "Revision of MODEL_ID on the Hub.", "data precompile train eval"
     )
     init_weights: str = setting(
-        "pretrained", "Start from the model's weights, or from random ones made from its config.json and SEED.",
-        "train eval", choices=("pretrained", "random"),
-    )  # fmt: skip
-
+        "pretrained",
+        "Start from the model's weights, or from random ones made from its config.json and SEED.",
+        "train eval",
+        choices=("pretrained", "random"),
+    )
     allow_pickle: bool = setting(
         False,
-        "Read weights that a model has as pickles (.bin) alone: tensors and plain containers, never code.",
+        "Read the weights of a model that has only pickles (.bin); only tensors, never code.",
     )
 
     # The dataset.
@@ -94,7 +101,7 @@ class Settings:
     )
     dataset_revision: str = setting("main", "Revision of DATASET on the Hub.", "data")
     dataset_config: str = setting(
-        "", "Configuration of DATASET on the Hub; empty for its only one.", "data"
+        "", "Configuration of DATASET on the Hub; empty where it has only one.", "data"
     )
     dataset_split: str = setting("train", "Split of DATASET.", "data")
     instruction_column: str = setting("instruction", "Column of the instruction.", "data")
@@ -102,19 +109,21 @@ class Settings:
     response_column: str = setting("response", "Column of the response.", "data")
     max_length: int = setting(
         2048,
-        "Length of a packed row, in training and validation.",
+        "Length of a packed sequence.",
         "data precompile train",
         unit="tokens",
         least=2,
         most=2**20,
     )
     packing: str = setting(
-        "best_fit", "best_fit cuts no document that fits a row; concat joins all and cuts at MAX_LENGTH, as the tutorial does.",
-        "data", choices=("best_fit", "concat"),
-    )  # fmt: skip
+        "best_fit",
+        "best_fit cuts no document that fits a sequence; concat joins all and cuts at MAX_LENGTH.",
+        "data",
+        choices=("best_fit", "concat"),
+    )
     overlong: str = setting(
         "truncate",
-        "What becomes of a document longer than MAX_LENGTH (best_fit).",
+        "What happens to a document longer than MAX_LENGTH (best_fit).",
         "data",
         choices=("truncate", "drop", "error"),
     )
@@ -123,35 +132,41 @@ class Settings:
     )
     loss_on: str = setting(
         "all",
-        "Tokens that the loss counts: all, or the response's.",
+        "Tokens that the loss counts: all, or only the response's.",
         "data",
         choices=("all", "response"),
     )
 
     # Training.
     num_train_epochs: int = setting(
-        3, "Passes over the training rows.", "train", unit="epochs", least=1
+        3, "Passes over the training sequences.", "train", unit="epochs", least=1
     )
     max_steps: int = setting(
         -1, "Optimizer steps; -1 = NUM_TRAIN_EPOCHS decides.", "train", unit="steps", least=-1
     )
     per_device_train_batch_size: int = setting(
-        1, "Rows in a micro-batch of one data-parallel rank.", _MODEL, unit="rows", least=1
+        1,
+        "Sequences in a micro-batch of one data-parallel rank.",
+        _MODEL,
+        unit="sequences",
+        least=1,
     )
     gradient_accumulation_steps: int = setting(
         1, "Micro-batches per optimizer step.", _MODEL, least=1
     )
     learning_rate: float = setting(5e-5, "Peak learning rate of AdamW.", "train", above=0, most=10)
     lr_scheduler_type: str = setting(
-        "cosine", "Learning rate after warm-up: to zero by a cosine or a line, or constant.", "train",
+        "cosine",
+        "Learning rate after the warm-up: a cosine or a line to zero, or constant.",
+        "train",
         choices=("cosine", "linear", "constant"),
-    )  # fmt: skip
+    )
     warmup_steps: int = setting(
-        0, "Steps over which the learning rate rises from zero.", "train", unit="steps", least=0
+        0, "Steps in which the learning rate rises from zero.", "train", unit="steps", least=0
     )
     weight_decay: float = setting(
         0.0,
-        "AdamW's decoupled weight decay; norms and biases are left out.",
+        "AdamW's decoupled weight decay; norms and biases have none.",
         "train",
         least=0,
         below=1,
@@ -164,18 +179,18 @@ class Settings:
     )
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon.", "train", above=0)
     max_grad_norm: float = setting(
-        1.0, "Gradient norm above which gradients are scaled down; 0 = never.", "train", least=0
+        1.0, "Gradients are clipped to this norm; 0 = never.", "train", least=0
     )
     bf16: bool = setting(
         True,
-        "Compute in bfloat16 over float32 master weights, and publish bfloat16.",
+        "Compute in bfloat16 with float32 master weights, and publish bfloat16.",
         f"{_MODEL} consolidate",
     )
     gradient_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory, a third more time.", _MODEL
     )
     zero_1: bool = setting(
-        True, "Shard the optimizer over data-parallel ranks (torch: FSDP2, always on).", _MODEL
+        True, "Shard the optimizer over the data-parallel ranks (torch: FSDP2, always on).", _MODEL
     )
     torch_compile: bool = setting(False, "Compile the layers with inductor (torch).", _MODEL)
     logging_steps: int = setting(10, "Steps between lines of metrics.jsonl.", unit="steps", least=1)
@@ -187,20 +202,20 @@ class Settings:
     )
     save_total_limit: int = setting(
         2,
-        "Checkpoints kept: a damaged one is no loss when there is one before it.",
+        "Checkpoints to keep; with two, a damaged one is no loss.",
         unit="checkpoints",
         least=1,
     )
-
     resume: str = setting(
-        "restart", "An interrupted training on Neuron: begin anew, or from its last weights with a fresh optimizer.",
+        "restart",
+        "After an interruption on Neuron: start again, or from the last weights, optimizer reset.",
         choices=("restart", "weights"),
-    )  # fmt: skip
+    )
 
     # LoRA (Neuron).
     lora_r: int = setting(
         0,
-        "Rank of LoRA adapters, which alone are trained; 0 = all weights are (Neuron).",
+        "Rank of LoRA adapters; 0 = train all weights (Neuron).",
         _MODEL,
         least=0,
     )
@@ -218,9 +233,10 @@ class Settings:
 
     # The compiler's cache (Neuron).
     neuron_compile_cache_url: str = setting(
-        "/var/tmp/neuron-compile-cache", "Compiled graphs, shared by all runs: an absolute path without dots, or s3:// (Neuron).",
+        "/var/tmp/neuron-compile-cache",
+        "Cache of compiled graphs of all runs: an absolute path without dots, or s3:// (Neuron).",
         check=check_cache_url,
-    )  # fmt: skip
+    )
     custom_cache_repo: str = setting(
         "",
         "Hub repository of compiled graphs, for `make cache-lookup` and `make cache-synchronize`.",
@@ -231,23 +247,29 @@ class Settings:
         "5GB", "Largest safetensors file.", "consolidate", unit="bytes", check=parse_size
     )
     keep_shards: bool = setting(
-        True, "Keep train's shards once the consolidated model is published."
+        True, "Keep train's shards after the consolidated model is published."
     )
 
     # Compiled inference.
     inference_batch_size: int = setting(
-        1, "Prompts answered at once.", "compile-inference", least=1
+        1, "Slots: prompts answered at once.", "compile-inference", least=1
     )
     inference_sequence_length: int = setting(
-        2048, "Prompt and answer together.", "compile-inference", unit="tokens", least=2
+        2048,
+        "Length of a prompt and its answer together.",
+        "compile-inference",
+        unit="tokens",
+        least=2,
     )
     inference_tensor_parallel_size: int = setting(
         1, "Cores that share the compiled model (Neuron).", "compile-inference", least=1
     )
     instance_type: str = setting(
-        "trn1", "Machine that answers (Neuron); inf2 is made for it and runs the same code as trn1.", "compile-inference",
+        "trn1",
+        "Machine that answers (Neuron); inf2 is cheaper and runs the same code as trn1.",
+        "compile-inference",
         choices=("trn1", "trn1n", "inf2", "trn2"),
-    )  # fmt: skip
+    )
 
     # Answers.
     prompt: str = setting("", 'One instruction to answer: `make eval PROMPT="..."`.')
@@ -259,18 +281,24 @@ class Settings:
         path=True,
     )
     max_new_tokens: int = setting(256, "Longest answer.", "eval", unit="tokens", least=1)
-    do_sample: bool = setting(False, "Sample; 0 = the likeliest token each time.", "eval")
+    do_sample: bool = setting(
+        False, "Sample the answer; 0 = take the likeliest token each time.", "eval"
+    )
     temperature: float = setting(1.0, "Divides the logits before sampling.", "eval", least=0.001)
-    top_k: int = setting(50, "Sample among the k likeliest tokens; 0 = all.", "eval", least=0)
+    top_k: int = setting(50, "Sample from the k likeliest tokens; 0 = all.", "eval", least=0)
     top_p: float = setting(
         1.0,
-        "Sample among the likeliest tokens that hold this probability.",
+        "Sample from the likeliest tokens that together have this probability.",
         "eval",
         above=0,
         most=1,
     )
     eval_max_documents: int = setting(
-        200, "Held-out rows that eval's losses are measured on.", "eval", unit="rows", least=1
+        200,
+        "Held-out sequences that eval measures the losses on.",
+        "eval",
+        unit="sequences",
+        least=1,
     )
 
     @classmethod
@@ -295,7 +323,7 @@ class Settings:
         return settings
 
     def _contradictions(self) -> list[str]:
-        """What no single setting shows: combinations that cannot run."""
+        """Combinations of settings that cannot run."""
         problems = []
         model_parallel = self.tensor_parallel_size * self.pipeline_parallel_size
         if self.nproc_per_node % model_parallel:
@@ -305,26 +333,28 @@ class Settings:
                 else ""
             )
             problems.append(
-                f"NPROC_PER_NODE={self.nproc_per_node} is not a multiple of TENSOR_PARALLEL_SIZE={self.tensor_parallel_size}{pipeline}: "
-                f"world size = tensor x pipeline x data parallel. Set NPROC_PER_NODE to a multiple of {model_parallel}."
+                f"NPROC_PER_NODE={self.nproc_per_node} is not a multiple of "
+                f"TENSOR_PARALLEL_SIZE={self.tensor_parallel_size}{pipeline}: world size = tensor "
+                f"x pipeline x data parallel. Set NPROC_PER_NODE to a multiple of {model_parallel}."
             )
         if self.max_length % self.tensor_parallel_size:
             problems.append(
-                f"MAX_LENGTH={self.max_length} is not a multiple of TENSOR_PARALLEL_SIZE={self.tensor_parallel_size}: "
-                f"sequence parallelism gives each process an equal slice of a row."
+                f"MAX_LENGTH={self.max_length} is not a multiple of "
+                f"TENSOR_PARALLEL_SIZE={self.tensor_parallel_size}: sequence parallelism gives each "
+                f"process an equal slice of a sequence. Set MAX_LENGTH to a multiple."
             )
         if self.max_steps == 0:
             problems.append(
-                "MAX_STEPS=0 trains nothing. Set a number of steps, or -1 to let NUM_TRAIN_EPOCHS decide."
+                "MAX_STEPS=0 trains nothing. Set a number of steps, or -1 for NUM_TRAIN_EPOCHS."
             )
         if self.context and not self.prompt:
             problems.append(
-                "CONTEXT without PROMPT: there is no instruction that it belongs to. Set PROMPT too."
+                "CONTEXT without PROMPT: there is no instruction that it belongs to. Set PROMPT."
             )
         return problems
 
     def environment(self) -> dict[str, str]:
-        """The settings as environment variables for a process that is started: `read` gives the same settings back."""
+        """The settings as environment variables of a process, from which `read` makes the same."""
         return {name.upper(): as_text(value) for name, value in asdict(self).items()}
 
     def affecting(self, stage: str) -> dict[str, Any]:
@@ -354,7 +384,7 @@ def with_recipe(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def unknown_names(names: list[str], also: tuple[str, ...] = ()) -> list[str]:
-    """A problem for each name that is no setting (nor in `also`), with the nearest that is."""
+    """A problem per name that is neither a setting nor in `also`, with the nearest setting."""
     known = [variable(f) for f in fields(Settings)] + list(also)
     problems = []
     for name in names:
@@ -362,7 +392,7 @@ def unknown_names(names: list[str], also: tuple[str, ...] = ()) -> list[str]:
             near = get_close_matches(name.upper(), known, n=1)
             hint = f"Did you mean {near[0]}?" if near else "`make help` lists them."
             if SECRET.fullmatch(name):
-                hint = "As an argument everyone on this machine sees it: export it, and leave it out here."
+                hint = "Everyone on this machine can see an argument: export it instead."
             shown = name if name.isidentifier() and len(name) <= 60 else ascii(name[:60])
             problems.append(f"{shown} is not a setting. {hint}")
     return problems

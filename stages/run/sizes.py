@@ -22,7 +22,8 @@ UNITS = {
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `200 MB`, `1GiB` or a plain number; raises InputError for anything else, and for less than one byte."""
+    """Bytes of `5GB`, `200 MB`, `1GiB` or a plain number; raises InputError for anything else, and
+    for less than one byte."""
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([A-Za-z]*)\s*", text, re.ASCII)
     if match is None or match[2].upper() not in UNITS:
         raise InputError(
