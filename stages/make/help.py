@@ -1,7 +1,7 @@
-"""`make help`: the targets as the Makefile documents them, and every setting with its value, unit and stages.
+"""`make help`: the targets that the Makefile documents, and every setting with value and stages.
 
-python3 -I -S stages/make/help.py Makefile [recipe ...]      what make help prints
-python3 -I -S stages/make/help.py --docs                     writes the table of settings into docs/settings.md
+python3 -I -S stages/make/help.py Makefile      prints what `make help` prints
+python3 -I -S stages/make/help.py --docs        writes the table of settings in docs/settings.md
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def with_settings(page: str) -> str:
 
 
 def settings_table(given: Mapping[str, str]) -> list[tuple[str, str, str, str]]:
-    """Name, value (as given, else the default), help with unit and choices, and the stages concerned."""
+    """Name, value (given or default), help with unit and choices, and the stages affected."""
     rows = []
     for f in fields(Settings):
         default = str(int(f.default)) if isinstance(f.default, bool) else str(f.default)
@@ -71,11 +71,12 @@ def main(arguments: list[str]) -> None:
         print(f"  {name:<18} {about}")
     recipes = ", ".join(sorted(path.stem for path in Path("recipes").glob("*.mk")))
     print(
-        f"\nRECIPE  a list of settings: {recipes}\nRUN     outputs/RUN holds what is published (default: the recipe)\n"
+        f"\nRECIPE  a list of settings: {recipes}\n"
+        "RUN     the folder in outputs/ that stages publish to (default: the recipe)\n"
     )
-    print("Settings (the value now; the stages that a change makes run again)")
+    print("Settings (value now -> the stages that a change re-runs)")
     for name, value, about, stages in settings_table(with_recipe(os.environ)):
-        print(f"  {name}={value[:60]}\n      {about} -> {stages or 'nothing is remade'}")
+        print(f"  {name}={value[:60]}\n      {about} -> {stages or 'nothing'}")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def is_reachable(url: str) -> bool:
 
 
 def uv_command(pip: list[str]) -> list[str]:
-    """uv's command that installs what `pip` would, three times as fast; empty where there is none."""
+    """uv's command that installs what `pip` would, three times as fast; empty without uv."""
     python, *_ = pip
     uv = shutil.which("uv")
     if uv is None and subprocess.run([*pip, "uv"], capture_output=True).returncode == 0:

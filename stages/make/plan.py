@@ -1,4 +1,4 @@
-"""Which stages make has to run: prints `stale-STAGE` for each, or ends with status 2 and the reasons.
+"""Which stages make has to run: prints `stale-STAGE` for each, or exits with 2 and the problems.
 
     python3 -I -S stages/make/plan.py RUN_FOLDER STAGE:INPUTS:AFTER ... --given NAMES --goals GOALS
         [--show | --dry-run | --answer | --check-run]

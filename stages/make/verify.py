@@ -1,9 +1,9 @@
-"""`make verify`: is every file that the stages published still what was published?
+"""`make verify`: is every published file still what its stage published?
 
     python3 -I -S stages/make/verify.py RUN_FOLDER STAGE ...
 
-Reads every file and holds it against its manifest. A line for each stage; the exit status is 1 when anything is damaged. Writes
-nothing, and takes the standard library alone.
+Compares every file with its manifest's digest. Prints a line per stage; the exit status is 1 when
+anything is damaged. Writes nothing. Standard library only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SHOWN = 5
 
 
 def damage_of(output: Path) -> list[str]:
-    """All that is wrong with a published output, in words."""
+    """All that is wrong with a published output."""
     while True:
         manifest = manifest_of(output)
         found = (

@@ -80,7 +80,7 @@ def require_space(what: str, folder: Path, needed: int) -> None:
 
 @contextmanager
 def disk_guard(what: str, folder: Path, needed: int = 0) -> Iterator[None]:
-    """Require `needed` bytes, and raise `disk_failure`'s error for what a full disk raises inside."""
+    """Require `needed` bytes; raise `disk_failure`'s error for what a full disk raises inside."""
     require_space(what, folder, needed)
     try:
         yield

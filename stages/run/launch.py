@@ -30,7 +30,9 @@ def launch(
     error_file: Path,
     on_line: Callable[[str], None] | None = None,
 ) -> None:
-    """Run `command` from the project's folder and wait for it; its program is on `environment`'s PATH.
+    """Run `command` from the project's folder and wait for it.
+
+    Its program is looked up on `environment`'s PATH.
 
     A worker that knows what went wrong writes its error to `error_file` (`report_error`); it is
     raised here. Any other failure is a StageFailure with the exit status. `on_line` is called with

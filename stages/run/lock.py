@@ -83,6 +83,7 @@ def _holder(run_folder: Path) -> dict[str, Any]:
 
 def _described(holder: dict[str, Any]) -> str:
     try:
-        return f"{holder['stage']} (process {holder['pid']} on {holder['host']}, since {holder['since']})"
+        place = f"process {holder['pid']} on {holder['host']}"
+        return f"{holder['stage']} ({place}, since {holder['since']})"
     except KeyError:
         return "another make"

@@ -3,7 +3,8 @@
 A provenance has four parts: the settings that affect the stage (a local file by its content), a
 digest of each file of code that it runs, the pinned versions of the libraries that shape its
 output, and the content of its upstream stages' outputs. A stage is stale when the provenance in its
-manifest differs from today's; the reason is the difference, as text. Nothing here writes. Standard library only: make runs it at every start.
+manifest differs from today's; the reason is the difference, as text. Nothing here writes. Standard
+library only: make runs it at every start.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def as_text(value: Any) -> str:
 
 
 def parse(f: Field[Any], text: str) -> Any:
-    """The value of a setting from its text; raises InputError for a wrong type or a broken bound."""
+    """The value of a setting from its text; InputError for a wrong type or a broken bound."""
     name, facts = variable(f), f.metadata
     shown = text if len(text) <= 60 else f"{text[:60]}... ({len(text)} characters)"
     if "\0" in text:

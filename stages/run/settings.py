@@ -340,8 +340,8 @@ class Settings:
         if self.max_length % self.tensor_parallel_size:
             problems.append(
                 f"MAX_LENGTH={self.max_length} is not a multiple of "
-                f"TENSOR_PARALLEL_SIZE={self.tensor_parallel_size}: sequence parallelism gives each "
-                f"process an equal slice of a sequence. Set MAX_LENGTH to a multiple."
+                f"TENSOR_PARALLEL_SIZE={self.tensor_parallel_size}: sequence parallelism gives "
+                f"each process an equal slice of a sequence. Set MAX_LENGTH to a multiple."
             )
         if self.max_steps == 0:
             problems.append(

@@ -82,7 +82,7 @@ def test_a_manifest_that_names_a_file_outside_is_refused(output: Path, name: str
     manifest = manifest_of(output) or {}
     manifest["outputs"][name] = {"bytes": 1, "sha256": "0" * 64}
     write_json(output / MANIFEST_FILE, with_checksum(manifest))
-    assert damage_of(output) == [f"manifest.json names {name!r}, which lies outside"]
+    assert damage_of(output) == [f"manifest.json names {name!r}, which is outside"]
 
 
 def test_a_link_out_of_the_output_is_not_followed(output: Path, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_nothing_outside_an_output_is_read_for_it(published: Path, tmp_path: Pat
     (published / "nested").symlink_to(tmp_path / "elsewhere")
     found = damage_of(published)
     assert (
-        "nested/deeper/shard lies outside, behind a link" in found
+        "nested/deeper/shard is outside, through a link" in found
         and "nested was not published" in found
     )
 
