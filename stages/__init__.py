@@ -1,1 +1,2 @@
-"""The six stages, a click script each; `run`, `text`, `model` and `backends` are what they stand on."""
+"""The six stages, a click script each; `run`, `text`, `model` and `backends` are what they stand
+on."""

@@ -1,4 +1,5 @@
-"""Compile the model for generation at a fixed batch and length, and check its logits against the uncompiled model."""
+"""Compile the model for generation at a fixed batch and length, and check its logits against the
+uncompiled model."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def main(settings: Settings, consolidate: Path, output: Path) -> None:
 
 
 def compiled(settings: Settings, model: Path, work: Path) -> StageResult:
-    """Compile the model folder into `work`, with the tokenizer and the prompt's text that it carries."""
+    """Compile the model folder into `work`, with the tokenizer and the prompt's text that it
+    carries."""
     backend = backend_module("compile_inference", settings)
     found = backend.compile_model(model, work, settings=settings)
     for file in files_below(model, (*TOKENIZER_FILES, PROMPT_FILE)):

@@ -1,4 +1,5 @@
-"""Join train's shards into a model folder that plain transformers loads: safetensors, config, tokenizer, prompt."""
+"""Join train's shards into a model folder that plain transformers loads: safetensors, config,
+tokenizer, prompt."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def main(settings: Settings, train: Path, output: Path) -> None:
 
 
 def join(settings: Settings, train: Path, work: Path) -> StageResult:
-    """Write the whole model to `work` and check it against its config.json; a model that differs is not published."""
+    """Write the whole model to `work` and check it against its config.json; a model that differs is
+    not published."""
     from stages.model.base import base_model_folder
     from stages.model.check import check_model_folder, pretrained_config, tied_weights
 
@@ -75,7 +77,8 @@ def join(settings: Settings, train: Path, work: Path) -> StageResult:
 
 
 def published_shards(train: Path) -> dict[str, Any]:
-    """Train's manifest with only the shards as outputs. Raises StageFailure unless all exist and have their sizes."""
+    """Train's manifest with only the shards as outputs. Raises StageFailure unless all exist and
+    have their sizes."""
     manifest = manifest_of(train)
     if manifest is None:
         raise StageFailure(f"{train}: {manifest_problem(train)}. Run `make train` again.")
@@ -90,10 +93,12 @@ def published_shards(train: Path) -> dict[str, Any]:
 def require_undamaged(
     shards: dict[str, Any], train: Path, digests: Mapping[str, str] | None = None
 ) -> None:
-    """Raise StageFailure unless the shards have the digests that train published, and there are no others.
+    """Raise StageFailure unless the shards have the digests that train published, and there are no
+    others.
 
-    `digests` (name -> SHA-256) are those that the join computed while it read; other files are read for theirs. This
-    comes after the join: no shard has to be read before it, and nothing is published until it passes.
+    `digests` (name -> SHA-256) are those that the join computed while it read; other files are read
+    for theirs. This comes after the join: no shard has to be read before it, and nothing is
+    published until it passes.
     """
     read = {f"shards/{name}": digest for name, digest in (digests or {}).items()}
     _require_none(

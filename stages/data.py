@@ -1,6 +1,7 @@
 """Turn a dataset's rows into packed rows of token ids, and account for every token on the way.
 
-Publishes train/ and validation/ (`datasets.load_from_disk` reads them), the tokenizer, and the prompt's text.
+Publishes train/ and validation/ (`datasets.load_from_disk` reads them), the tokenizer, and the
+prompt's text.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def main(settings: Settings, output: Path) -> None:
 
 
 def pack(settings: Settings, work: Path) -> StageResult:
-    """Read, format, tokenise, split and pack DATASET into `work`; print the accounts and one sample."""
+    """Read, format, tokenise, split and pack DATASET into `work`; print the accounts and one
+    sample."""
     from stages.text.dataset import Layout, build
     from stages.text.examples import Columns, read_examples
     from stages.text.prompt import PromptTemplate

@@ -2,7 +2,8 @@
 
 python -m stages.doctor        exit status 1 when something would keep a stage from running
 
-Nothing is changed or made, and nothing fetched but the model's config.json. What a backend needs is in its own `doctor`.
+Nothing is changed or made, and nothing fetched but the model's config.json. What a backend needs is
+in its own `doctor`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-# Read when the Hub's library is imported: whoever has no network learns it soon.
+# Read when the Hub's library is imported: anyone who has no network learns it soon.
 os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
 os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "5")
 
@@ -80,7 +81,8 @@ def backend_choice(settings: Settings) -> Iterator[CheckResult]:
 
 
 def packages(settings: Settings) -> Iterator[CheckResult]:
-    """Installed versions against the pins of the backend's requirements; what a build adds behind a `+` does not count."""
+    """Installed versions against the pins of the backend's requirements; what a build adds after a
+    `+` does not count."""
     file = REQUIREMENTS[choose(settings).name]
     pins, wrong = pinned_versions(choose(settings).name), 0
     for name, pinned in pins.items():
@@ -104,7 +106,8 @@ def writable(settings: Settings) -> Iterator[CheckResult]:
 
 
 def disk(settings: Settings) -> Iterator[CheckResult]:
-    """Free space against what the stages write of this model, as if nothing of it were there yet."""
+    """Free space against what the stages write of this model, as if nothing of it were there
+    yet."""
     free, count = free_space(OUTPUTS), _parameters(settings)
     if count is None:
         yield CheckResult("disk", f"{show_size(free)} free; what the model takes is not known")
@@ -120,7 +123,8 @@ def disk(settings: Settings) -> Iterator[CheckResult]:
 
 
 def memory(settings: Settings) -> Iterator[CheckResult]:
-    """Host memory against the model in float32, the most that one process holds of it: random weights, or the merged model."""
+    """Host memory against the model in float32, the most that one process holds of it: random
+    weights, or the merged model."""
     if not MEMINFO.exists():
         return
     match = re.search(r"MemTotal:\s*(\d+) kB", MEMINFO.read_text(encoding="utf-8"))
@@ -202,7 +206,8 @@ CHECKS: list[Check] = [
 
 
 def examine(settings: Settings) -> list[CheckResult]:
-    """All findings in the order of the checks, which run side by side: some wait for the Hub, some import PyTorch."""
+    """All findings in the order of the checks, which run in parallel: some wait for the Hub, some
+    import PyTorch."""
     checks = list(CHECKS)
     lost = []
     try:
@@ -210,7 +215,8 @@ def examine(settings: Settings) -> list[CheckResult]:
     except InputError as error:
         lost.append(fail("backend", str(error)))
     with suppress(ImportError):  # a check says it
-        # transformers loads a part when it is first asked for, which two threads may not do at the same time.
+        # transformers loads a part when it is first asked for, which two threads may not do at the
+        # same time.
         from transformers import AutoConfig  # noqa: F401
     with ThreadPoolExecutor(len(checks)) as pool:
         found = list(pool.map(lambda check: _findings(check, settings), checks))
@@ -226,7 +232,7 @@ def _findings(check: Check, settings: Settings) -> list[CheckResult]:
         return [fail(about, problem) for problem in error.problems]
     except (
         Exception
-    ) as error:  # a library that does not load, a tool that is broken: the other checks go on
+    ) as error:  # a library that does not load, a tool that is broken: the other checks continue
         return [fail(about, f"{type(error).__name__}: {error}. See to what it names.")]
 
 

@@ -1,7 +1,8 @@
-"""Ask the compiled model, and compare the losses of the base and the fine-tuned model on the held-out rows.
+"""Ask the compiled model, and compare the losses of the base and the fine-tuned model on the
+held-out rows.
 
-With PROMPT it answers that alone, at once, and publishes nothing. Without, it answers the prompts in PROMPTS and
-publishes answers.jsonl and the losses.
+With PROMPT it answers that alone, at once, and publishes nothing. Without, it answers the prompts
+in PROMPTS and publishes answers.jsonl and the losses.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def exact_matches(answers: list[Answer]) -> dict[str, int]:
 
 
 def compare_losses(settings: Settings, data: Path, tuned: Path) -> dict[str, dict[str, float]]:
-    """Loss (nats per supervised token) and perplexity of the base and the fine-tuned model, side by side."""
+    """Loss (nats per supervised token) and perplexity of the base and the fine-tuned model, side by
+    side."""
     if not (data / VALIDATION_SPLIT).is_dir():
         print("\nNothing is held out (VALIDATION_FRACTION=0): no validation loss.", flush=True)
         return {}

@@ -1,4 +1,5 @@
-"""Run the training command for a few steps, to fill the compile cache and to foretell what training takes."""
+"""Run the training command for a few steps, to fill the compile cache and to estimates what
+training takes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Train on the packed rows with torchrun. Publishes sharded weights and metrics.jsonl.
 
-A training that was interrupted goes on from its last checkpoint when the same command is given again.
+A training that was interrupted continues from its last checkpoint when the same command is given
+again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""What is known of the pinned versions and of those installed here: `make audit` asks OSV (https://osv.dev) through pip-audit.
+"""What is known of the pinned versions and of those installed here: `make audit` asks OSV
+(https://osv.dev) through pip-audit.
 
-Ends with 0: nothing is known of any of them. 1: something is, in a table. 2: not all were checked, whatever was found.
-Every pin counts, also one for another Python or another machine than this. PIP_AUDIT_OSV_URL names another server.
+Ends with 0: nothing is known of any of them. 1: something is, in a table. 2: not all were checked,
+whatever was found. Every pin counts, also one for another Python or another machine than this.
+PIP_AUDIT_OSV_URL names another server.
 """
 
 from __future__ import annotations
@@ -44,14 +46,16 @@ def pins(root: Path) -> dict[Pin, list[str]]:
 
 
 def installed() -> dict[Pin, list[str]]:
-    """What this Python imports, what the pins brought along included; a local build (2.13.0+cpu) by its release."""
+    """What this Python imports, what the pins brought along included; a local build (2.13.0+cpu) by
+    its release."""
     return {
         (_plain(one.name), one.version.partition("+")[0]): [INSTALLED] for one in distributions()
     }
 
 
 def known(asked: set[Pin]) -> dict[Pin, list[dict]]:
-    """Pin -> what pip-audit knows of it; raises ConnectionError where it could not ask for all of them."""
+    """Pin -> what pip-audit knows of it; raises ConnectionError where it could not ask for all of
+    them."""
     found: dict[Pin, list[dict]] = {}
     while asked:
         one_of_each = dict(sorted(asked))  # pip-audit takes one version of a package at a time

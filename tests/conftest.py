@@ -1,4 +1,5 @@
-"""What the tests share: a copy of the project to run its real Makefile in, and a dataset small enough to train on."""
+"""What the tests share: a copy of the project to run its real Makefile in, and a dataset small
+enough to train on."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ MAX_NEW_TOKENS ?= 4
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: what trains, compiles or runs make comes last. In the long form kills, the longest, come first."""
+    """Fast tests first: what trains, compiles or runs make comes last. In the long form kills, the
+    longest, come first."""
     slow = ("torture", "backends", "test_makefile.py", "test_demo.py")
     items.sort(
         key=lambda item: next(
@@ -54,7 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass(frozen=True)
 class Project:
-    """A copy of the project in a folder of its own; `make` runs its Makefile without the settings of this process."""
+    """A copy of the project in a folder of its own; `make` runs its Makefile without the settings
+    of this process."""
 
     folder: Path
 
@@ -88,7 +91,8 @@ class Project:
         return json.loads((self.folder / "outputs" / run / stage / "manifest.json").read_text())
 
     def snapshot(self) -> dict[str, tuple[int, int]]:
-        """Every file of the project and its outputs with size and time: what must not change when one only asks."""
+        """Every file of the project and its outputs with size and time: what must not change when
+        one only asks."""
         files = (
             path
             for path in self.folder.rglob("*")
@@ -102,7 +106,8 @@ class Project:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without make's variables and the project's settings; Hugging Face stays off-line."""
+    """This process's environment without make's variables and the project's settings; Hugging Face
+    stays off-line."""
     from stages.run.settings import Settings
 
     names = {name.upper() for name in Settings.__dataclass_fields__} | {
@@ -118,7 +123,8 @@ def clean_environment() -> dict[str, str]:
 
 
 def torchrun(processes: int, module: str) -> list[str]:
-    """The command that runs a module of the tests in several processes, as the torch backend starts its own; from ROOT."""
+    """The command that runs a module of the tests in several processes, as the torch backend starts
+    its own; from ROOT."""
     return [
         sys.executable,
         "-m",
@@ -166,7 +172,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture(scope="session")
 def built_once(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project whose six stages ran on the tiny recipe, in a folder with a space in its name, with secrets in the environment."""
+    """A project whose six stages ran on the tiny recipe, in a folder with a space in its name, with
+    secrets in the environment."""
     base = tmp_path_factory.getbasetemp()
     shared = (
         base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
@@ -200,7 +207,8 @@ def fake_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMachine
 
 @pytest.fixture
 def no_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A process of a training that starts is a failure. Models that are made go to a folder of the test's own."""
+    """A process of a training that starts is a failure. Models that are made go to a folder of the
+    test's own."""
 
     def started(*_: object) -> None:
         raise AssertionError("a process of the training was started")

@@ -1,4 +1,5 @@
-"""`make audit` against a small OSV server on loopback: what it asks for, what it says, and what is not a pass."""
+"""`make audit` against a small OSV server on loopback: what it asks for, what it says, and what is
+not a pass."""
 
 from __future__ import annotations
 

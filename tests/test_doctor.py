@@ -1,4 +1,5 @@
-"""The doctor: what it says of a machine on which everything runs, and of each thing that is missing."""
+"""The doctor: what it says of a machine on which everything runs, and of each thing that is
+missing."""
 
 from __future__ import annotations
 

@@ -232,7 +232,8 @@ def test_a_prompt_arrives_as_typed(built_once: Project, by: str) -> None:
     arguments, environment = (
         ([f"PROMPT={AWKWARD}"], {}) if by == "command line" else ([], {"PROMPT": AWKWARD})
     )
-    # VENV= runs the stages with PYTHON itself; plan.py needs the real one, so the spy passes on what is not a stage.
+    # VENV= runs the stages with PYTHON itself; plan.py needs the real one, so the spy passes on
+    # what is not a stage.
     spy.write_text(
         f'#!/bin/bash\n[[ $* == *stages.* ]] && printf %s "$PROMPT" > "$0.out" || exec {shutil.which("python3")} "$@"\n'
     )

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:
-    """Two layers with grouped heads, the same weights every time; `changes` are keys of its LlamaConfig."""
+    """Two layers with grouped heads, the same weights every time; `changes` are keys of its
+    LlamaConfig."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 67,  # divides by neither 2 nor 4: shards are uneven

@@ -1,1 +1,2 @@
-"""Model folders in the Hugging Face layout: where the base model comes from, how weights are written and checked."""
+"""Model folders in the Hugging Face layout: where the base model comes from, how weights are
+written and checked."""

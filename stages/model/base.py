@@ -1,7 +1,8 @@
 """Where the base model comes from: a local folder, the Hub, or random weights made from a config.
 
-Hands on a local folder in the Hugging Face layout with safetensors in it that fit its config.json. Nothing that was downloaded is executed:
-no code that a model brings, and no pickles but where ALLOW_PICKLE=1 asks for their tensors.
+Hands on a local folder in the Hugging Face layout with safetensors in it that fit its config.json.
+Nothing that was downloaded is executed: no code that a model brings, and no pickles but where
+ALLOW_PICKLE=1 asks for their tensors.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from stages.run.layout import (
 from stages.run.lock import locked
 from stages.run.settings import Settings
 
-# Base models that were made here, random or from pickles, lie beside the runs that share them.
+# Base models that were made here, random or from pickles, are next to the runs that share them.
 MADE_MODELS = Path("outputs/.cache/models")
 CONFIG_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE)
 
@@ -50,9 +51,11 @@ def config_folder(model: str, revision: str) -> Path:
 
 
 def base_model_folder(settings: Settings) -> Path:
-    """A local folder with config.json and the base model's safetensors, downloaded or made where it is not there yet.
+    """A local folder with config.json and the base model's safetensors, downloaded or made where it
+    does not exist yet.
 
-    Raises InputError for weights that are not there, damaged, pickles, or not those of the model that config.json describes.
+    Raises InputError for weights that do not exist, damaged, pickles, or not those of the model
+    that config.json describes.
     """
     if settings.init_weights == "random":
         return _random_model(settings)
@@ -68,7 +71,8 @@ def base_model_folder(settings: Settings) -> Path:
 
 
 def copy_config(base: Path, data: Path, output: Path) -> None:
-    """Put beside trained weights in `output` what describes them: the base model's config, the data's tokenizer and prompt."""
+    """Put beside trained weights in `output` what describes them: the base model's config, the
+    data's tokenizer and prompt."""
     for name in CONFIG_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, output / name)
@@ -107,7 +111,8 @@ def _from_pickles(settings: Settings, folder: Path) -> Path:
 
 
 def _random_model(settings: Settings) -> Path:
-    """Random float32 weights: a function of the config and SEED alone, so that every stage finds the same."""
+    """Random float32 weights: a function of the config and SEED alone, so that every stage finds
+    the same."""
     import torch
     from transformers import AutoModelForCausalLM
 

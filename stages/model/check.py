@@ -1,7 +1,9 @@
-"""Is a model folder the model that its config.json describes? Names, shapes and dtypes, without reading a weight.
+"""Is a model folder the model that its config.json describes? Names, shapes and dtypes, without
+reading a weight.
 
-Consolidation publishes a folder only when `check_model_folder` returns. A base model, which others wrote, is given to no training that
-`base_model_problems` says anything of. `tied_weights` tells which names are one parameter.
+Consolidation publishes a folder only when `check_model_folder` returns. A base model, which others
+wrote, is given to no training that `base_model_problems` says anything of. `tied_weights` tells
+which names are one parameter.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from stages.run.layout import CONFIG_FILE
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Numbers of a config that the stages reckon with, under the names that transformers gives them whatever the architecture calls them.
+# Numbers of a config that the stages uses, under the names that transformers gives them
+# whatever the architecture calls them.
 COUNTS = (
     *(
         "vocab_size",
@@ -32,15 +35,18 @@ COUNTS = (
     *("head_dim", "max_position_embeddings"),
 )
 MOST_LAYERS = 1000  # the modules of a layer are made one by one, on the meta device too
-# Llama 2's published weights hold this table, which no model reads: transformers passes over it as well.
+# Llama 2's published weights hold this table, which no model reads: transformers passes over it as
+# well.
 NOT_A_WEIGHT = ".rotary_emb.inv_freq"
 
 
 def check_model_folder(folder: Path) -> dict[str, Any]:
-    """Compare the safetensors headers in `folder` with the model of its config.json; return parameters, bytes (of the tensors) and dtype.
+    """Compare the safetensors headers in `folder` with the model of its config.json; return
+    parameters, bytes (of the tensors) and dtype.
 
-    `dtype` is the one that config.json gives. Raises StageFailure that lists what is missing, unexpected, of another shape or of another
-    dtype (the first few of each, and how many), and what in the index does not match the files.
+    `dtype` is the one that config.json gives. Raises StageFailure that lists what is missing,
+    unexpected, of another shape or of another dtype (the first few of each, and how many), and what
+    in the index does not match the files.
     """
     headers = read_headers(folder)
     found, size = headers.tensors, sum(spec.nbytes for spec in headers.tensors.values())
@@ -75,9 +81,11 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
 
 
 def base_model_problems(folder: Path) -> list[str]:
-    """What keeps the weights in `folder` from being those of the model of its config.json; none is read, headers alone.
+    """What keeps the weights in `folder` from being those of the model of its config.json; none is
+    read, only headers.
 
-    They may be in another floating dtype than config.json says, and may hold what loaders pass over: parameters that are tied to others.
+    They may be in another floating dtype than config.json says, and may hold what loaders pass
+    over: parameters that are tied to others.
     """
     if (folder / "adapter_config.json").is_file():
         return [
@@ -111,12 +119,14 @@ def base_model_problems(folder: Path) -> list[str]:
 
 
 def tied_weights(folder: Path) -> dict[str, str]:
-    """Names that config.json makes the same parameter as an earlier name: `lm_head.weight` -> `model.embed_tokens.weight`."""
+    """Names that config.json makes the same parameter as an earlier name: `lm_head.weight` ->
+    `model.embed_tokens.weight`."""
     return _tied(described_model(folder))
 
 
 def untied(name: str, kept: str) -> StageFailure:
-    """The failure for two names that are one parameter in config.json and that training made different."""
+    """The failure for two names that are one parameter in config.json and that training made
+    different."""
     return StageFailure(
         f"{name} and {kept} are one parameter in config.json but two different ones in the shards: "
         "training untied them. Set tie_word_embeddings to false, or train with them tied."
@@ -124,7 +134,8 @@ def untied(name: str, kept: str) -> StageFailure:
 
 
 def pretrained_config(folder: Path) -> Any:
-    """The `PretrainedConfig` in `folder`. Raises StageFailure where there is none, or one that no model can be made from."""
+    """The `PretrainedConfig` in `folder`. Raises StageFailure where there is none, or one that no
+    model can be made from."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     path = folder / CONFIG_FILE
@@ -142,7 +153,7 @@ def pretrained_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except StageFailure:
         raise
-    except Exception as error:  # transformers' constructors reckon with whatever they are given
+    except Exception as error:  # transformers' constructors uses whatever they are given
         reason = str(error).partition("\n")[0] if isinstance(error, ValueError) else repr(error)
         raise StageFailure(f"{path} cannot be used: {reason}") from error
     if problems := list(_count_problems(config)):
@@ -151,7 +162,8 @@ def pretrained_config(folder: Path) -> Any:
 
 
 def described_model(folder: Path) -> PreTrainedModel:
-    """The model of config.json on the meta device, where tensors have shapes and dtypes but no memory; StageFailure where there is none."""
+    """The model of config.json on the meta device, where tensors have shapes and dtypes but no
+    memory; StageFailure where there is none."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -217,7 +229,8 @@ def _differences(found: dict[str, TensorSpec], expected: dict[str, TensorSpec]) 
 
 
 def _size_problems(index: Path, size: int) -> Iterator[str]:
-    """What is written here says the size of the tensors; published models' indexes count what they like."""
+    """What is written here says the size of the tensors; published models' indexes count what they
+    like."""
     try:
         total = json.loads(index.read_bytes())["metadata"]["total_size"]
     except (KeyError, TypeError) as error:

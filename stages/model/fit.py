@@ -1,6 +1,6 @@
-"""Do a base model, the settings and the rows that it is to be trained on belong together?
+"""Do a base model, the settings and the rows that it must be trained on belong together?
 
-Standard library only: make asks before any stage runs, with config.json as it lies there.
+Standard library only: make asks before any stage runs, with config.json as it is there.
 """
 
 from __future__ import annotations

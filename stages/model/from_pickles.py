@@ -1,7 +1,9 @@
-"""Weights that a model has as pickles alone (pytorch_model.bin, or parts of it and an index), as safetensors.
+"""Weights that a model has as pickles alone (pytorch_model.bin, or parts of it and an index), as
+safetensors.
 
-torch's weights_only reader builds tensors and plain containers and refuses all else, so that no code in a file runs. Each model is
-converted once, into a folder named after the content of its files.
+torch's weights_only reader builds tensors and plain containers and refuses all else, so that no
+code in a file runs. Each model is converted once, into a folder named after the content of its
+files.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def content_of(files: list[Path]) -> str:
 
 
 def pickled_files(folder: Path) -> list[Path]:
-    """The pickles that make up the model: all that an index names, or the one that there is. StageFailure where one is missing."""
+    """The pickles that make up the model: all that an index names, or the one that there is.
+    StageFailure where one is missing."""
     found = sorted(folder.glob(PICKLED_WEIGHTS))
     if (folder / PICKLE_INDEX).is_file():
         try:
@@ -53,10 +56,11 @@ def pickled_files(folder: Path) -> list[Path]:
 
 
 def convert(files: list[Path], tied: dict[str, str], output: Path) -> None:
-    """Write the weights in `files` to `output` as safetensors. Raises StageFailure for files that are damaged or hold something else
-    than tensors, and for values that are not finite.
+    """Write the weights in `files` to `output` as safetensors. Raises StageFailure for files that
+    are damaged or hold something else than tensors, and for values that are not finite.
 
-    A tensor is read from its file at its turn: of files of 2020 and later, which are archives, nothing else is in memory.
+    A tensor is read from its file at its turn: of files of 2020 and later, which are archives,
+    nothing else is in memory.
     """
     tensors: dict[str, torch.Tensor] = {}
     for path in files:
@@ -74,8 +78,9 @@ def convert(files: list[Path], tied: dict[str, str], output: Path) -> None:
 def load_pickle(path: Path, known: Sequence[tuple[type, str]] = ()) -> Any:
     """What torch.save wrote to `path`, its tensors mapped from the file.
 
-    `known` gives classes, and the names under which the file asks for them. Raises StageFailure for a file that is
-    damaged or asks for anything else than tensors and plain containers: nothing in it runs.
+    `known` gives classes, and the names under which the file asks for them. Raises StageFailure for
+    a file that is damaged or asks for anything else than tensors and plain containers: nothing in
+    it runs.
     """
     import torch
 

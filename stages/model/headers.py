@@ -1,7 +1,9 @@
-"""What the safetensors files of a model folder say that they hold: names, shapes and dtypes, and where each lies. No weight is read.
+"""What the safetensors files of a model folder say that they hold: names, shapes and dtypes, and
+where each lies. No weight is read.
 
-A file is one that somebody gave: a header that is damaged or that lies, a file that is not the folder's own and an index of something else
-become lines in `Headers.problems`, not exceptions. The caller knows whose fault they are.
+A file is one that somebody gave: a header that is damaged or that lies, a file that is not the
+folder's own and an index of something else become lines in `Headers.problems`, not exceptions. The
+caller knows whose fault they are.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ class Headers:
 
 
 def read_headers(folder: Path) -> Headers:
-    """The headers of all safetensors files in `folder`, held against its index."""
+    """The headers of all safetensors files in `folder`, compared with its index."""
     headers = Headers()
     for path in sorted(folder.glob("*.safetensors")):
         headers.problems += _read_header(path, headers)
@@ -97,7 +99,8 @@ def _index_problems(folder: Path, headers: Headers) -> Iterator[str]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file, as an index gives them. Raises ValueError for what is no index, or names a file that is not beside it."""
+    """Tensor -> file, as an index gives them. Raises ValueError for what is no index, or names a
+    file that is not next to it."""
     try:
         content = json.loads(index.read_bytes())["weight_map"]
         places = {str(name): str(file) for name, file in content.items()}

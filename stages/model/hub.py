@@ -1,8 +1,8 @@
 """Asking the Hugging Face Hub: what it refuses becomes an InputError that says what to do.
 
-What passes by itself (429, 5xx, a cut connection, a file that arrived wrong) is tried again. What was fetched once is read from
-the Hub's cache without a network. The token is found by the library itself (HF_TOKEN or `hf auth login`). Heavy libraries are
-imported by the caller's call.
+What passes by itself (429, 5xx, a cut connection, a file that arrived wrong) is tried again. What
+was fetched once is read from the Hub's cache without a network. The token is found by the library
+itself (HF_TOKEN or `hf auth login`). Heavy libraries are imported by the caller's call.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ LONGEST_PAUSE = 300.0  # seconds: the Hub counts requests by windows of five min
 LONGEST_SILENCE = (
     10.0  # seconds that a request waits for the next byte where the library would wait for ever
 )
-# Seconds after which a request that fails has been made six times by the library itself, with 23 seconds between them.
+# Seconds after which a request that fails has been made six times by the library itself, with 23
+# seconds between them.
 LIBRARY_TRIED = 20.0
 
 
 class Refusal(NamedTuple):
-    """Why the Hub gave nothing. `passing`: trying again may help; `pause`: seconds that the Hub itself asks to wait, 0 if none."""
+    """Why the Hub gave nothing. `passing`: trying again may help; `pause`: seconds that the Hub
+    itself asks to wait, 0 if none."""
 
     brief: str
     words: str
@@ -46,10 +48,11 @@ def download_files(model: str, revision: str, names: tuple[str, ...]) -> Path:
 
 
 def from_hub(kind: str, name: str, revision: str, call: Callable[[], T]) -> T:
-    """`call()`, again after a pause where that helps; raises InputError in words for the user of `name` (kind: dataset or model).
+    """`call()`, again after a pause where that helps; raises InputError as text for the user of
+    `name` (kind: dataset or model).
 
-    Three tries, counted anew after each that fetched something: a long download may be cut more often. What `call` fetches is
-    read against its digest.
+    Three tries, counted again after each that fetched something: a long download may be cut more
+    often. What `call` fetches is read against its digest.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -92,7 +95,8 @@ def from_hub(kind: str, name: str, revision: str, call: Callable[[], T]) -> T:
 
 
 def _snapshot(model: str, revision: str, names: tuple[str, ...]) -> Path:
-    """The snapshot of `model` with all that it has of `names`: from the Hub, or whole from the cache when the Hub gives no listing."""
+    """The snapshot of `model` with all that it has of `names`: from the Hub, or whole from the
+    cache when the Hub gives no listing."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RevisionNotFoundError
 
@@ -126,7 +130,8 @@ def _snapshot(model: str, revision: str, names: tuple[str, ...]) -> Path:
 
 
 def _bound_requests() -> None:
-    """Give the library's requests for listings, which have none, a time limit; those for files have theirs (HF_HUB_DOWNLOAD_TIMEOUT)."""
+    """Give the library's requests for listings, which have none, a time limit; those for files have
+    theirs (HF_HUB_DOWNLOAD_TIMEOUT)."""
     from huggingface_hub import configure_http_backend
     from huggingface_hub.utils._http import _default_backend_factory
 
@@ -142,7 +147,8 @@ def _bound_requests() -> None:
 
 
 def _refusal(kind: str, name: str, revision: str, error: BaseException) -> Refusal:
-    """Read off the chain of exception_chain, by status and by class name: the classes moved between releases of the Hub's library."""
+    """Read off the chain of exception_chain, by status and by class name: the classes moved between
+    releases of the Hub's library."""
     classes, status, headers = _evidence(error)
     offline = "OfflineModeIsEnabled" in classes
     setting = "DATASET" if kind == "dataset" else "MODEL_ID"
@@ -231,7 +237,8 @@ def _refusal(kind: str, name: str, revision: str, error: BaseException) -> Refus
 
 
 def _evidence(error: BaseException) -> tuple[set[str], int, Mapping[str, str]]:
-    """Names of the classes in the chain of exception_chain; status and headers of the answer in it, 0 and none where there was no answer."""
+    """Names of the classes in the chain of exception_chain; status and headers of the answer in it,
+    0 and none where there was no answer."""
     chain = list(exception_chain(error))
     classes = {cls.__name__ for link in chain for cls in type(link).__mro__}
     responses = [
@@ -242,7 +249,8 @@ def _evidence(error: BaseException) -> tuple[set[str], int, Mapping[str, str]]:
 
 
 def _asked_pause(headers: Mapping[str, str]) -> float:
-    """Seconds that a response asks to wait, 0 if it does not say: Retry-After, or the Hub's own `RateLimit: "api";r=0;t=SECONDS`."""
+    """Seconds that a response asks to wait, 0 if it does not say: Retry-After, or the Hub's own
+    `RateLimit: "api";r=0;t=SECONDS`."""
     retry_after = str(headers.get("Retry-After", ""))
     window = re.search(r"\bt=(\d+)", str(headers.get("RateLimit", "")))
     return float(retry_after) if retry_after.isdigit() else float(window[1]) if window else 0.0

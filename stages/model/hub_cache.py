@@ -1,7 +1,9 @@
-"""What the Hub's cache on this machine holds of a model or dataset, and whether that is whole and right.
+"""What the Hub's cache on this machine holds of a model or dataset, and whether that is whole and
+right.
 
-The Hub's library compares sizes only, and off-line it hands on a snapshot with files missing. Here a file that was just fetched is
-read against its digest, by which the cache names it; and what a commit consists of is noted beside it while the Hub can be asked.
+The Hub's library compares sizes only, and off-line it passes on a snapshot with files missing. Here
+a file that was just fetched is read against its digest, by which the cache names it; and what a
+commit consists of is noted next to it while the Hub can be asked.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ def folder_of(kind: str, name: str) -> Path:
 
 
 def blobs(kind: str, name: str) -> dict[Path, int]:
-    """Every file that the cache holds of the repository with its bytes, half fetched ones (`.incomplete`) too."""
+    """Every file that the cache holds of the repository with its bytes, half fetched ones
+    (`.incomplete`) too."""
     return {
         path: path.stat().st_size
         for path in folder_of(kind, name).glob("blobs/*")
@@ -33,9 +36,11 @@ def blobs(kind: str, name: str) -> dict[Path, int]:
 
 
 def remove_wrong(kind: str, name: str, files: Sequence[Path]) -> list[str]:
-    """Remove those of the blobs whose content has not the digest that names them; returns the removed names.
+    """Remove those of the blobs whose content has not the digest that names them; returns the
+    removed names.
 
-    A proxy's page in the middle of a download is enough: the library keeps it as the file's beginning and fetches the rest behind it.
+    A proxy's page in the middle of a download is enough: the library keeps it as the file's
+    beginning and fetches the rest after it.
     """
     wrong = [
         path
@@ -51,25 +56,28 @@ def remove_wrong(kind: str, name: str, files: Sequence[Path]) -> list[str]:
 
 
 def remove_halves(kind: str, name: str) -> None:
-    """Remove what was fetched of files by halves: nothing that the Hub has can be its continuation."""
+    """Remove what was fetched of files by halves: nothing that the Hub has can be its
+    continuation."""
     for path in folder_of(kind, name).glob("blobs/*.incomplete"):
         path.unlink(missing_ok=True)
 
 
 def note_listing(kind: str, name: str, commit: str, files: Sequence[str]) -> None:
-    """Note what the commit holds, so that off-line a snapshot with files missing is not taken for whole."""
+    """Note what the commit holds, so that off-line a snapshot with files missing is not taken for
+    whole."""
     note = _note(kind, name, commit)
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(sorted(files)), encoding="utf-8")
     except OSError:
-        return  # a cache that is read-only: whoever filled it answers for it
+        return  # a cache that is read-only: anyone who filled it answers for it
 
 
 def missing(kind: str, name: str, snapshot: Path, patterns: Sequence[str]) -> list[str]:
     """Files that match `patterns` and that the snapshot is to hold and does not.
 
-    A cache that others filled has no note of what belongs to it: then one file is asked for at least, descriptions aside.
+    A cache that others filled has no note of what belongs to it: then one file is asked for at
+    least, descriptions aside.
     """
     try:
         listing = json.loads(_note(kind, name, snapshot.name).read_bytes())
@@ -90,7 +98,8 @@ def missing(kind: str, name: str, snapshot: Path, patterns: Sequence[str]) -> li
 
 
 def commit_of(kind: str, name: str, revision: str) -> str:
-    """The commit that `revision` was when the Hub was last asked; the revision itself where it was never asked for."""
+    """The commit that `revision` was when the Hub was last asked; the revision itself where it was
+    never asked for."""
     try:
         return (
             (folder_of(kind, name) / "refs" / (revision or "main"))
@@ -106,7 +115,8 @@ def _note(kind: str, name: str, commit: str) -> Path:
 
 
 def _as_named(blob: Path) -> bool:
-    """Whether a blob has the digest that is its name: SHA-256 of large files, git's of others; any other name is not looked at."""
+    """Whether a blob has the digest that is its name: SHA-256 of large files, git's of others; any
+    other name is not looked at."""
     if len(blob.name) not in (40, 64) or not set(blob.name) <= set("0123456789abcdef"):
         return True
     digest = (

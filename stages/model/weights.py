@@ -1,10 +1,12 @@
 """The project's safetensors writer: a model's weights to disk without the model in memory.
 
-Names, shapes and dtypes are known before the first byte is read, so the headers and the division into files are fixed first and the tensors
-then pass through one piece at a time: cast, checked, written, hashed. Every backend hands its weights over here, which is why their folders
-look the same; what comes back is the SHA-256 of each file, so that a manifest need not read the bytes again.
+Names, shapes and dtypes are known before the first byte is read, so the headers and the division
+into files are fixed first and the tensors then pass through one piece at a time: cast, checked,
+written, hashed. Every backend hands its weights over here, which is why their folders look the
+same; what comes back is the SHA-256 of each file, so that a manifest need not read the bytes again.
 
-Format: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON header, the tensors back to back).
+Format: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON header, the tensors back
+to back).
 """
 
 from __future__ import annotations
@@ -47,13 +49,15 @@ DTYPES = {
 DTYPE_NAMES = {code: name for name, (code, _) in DTYPES.items()}
 FLOATING = ("float64", "float32", "float16", "bfloat16")
 
-# What passes through at a time: small enough to stay in a processor's cache from the read to the write, large enough for a disk.
+# What passes through at a time: small enough to stay in a processor's cache from the read to the
+# write, large enough for a disk.
 PIECE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a file's header says of one tensor. `dtype` is torch's name without the module: `bfloat16`."""
+    """What a file's header says of one tensor. `dtype` is torch's name without the module:
+    `bfloat16`."""
 
     name: str
     shape: tuple[int, ...]
@@ -68,7 +72,8 @@ class TensorSpec:
         return self.elements * DTYPES[self.dtype][1]
 
 
-# Reads one tensor: its elements in row-major order, in one or several CPU tensors of any shape. Called once, at its turn.
+# Reads one tensor: its elements in row-major order, in one or several CPU tensors of any shape.
+# Called once, at its turn.
 ReadTensor = Callable[[], "Iterable[torch.Tensor]"]
 Pieces = Generator[tuple[TensorSpec, "torch.Tensor"], None, None]
 
@@ -80,13 +85,16 @@ def write_safetensors(
     max_shard_size: int,
     dtype: str | None = None,
 ) -> dict[str, str]:
-    """Write `tensors` to `folder`, which exists, under the names that `save_pretrained` uses; return file name -> SHA-256 in hexadecimal.
+    """Write `tensors` to `folder`, which exists, under the names that `save_pretrained` uses;
+    return file name -> SHA-256 in hexadecimal.
 
-    Floating tensors are cast to `dtype` where it is given. No file, header included, is larger than `max_shard_size` bytes unless a single
-    tensor is. In memory are a few pieces of PIECE_BYTES, and one of what a reader yields where that is larger.
+    Floating tensors are cast to `dtype` where it is given. No file, header included, is larger than
+    `max_shard_size` bytes unless a single tensor is. In memory are a few pieces of PIECE_BYTES, and
+    one of what a reader yields where that is larger.
 
-    Raises StageFailure, and leaves none of its files behind, when a value is not finite, when a reader yields another number of elements
-    than announced, or when a file cannot be read or written (a full disk); what else a reader raises passes through.
+    Raises StageFailure, and leaves none of its files behind, when a value is not finite, when a
+    reader yields another number of elements than announced, or when a file cannot be read or
+    written (a full disk); what else a reader raises passes through.
     """
     unwritable = sorted({dtype or "float32", *(spec.dtype for spec, _ in tensors)} - set(DTYPES))
     if unwritable:
@@ -129,7 +137,8 @@ def write_safetensors(
 def _divide(
     tensors: list[tuple[TensorSpec, ReadTensor]], max_shard_size: int
 ) -> dict[str, list[tuple[TensorSpec, ReadTensor]]]:
-    """File name -> its tensors: filled in the order given, as huggingface_hub does, but counting the header's bytes too."""
+    """File name -> its tensors: filled in the order given, as huggingface_hub does, but counting
+    the header's bytes too."""
     total = sum(spec.nbytes for spec, _ in tensors)
     overhead = len(_header([])) + 8  # 8: its padding
     groups: list[list[tuple[TensorSpec, ReadTensor]]] = [[]]
@@ -148,7 +157,8 @@ def _divide(
         if count == 1
         else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     )
-    # Wide elements first, so that every tensor starts at a multiple of its element's size, which readers that map the file rely on.
+    # Wide elements first, so that every tensor starts at a multiple of its element's size, which
+    # readers that map the file rely on.
     return {
         name: sorted(group, key=lambda item: -DTYPES[item[0].dtype][1])
         for name, group in zip(names, groups, strict=True)
@@ -166,7 +176,8 @@ def _entry(spec: TensorSpec, start: int, end: int) -> dict[str, dict[str, object
 
 
 def _header(specs: Iterable[TensorSpec]) -> bytes:
-    """Length and JSON of a file's header, padded with spaces to a multiple of 8 bytes as the format asks; transformers wants `format`."""
+    """Length and JSON of a file's header, padded with spaces to a multiple of 8 bytes as the format
+    asks; transformers wants `format`."""
     entries: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in specs:
@@ -180,7 +191,8 @@ def _header(specs: Iterable[TensorSpec]) -> bytes:
 
 
 def _write_file(path: Path, contents: list[tuple[TensorSpec, ReadTensor]], bar: Progress) -> str:
-    """Write one safetensors file; return its SHA-256, taken in a second thread (hashing releases the interpreter's lock)."""
+    """Write one safetensors file; return its SHA-256, taken in a second thread (hashing releases
+    the interpreter's lock)."""
     digest = hashlib.sha256()
     with path.open("wb") as file, ThreadPoolExecutor(1) as pool:
         hashing: Future[None] | None = None
@@ -196,7 +208,8 @@ def _write_file(path: Path, contents: list[tuple[TensorSpec, ReadTensor]], bar: 
 
 
 def _file_bytes(contents: list[tuple[TensorSpec, ReadTensor]]) -> Iterator[bytes | memoryview]:
-    """The file's bytes in order. Raises StageFailure at the end of a tensor that holds a value that is not finite."""
+    """The file's bytes in order. Raises StageFailure at the end of a tensor that holds a value that
+    is not finite."""
     import torch
 
     yield _header(spec for spec, _ in contents)
@@ -228,7 +241,8 @@ def _pieces(contents: list[tuple[TensorSpec, ReadTensor]]) -> Pieces:
             for piece in flat.split(max(1, PIECE_BYTES // flat.element_size())):
                 if piece.numel():  # split() gives one empty piece of an empty tensor
                     yield spec, piece if len(piece) == len(flat) else piece.clone()
-            # Nothing here, nor a piece that waits to be hashed, may keep a large tensor alive while the next one is read.
+            # Nothing here, nor a piece that waits to be hashed, may keep a large tensor alive while
+            # the next one is read.
             del tensor, flat, piece
         if elements != spec.elements:
             raise StageFailure(
@@ -237,7 +251,8 @@ def _pieces(contents: list[tuple[TensorSpec, ReadTensor]]) -> Pieces:
 
 
 def _read_ahead(pieces: Pieces) -> Pieces:
-    """The same pieces, the next one being read in a second thread while the caller uses this one."""
+    """The same pieces, the next one being read in a second thread while the caller uses this
+    one."""
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, pieces, None)
         while (piece := following.result()) is not None:
@@ -246,7 +261,8 @@ def _read_ahead(pieces: Pieces) -> Pieces:
 
 
 def _all_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite. min and max pass NaN on, and take a twentieth of isfinite().all()'s time on a CPU."""
+    """Whether no value is NaN or infinite. min and max pass NaN on, and take a twentieth of
+    isfinite().all()'s time on a CPU."""
     if not values.is_floating_point():
         return True
     return all(math.isfinite(extreme) for extreme in values.aminmax())

@@ -15,7 +15,8 @@ OK, NOTE, FAIL = "OK", "note", "FAIL"
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One line: the subject, the result with its remedy, and whether it is fine, advice or fatal."""
+    """One line: the subject, the result with its remedy, and whether it is fine, advice or
+    fatal."""
 
     about: str
     text: str

@@ -72,7 +72,7 @@ class Consolidate(Protocol):
         Casts to `dtype` (None: as trained), in files of at most `max_shard_size` bytes. `tied` maps
         each name that is the same parameter as another to that other, and is left out. `base` is
         the model that adapters are merged into. Raises StageFailure, and leaves nothing in
-        `output`, for shards that are missing, damaged or not whole, and for values that are not
+        `output`, for shards that are missing, damaged or not complete, and for values that are not
         finite.
         """
 

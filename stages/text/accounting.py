@@ -10,7 +10,8 @@ from stages.run.errors import StageFailure
 
 @dataclass
 class SplitAccount:
-    """One split. Tokens: `documents_tokens` = `packed` + `left_over`; cells: `rows` x `max_length` = `packed` + `padded`."""
+    """One split. Tokens: `documents_tokens` = `packed` + `left_over`; cells: `rows` x `max_length`
+    = `packed` + `padded`."""
 
     documents: int = 0
     documents_tokens: int = 0

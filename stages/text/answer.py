@@ -1,7 +1,9 @@
-"""Asking a compiled model: the prompt as it was trained, ids cut off where the prompt ends, text as it comes.
+"""Asking a compiled model: the prompt as it was trained, ids cut off where the prompt ends, text as
+it comes.
 
-Knows no backend: it is given a model that has been loaded (`generate` and its fixed sizes). Importing this
-module brings in neither transformers nor datasets, so that a first answer comes at once.
+Knows no backend: it is given a model that has been loaded (`generate` and its fixed sizes).
+Importing this module brings in neither transformers nor datasets, so that a first answer comes at
+once.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """One line of answers.jsonl. `ended`: by the model (EOS), or cut at MAX_NEW_TOKENS or the compiled length."""
+    """One line of answers.jsonl. `ended`: by the model (EOS), or cut at MAX_NEW_TOKENS or the
+    compiled length."""
 
     instruction: str
     context: str
@@ -53,7 +56,8 @@ class Answerer:
         self.tokenizer = TextTokenizer.load(compiled)
 
     def stream(self, question: Question) -> Iterator[str]:
-        """The answer to one question, piece by piece; a piece ends where its characters are whole."""
+        """The answer to one question, piece by piece; a piece ends where its characters are
+        whole."""
         ids: list[int] = []
         shown = ""
         for (new,) in self._generate([self._prompt_ids(question)]):

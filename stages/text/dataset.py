@@ -1,4 +1,5 @@
-"""The training rows: documents from text, split, packed and saved, with every token accounted for."""
+"""The training rows: documents from text, split, packed and saved, with every token accounted
+for."""
 
 from __future__ import annotations
 
@@ -21,16 +22,17 @@ from stages.text.prompt import PromptTemplate
 from stages.text.sequences import bytes_of, save_sequences
 from stages.text.tokens import TextTokenizer
 
-_AT_ONCE = 2  # batches that are tokenised beside each other
+_AT_ONCE = 2  # batches that are tokenised next to each other
 
 
 @dataclass(frozen=True)
 class Layout:
     """How documents become rows.
 
-    `max_length`: tokens of a row. `packing`: best_fit cuts no document that fits a row; concat joins all and cuts at max_length.
-    `overlong`: what best_fit does with a document longer than a row: truncate (its end is cut, with EOS), drop, or error; concat
-    cuts documents in any case. `loss_on`: all tokens, or response (and EOS).
+    `max_length`: tokens of a row. `packing`: best_fit cuts no document that fits a row; concat
+    joins all and cuts at max_length. `overlong`: what best_fit does with a document longer than a
+    row: truncate (its end is cut, with EOS), drop, or error; concat cuts documents in any case.
+    `loss_on`: all tokens, or response (and EOS).
     """
 
     max_length: int
@@ -49,10 +51,12 @@ def build(
     validation_fraction: float = 0.0,
     seed: int = 0,
 ) -> Accounting:
-    """Write `output`/train and, when documents are held out, `output`/validation; both for `datasets.load_from_disk`.
+    """Write `output`/train and, when documents are held out, `output`/validation; both for
+    `datasets.load_from_disk`.
 
-    Documents are held out before packing, by their text and `seed`. Rows with an empty instruction or response are left out. Memory
-    grows by some bytes per document only. Raises InputError for rows that cannot be used and when nothing is left to train on.
+    Documents are held out before packing, by their text and `seed`. Rows with an empty instruction
+    or response are left out. Memory grows by some bytes per document only. Raises InputError for
+    rows that cannot be used and when nothing is left to train on.
     """
     output.mkdir(parents=True, exist_ok=True)
     account = Accounting(layout.max_length)
@@ -94,7 +98,8 @@ def _tokenise(
     documents: Documents,
     account: Accounting,
 ) -> None:
-    """Fill `documents`. The sample is the text of the greatest digest: as good as drawn at random, and never the first held out."""
+    """Fill `documents`. The sample is the text of the greatest digest: as good as drawn at random,
+    and never the first held out."""
     greatest = -1
     for batch, encoding in _encoding(_filled(rows, account), tokenizer, template):
         texts = [template.text(row.instruction, row.context, row.response) for row in batch]
@@ -127,9 +132,10 @@ def _filled(rows: Iterable[list[Example]], account: Accounting) -> Iterator[list
 def _encoding(
     batches: Iterable[list[Example]], tokenizer: TextTokenizer, template: PromptTemplate
 ) -> Iterator[tuple[list[Example], Future[Encoded]]]:
-    """Each batch with its documents to come, two batches at a time: the tokenizer runs outside Python's lock, so that reading and
-    collecting cost no time beside it."""
-    # Without this, tokenizers goes back to one thread, with a warning, in a process that was forked.
+    """Each batch with its documents to come, two batches at a time: the tokenizer runs outside
+    Python's lock, so that reading and collecting cost no time next to it."""
+    # Without this, tokenizers goes back to one thread, with a warning, in a process that was
+    # forked.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     begun: deque[tuple[list[Example], Future[Encoded]]] = deque()
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -163,7 +169,8 @@ def _fit(documents: Documents, layout: Layout, account: Accounting) -> np.ndarra
 
 
 def _pack(split: str, lengths: np.ndarray, layout: Layout) -> Packing:
-    """The rows of documents of these lengths; raises InputError where they are not enough for one."""
+    """The rows of documents of these lengths; raises InputError where they are not enough for
+    one."""
     packed = (concat if layout.packing == "concat" else best_fit)(lengths, layout.max_length)
     if not len(packed):
         remedy = "Lower MAX_LENGTH or set PACKING=best_fit, which pads" + (

@@ -1,7 +1,8 @@
 """Documents: the rows as token ids, on the disk, with what packing needs of each in memory.
 
-A row with its prompt, its response, BOS and EOS is a document. Its ids go to an unnamed temporary file (int32), so that memory
-grows by some 200 bytes per document, packing included, however long the documents are.
+A row with its prompt, its response, BOS and EOS is a document. Its ids go to an unnamed temporary
+file (int32), so that memory grows by some 200 bytes per document, packing included, however long
+the documents are.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from stages.text.tokens import TextTokenizer
 
 @dataclass(frozen=True)
 class Encoded:
-    """The documents of one batch of rows. `ids`: int32, all of them end to end; `lengths`, `prompt_lengths`: int64 per document."""
+    """The documents of one batch of rows. `ids`: int32, all of them end to end; `lengths`,
+    `prompt_lengths`: int64 per document."""
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -33,10 +35,12 @@ class Encoded:
 
 
 def encode(rows: list[Example], tokenizer: TextTokenizer, template: PromptTemplate) -> Encoded:
-    """The ids of each row: BOS, prompt, response, EOS. The prompt's are those that eval gives the model, in one piece.
+    """The ids of each row: BOS, prompt, response, EOS. The prompt's are those that eval gives the
+    model, in one piece.
 
-    Raises InputError naming the rows whose text cannot be kept apart from control tokens or from the prompt, StageFailure
-    if a document had not exactly one BOS (where the tokenizer has one) and one EOS.
+    Raises InputError naming the rows whose text cannot be kept apart from control tokens or from
+    the prompt, StageFailure if a document had not exactly one BOS (where the tokenizer has one) and
+    one EOS.
     """
     prompts = tokenizer.encode_prompts(
         [template.prompt(row.instruction, row.context) for row in rows]
@@ -65,7 +69,7 @@ def encode(rows: list[Example], tokenizer: TextTokenizer, template: PromptTempla
 
 
 def _check_controls(ids: np.ndarray, lengths: np.ndarray, tokenizer: TextTokenizer) -> None:
-    """One BOS and one EOS in each document, and no control token beside them."""
+    """One BOS and one EOS in each document, and no control token next to them."""
     ends = np.cumsum(lengths)
     starts = ends - lengths
     lookup = np.zeros(int(ids.max(initial=max(tokenizer.controls))) + 1, dtype=bool)
@@ -86,7 +90,8 @@ class Documents:
     """
 
     def __init__(self, folder: Path):
-        """Spill to `folder`'s file system; the file has no name, so a kill leaves nothing behind."""
+        """Spill to `folder`'s file system; the file has no name, so a kill leaves nothing
+        behind."""
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (`close` closes it)
         self._batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
@@ -111,7 +116,8 @@ class Documents:
         self._offsets = (np.cumsum(self.lengths) - self.lengths).tolist()
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
-        """`length` ids of a document from its token `start` on, int32. Not by memory map: its pages would count as ours."""
+        """`length` ids of a document from its token `start` on, int32. Not by memory map: its pages
+        would count as ours."""
         data = os.pread(self._file.fileno(), 4 * length, 4 * (self._offsets[document] + start))
         return np.frombuffer(data, dtype=np.int32)
 
@@ -120,7 +126,8 @@ class Documents:
 
 
 def digest(text: str, seed: int) -> int:
-    """8 bytes that stand for a document's text under a seed: equal texts have equal ones, others are in random order.
+    """8 bytes that stand for a document's text under a seed: equal texts have equal ones, others
+    are in random order.
 
     64 bits: among a million documents two differing ones share theirs with a probability of 3e-8.
     """
@@ -130,9 +137,11 @@ def digest(text: str, seed: int) -> int:
 
 
 def held_out(digests: np.ndarray, fraction: float) -> np.ndarray:
-    """Which documents are for validation, bool [documents]: those of the least digests, round(fraction x documents) of them.
+    """Which documents are for validation, bool [documents]: those of the least digests,
+    round(fraction x documents) of them.
 
-    At least one and never all; equal documents stay together (so a few more may go), and if all are equal none is held out.
+    At least one and never all; equal documents stay together (so a few more may go), and if all are
+    equal none is held out.
     """
     chosen = np.zeros(len(digests), dtype=bool)
     distinct, copies = np.unique(digests, return_counts=True)

@@ -1,8 +1,9 @@
 """Rows of a dataset, whatever it is kept in: instruction, context and response as checked text.
 
-`read_examples` finds out what DATASET names (a local file, a saved `datasets` folder, the same two on S3, or a dataset of the
-Hub) and hands on batches of rows; nothing is ever held but one batch. What is wrong in the rows is reported together,
-by file, row and column. Only the standard library is imported unless the dataset needs more.
+`read_examples` finds out what DATASET names (a local file, a saved `datasets` folder, the same two
+on S3, or a dataset of the Hub) and passes on batches of rows; nothing is ever held but one batch.
+What is wrong in the rows is reported together, by file, row and column. Only the standard library
+is imported unless the dataset needs more.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ PROBLEMS_SHOWN = 10
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a dataset's columns. `context` and `response` may be "": the dataset then has none."""
+    """Names of a dataset's columns. `context` and `response` may be "": the dataset then has
+    none."""
 
     instruction: str = "instruction"
     context: str = "context"
@@ -34,7 +36,8 @@ class Columns:
 
 
 class Example(NamedTuple):
-    """One row's texts, and its `place` for messages ("dolly.jsonl, line 3"). A null or absent context is ""."""
+    """One row's texts, and its `place` for messages ("dolly.jsonl, line 3"). A null or absent
+    context is ""."""
 
     place: str
     instruction: str
@@ -52,10 +55,11 @@ def read_examples(
 ) -> Iterator[list[Example]]:
     """Batches of at most 1,000 rows of `dataset`.
 
-    `dataset`: .json/.jsonl/.csv/.parquet file or saved `datasets` folder, local or s3://, or a Hub id with `revision`, `config` and
-    `split` (a saved folder has a split too). Blank lines are skipped; columns that are not named are ignored.
-    Raises InputError: at once for what cannot be opened or lacks a column; at the end for bad rows, the first ten of them
-    named and all counted (after the first bad row nothing more is yielded); and for a dataset without rows.
+    `dataset`: .json/.jsonl/.csv/.parquet file or saved `datasets` folder, local or s3://, or a Hub
+    id with `revision`, `config` and `split` (a saved folder has a split too). Blank lines are
+    skipped; columns that are not named are ignored. Raises InputError: at once for what cannot be
+    opened or lacks a column; at the end for bad rows, the first ten of them named and all counted
+    (after the first bad row nothing more is yielded); and for a dataset without rows.
     """
     columns = columns or Columns()
     source = open_dataset(
@@ -126,7 +130,8 @@ def _to_the_end(source: Source) -> Iterator[tuple[int, Record]]:
 def _require(
     place: str, there: list[str], instruction: str, response: str, context: str = ""
 ) -> None:
-    """Raise InputError with every named column that is not there, the nearest that is, and all that are."""
+    """Raise InputError with every named column that does not exist, the nearest that is, and all
+    that are."""
     problems = []
     for setting, name in (
         ("INSTRUCTION_COLUMN", instruction),
@@ -177,7 +182,7 @@ def _row(place: str, record: Record, columns: Columns) -> Example | list[str]:
 
 
 def fault(text: object, present: bool) -> str:
-    """What is wrong with a column's value, "" for nothing."""
+    """What is wrong with a column's value, "" for free."""
     if text is None:
         return "is null: every row needs a text here." if present else "is missing."
     if not isinstance(text, str):

@@ -1,7 +1,8 @@
 """Records out of one file: JSON lines, a JSON array, CSV, Parquet or an Arrow stream.
 
-Each reader yields (number, record): the 1-based line (JSON lines, CSV) or row where the record begins, and either its columns
-or a `Problem` that says why it has none. Memory does not grow with the file. pyarrow is imported only for its own formats.
+Each reader yields (number, record): the 1-based line (JSON lines, CSV) or row where the record
+begins, and either its columns or a `Problem` that says why it has none. Memory does not grow with
+the file. pyarrow is imported only for its own formats.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any, BinaryIO
 
 from stages.run.errors import InputError
 
-# No instruction with its answer is longer; a file without line ends, or 100 MB in one row, would fill the memory.
+# No instruction with its answer is longer; a file without line ends, or 100 MB in one row, would
+# fill the memory.
 MAX_EXAMPLE_BYTES = 16 * 2**20
 _CHUNK = 2**20
 _BATCH_ROWS = 1000
@@ -24,7 +26,7 @@ _ONE_PER_LINE = "A .json or .jsonl file holds one JSON object per line, or one a
 
 
 class Problem(str):
-    """Why a place in a file holds no record, in words that follow the place's name."""
+    """Why a place in a file holds no record, as text that follow the place's name."""
 
     __slots__ = ()
 
@@ -95,7 +97,8 @@ class _Window:
         self.text, self.at, self.ended = "", 0, False
 
     def more(self) -> bool:
-        """Read on, dropping what is behind; False at the end of the file. Raises UnicodeDecodeError."""
+        """Read on, dropping what is behind; False at the end of the file. Raises
+        UnicodeDecodeError."""
         if self.ended:
             return False
         chunk = self._file.read(max(_CHUNK, len(self.text) - self.at))
@@ -161,7 +164,8 @@ _blanks = re.compile(r"\s*").match
 
 
 def _item(window: _Window) -> Record:
-    """Decode the value at the window, reading on as long as it may be merely cut off by the window's end."""
+    """Decode the value at the window, reading on as long as it may be merely cut off by the
+    window's end."""
     window.next_mark()
     while True:
         try:
@@ -175,7 +179,8 @@ def _item(window: _Window) -> Record:
 
 
 def csv_records(file: BinaryIO) -> tuple[list[str], Iterator[tuple[int, Record]]]:
-    """The header and the records of a comma-separated file (RFC 4180: quotes doubled, line ends allowed within quotes)."""
+    """The header and the records of a comma-separated file (RFC 4180: quotes doubled, line ends
+    allowed within quotes)."""
     csv.field_size_limit(MAX_EXAMPLE_BYTES)
     lines = _CsvLines(file)
     reader = csv.reader(lines, strict=True)
@@ -218,7 +223,8 @@ class _BadLine(ValueError):
 
 
 class _CsvLines:
-    """Lines for csv.reader. `room`: characters that the row may still take; within quotes it goes on over lines."""
+    """Lines for csv.reader. `room`: characters that the row may still take; within quotes it goes
+    on over lines."""
 
     def __init__(self, file: BinaryIO):
         self._lines, self.room = _lines(file), MAX_EXAMPLE_BYTES
@@ -237,7 +243,8 @@ class _CsvLines:
 def parquet_records(
     source: Any, wanted: Iterable[str]
 ) -> tuple[list[str], Iterator[tuple[int, Record]]]:
-    """Column names of a Parquet file (a path or an open file), and its rows with the `wanted` ones among them."""
+    """Column names of a Parquet file (a path or an open file), and its rows with the `wanted` ones
+    among them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -253,7 +260,8 @@ def parquet_records(
 def arrow_records(
     file: Any, wanted: Iterable[str]
 ) -> tuple[list[str], Iterator[tuple[int, Record]]]:
-    """Column names of an open Arrow stream (a data file of a saved dataset), and its rows with the `wanted` ones among them."""
+    """Column names of an open Arrow stream (a data file of a saved dataset), and its rows with the
+    `wanted` ones among them."""
     import pyarrow as pa
 
     try:

@@ -1,7 +1,7 @@
 """Packing: which tokens of which documents share a row of fixed length.
 
-Works on lengths alone and hands on a `Packing`, a list of segments per row. `best_fit` cuts no document; `concat` is
-the usual "concatenate and cut into chunks". Both are deterministic.
+Works on lengths alone and passes on a `Packing`, a list of segments per row. `best_fit` cuts no
+document; `concat` is the usual "concatenate and cut into chunks". Both are deterministic.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Packing:
         return len(self.first) - 1
 
     def rows(self, begin: int = 0, end: int | None = None) -> Iterator[list[Segment]]:
-        """The segments of each of the rows begin:end, in the order in which they stand there."""
+        """The segments of each of the rows begin:end, in the order in which they are there."""
         for low, high in zip(
             self.first[begin:end].tolist(), self.first[begin + 1 :].tolist(), strict=False
         ):
@@ -50,11 +50,13 @@ class Packing:
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> Packing:
-    """Best-fit decreasing: each document, longest first, goes to the fullest row that still has room for it.
+    """Best-fit decreasing: each document, longest first, goes to the fullest row that still has
+    room for it.
 
-    `lengths`: tokens per document, int [documents], each 1..capacity. Uses at most 11/9 of the fewest rows possible, plus one
-    (Johnson et al., SIAM J. Comput. 3, 1974). Rows are ordered by their earliest document and documents stay in order within
-    a row, so that the result does not sort a dataset by length. Near-linear: see `_assign`.
+    `lengths`: tokens per document, int [documents], each 1..capacity. Uses at most 11/9 of the
+    fewest rows possible, plus one (Johnson et al., SIAM J. Comput. 3, 1974). Rows are ordered by
+    their earliest document and documents stay in order within a row, so that the result does not
+    sort a dataset by length. Near-linear: see `_assign`.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
@@ -76,9 +78,9 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Packing:
 def _assign(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """The row of each document, int64 [documents], by best-fit decreasing.
 
-    Rows wait in stacks by the room they have left. The stacks that are not empty are the set bits of one integer, so "the
-    least room that is enough" is its lowest bit from `length` on: a shift and a mask of capacity/64 machine words, where a
-    scan or a tree would cost a Python loop.
+    Rows wait in stacks by the room they have left. The stacks that are not empty are the set bits
+    of one integer, so "the least room that is enough" is its lowest bit from `length` on: a shift
+    and a mask of capacity/64 machine words, where a scan or a tree would cost a Python loop.
     """
     row_of = np.empty(len(lengths), dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
@@ -104,10 +106,12 @@ def _assign(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def concat(lengths: np.ndarray, capacity: int) -> Packing:
-    """All documents end to end, cut at every `capacity` tokens; the last, incomplete row is dropped.
+    """All documents end to end, cut at every `capacity` tokens; the last, incomplete row is
+    dropped.
 
-    `lengths`: tokens per document, int [documents], each at least 1. As the Dolly tutorial's `chunk`, whose remainder is
-    carried from one batch of rows to the next: the batches leave no trace in the result.
+    `lengths`: tokens per document, int [documents], each at least 1. As the Dolly tutorial's
+    `chunk`, whose remainder is carried from one batch of rows to the next: the batches leave no
+    trace in the result.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     ends = np.cumsum(lengths)

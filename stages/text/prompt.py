@@ -1,7 +1,8 @@
 """The prompt's text: the one place where it is made, for training and for answering.
 
-The data stage saves the template beside the rows that it made; the consolidated model carries it on, so a model is
-always asked in the words that it was trained with. Standard library only: eval imports it at start.
+The data stage saves the template next to the rows that it made; the consolidated model carries it
+on, so a model is always asked in the words that it was trained with. Standard library only: eval
+imports it at start.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from stages.run.layout import PROMPT_FILE
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """Headers of a prompt's parts and what stands between them. The defaults are those of the Dolly tutorial."""
+    """Headers of a prompt's parts and what stands between them. The defaults are those of the Dolly
+    tutorial."""
 
     instruction: str = "### Instruction\n"
     context: str = "### Context\n"
@@ -24,7 +26,8 @@ class PromptTemplate:
     separator: str = "\n\n"
 
     def prompt(self, instruction: str, context: str = "") -> str:
-        """All that stands before the answer, ending with the answer's header. A context of white space alone is left out."""
+        """All that is before the answer, ending with the answer's header. A context of white
+        space alone is left out."""
         parts = [self.instruction + instruction]
         if context and not context.isspace():
             parts.append(self.context + context)
@@ -40,7 +43,8 @@ class PromptTemplate:
 
     @classmethod
     def load(cls, path: Path) -> PromptTemplate:
-        """The template saved at `path` (a file, or a folder with prompt.json); raises InputError when it is none."""
+        """The template saved at `path` (a file, or a folder with prompt.json); raises InputError
+        when it is none."""
         file = _file(path)
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))

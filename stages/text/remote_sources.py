@@ -1,7 +1,7 @@
 """Datasets that are not on this machine: on S3 and on the Hugging Face Hub.
 
-What the far side refuses becomes an InputError that says what to do. Credentials are found by the libraries themselves (AWS_* or a
-profile or the instance's role; HF_TOKEN or `hf auth login`).
+What the far side refuses becomes an InputError that says what to do. Credentials are found by the
+libraries themselves (AWS_* or a profile or the instance's role; HF_TOKEN or `hf auth login`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _BATCH_EXAMPLES = 1000
 
 
 def open_s3(dataset: str, split: str, wanted: list[str]) -> Source:
-    """A file or a saved `datasets` folder at s3://BUCKET/KEY, read as it streams in: nothing is copied to the disk."""
+    """A file or a saved `datasets` folder at s3://BUCKET/KEY, read as it streams in: nothing is
+    copied to the disk."""
     path = dataset.removeprefix("s3://").rstrip("/")
     files = _s3(path.split("/")[0])
 
@@ -59,7 +60,8 @@ def _remedy(error: str) -> str:
 
 
 def _s3(bucket: str) -> Any:
-    """pyarrow's S3 client: it comes with pyarrow, where fsspec's needs a package more. Honours AWS_ENDPOINT_URL (MinIO, tests)."""
+    """pyarrow's S3 client: it comes with pyarrow, where fsspec's needs a package more. Honours
+    AWS_ENDPOINT_URL (MinIO, tests)."""
     from pyarrow import fs
 
     endpoint = urlsplit(
@@ -85,13 +87,14 @@ def _s3(bucket: str) -> Any:
 
 
 def open_hub(dataset: str, revision: str, config: str, split: str, wanted: list[str]) -> Source:
-    """A dataset of the Hub through `datasets`, which keeps it in its cache; the code that some datasets carry is never run."""
+    """A dataset of the Hub through `datasets`, which keeps it in its cache; the code that some
+    datasets carry is never run."""
     from datasets import load_dataset
     from huggingface_hub import HfFileSystem
 
     prepared = iter(
         [None]
-    )  # a second try prepares the rows anew: the first may have made them of a file that was cut
+    )  # a second try prepares the rows again: the first may have made them of a file that was cut
 
     def load() -> Any:
         HfFileSystem.clear_instance_cache()  # it remembers a refused listing as an empty one
@@ -111,7 +114,8 @@ def open_hub(dataset: str, revision: str, config: str, split: str, wanted: list[
 
 
 def _check_commit(dataset: str, revision: str, data: Any) -> None:
-    """Where the Hub gives nothing, `datasets` takes what it prepared last, of whatever revision: the folder's name is its commit."""
+    """Where the Hub gives nothing, `datasets` takes what it prepared last, of whatever revision:
+    the folder's name is its commit."""
     asked = commit_of("dataset", dataset, revision)
     found = {Path(file["filename"]).parent.name for file in data.cache_files}
     if found and found != {asked}:

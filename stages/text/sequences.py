@@ -1,7 +1,7 @@
 """Packed rows on the disk, as a folder that `datasets.load_from_disk` reads.
 
-Written with pyarrow and two small JSON files: `datasets` would add a second of import, a random fingerprint and 64-bit labels.
-The same rows give the same bytes.
+Written with pyarrow and two small JSON files: `datasets` would add a second of import, a random
+fingerprint and 64-bit labels. The same rows give the same bytes.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ def save_sequences(
     pad: int,
     loss_on: str,
 ) -> SplitAccount:
-    """Write the rows of `packing`, whose document d is `chosen[d]` of `documents`, and count what was written.
+    """Write the rows of `packing`, whose document d is `chosen[d]` of `documents`, and count what
+    was written.
 
-    Columns, each a fixed-size list of int32 [max_length]: `input_ids`, ended by `pad`; `labels`, IGNORED_LABEL on padding and, for the loss
-    on the response, on prompts; `position_ids`, from 0 for each segment and for the padding, so that their zeros are the borders.
+    Columns, each a fixed-size list of int32 [max_length]: `input_ids`, ended by `pad`; `labels`,
+    IGNORED_LABEL on padding and, for the loss on the response, on prompts; `position_ids`, from 0
+    for each segment and for the padding, so that their zeros are the borders.
     """
     folder.mkdir(parents=True)
     column = pa.list_(pa.int32(), max_length)
@@ -95,7 +97,8 @@ def _filled(
 
 
 def _describe(folder: Path, split: str, max_length: int, fingerprint: str) -> None:
-    """The two files beside the data. The fingerprint names caches of `datasets`: here it is the content's digest."""
+    """The two files next to the data. The fingerprint names caches of `datasets`: here it is the
+    content's digest."""
     value = {"dtype": "int32", "_type": "Value"}
     # "Sequence" is what every release of datasets reads; since 4.0 it means "List".
     features = {

@@ -25,7 +25,8 @@ _NOT_SAVED = (ValueError, KeyError, TypeError, RecursionError)
 
 @dataclass(frozen=True)
 class Source:
-    """An opened dataset. `columns` is None where each record has its own (JSON); `unit` is what a record's number counts."""
+    """An opened dataset. `columns` is None where each record has its own (JSON); `unit` is what a
+    record's number counts."""
 
     name: str
     unit: str
@@ -46,7 +47,8 @@ def open_local(path: Path, split: str, wanted: list[str]) -> Source:
 
 
 def _opened_within(folder: Path, name: str) -> Any:
-    """A file of a saved dataset, in binary. Whoever made the dataset may not choose files of this machine by a link."""
+    """A file of a saved dataset, in binary. Anyone who made the dataset may not choose files of
+    this machine by a link."""
     file = folder / name
     if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
         raise InputError(
@@ -78,10 +80,11 @@ def open_file(name: str, opened: Callable[[], Any], wanted: list[str]) -> Source
 
 
 def open_saved(folder: str, opened: Callable[[str], Any], split: str, wanted: list[str]) -> Source:
-    """A folder that `datasets` saved (save_to_disk): one dataset, or one per split. `opened(name)` opens a file of it in binary.
+    """A folder that `datasets` saved (save_to_disk): one dataset, or one per split. `opened(name)`
+    opens a file of it in binary.
 
-    Read without `datasets`, whose import costs a second and which copies a dataset on S3 to the disk first: the folder
-    is Arrow streams, named by state.json.
+    Read without `datasets`, whose import costs a second and which copies a dataset on S3 to the
+    disk first: the folder is Arrow streams, named by state.json.
     """
 
     def content(name: str) -> Any:

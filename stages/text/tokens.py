@@ -1,8 +1,9 @@
 """Text to token ids and back, the same way in training and in answering.
 
-`TextTokenizer.load(folder)` needs the `tokenizers` package alone and takes milliseconds: the data stage saves the tokenizer's files
-beside its rows, and every later stage reads them from there. `find_tokenizer` is for the data stage: it also takes a Hub id.
-Text is never control: "</s>" inside a row is encoded as four characters, and BOS and EOS come from here only.
+`TextTokenizer.load(folder)` needs the `tokenizers` only package and takes milliseconds: the data
+stage saves the tokenizer's files next to its rows, and every later stage reads them from there.
+`find_tokenizer` is for the data stage: it also takes a Hub id. Text is never control: "</s>" inside
+a row is encoded as four characters, and BOS and EOS come from here only.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from stages.model.location import local_model
 from stages.run.errors import InputError
 from stages.run.layout import TOKENIZER_FILES
 
-# Texts to put before a continuation, so that it is not taken for the start of a text: the first that no token reaches over.
+# Texts to put before a continuation, so that it is not taken for the start of a text: the first
+# that no token reaches over.
 _ANCHORS = ("\n", "a", ".", "0", " a", "\u4e2d")
 _MOST_IDS = 2**24  # of a vocabulary; the largest of today hold 2**18
 
@@ -30,8 +32,8 @@ _MOST_IDS = 2**24  # of a vocabulary; the largest of today hold 2**18
 class TextTokenizer:
     """A model's tokenizer. A document's ids are `bos` + prompt + response + `eos`.
 
-    `bos`: the ids that the tokenizer puts first by itself, usually one or none. `eos`, `pad`: one id each (`pad` is `eos` where
-    the tokenizer has none). `controls`: ids that no text may give.
+    `bos`: the ids that the tokenizer puts first by itself, usually one or none. `eos`, `pad`: one
+    id each (`pad` is `eos` where the tokenizer has none). `controls`: ids that no text may give.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: dict[str, Any], files: dict[str, bytes]):
@@ -70,7 +72,8 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> TextTokenizer:
-        """The tokenizer in a folder with tokenizer.json; raises InputError when there is none or it has no EOS."""
+        """The tokenizer in a folder with tokenizer.json; raises InputError when there is none or it
+        has no EOS."""
         files = {
             name: (folder / name).read_bytes()
             for name in TOKENIZER_FILES
@@ -102,7 +105,8 @@ class TextTokenizer:
             raise InputError(f"{folder}: {error}") from None
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files, byte for byte as they were loaded, so that `load` and AutoTokenizer read them there."""
+        """Write the tokenizer's files, byte for byte as they were loaded, so that `load` and
+        AutoTokenizer read them there."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
             (folder / name).write_bytes(content)
@@ -113,7 +117,8 @@ class TextTokenizer:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """BOS and the ids of a prompt: what a document begins with in training and what a model is given to answer."""
+        """BOS and the ids of a prompt: what a document begins with in training and what a model is
+        given to answer."""
         [ids] = self.encode_prompts([prompt])
         if ids is None:
             raise InputError(
@@ -122,7 +127,8 @@ class TextTokenizer:
         return ids
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int] | None]:
-        """`encode_prompt` of each; None for one that holds a control token's spelling that cannot be encoded as text."""
+        """`encode_prompt` of each; None for one that holds a control token's spelling that cannot
+        be encoded as text."""
         bos, encoded = list(self.bos), self._encode(prompts)
         plain = [
             ids if self.controls.isdisjoint(ids) else self._spelt(text)
@@ -133,11 +139,13 @@ class TextTokenizer:
     def encode_responses(
         self, border: str, responses: Sequence[str]
     ) -> tuple[list[list[int] | None], int]:
-        """The ids of each response as it goes on after a prompt that ends in `border`; None where there is no way.
+        """The ids of each response as it continues after a prompt that ends in `border`; None where
+        there is no way.
 
-        Encoded behind `border` and cut off it, so that no response gets the space that many tokenizers put before a text. Where a
-        token reaches over the border (a response that begins with white space), the prompt alone would not be a prefix of the ids: such a
-        response is encoded behind another anchor. Also returns how many were.
+        Encoded behind `border` and cut off it, so that no response gets the space that many
+        tokenizers put before a text. Where a token reaches over the border (a response that begins
+        with white space), the prompt alone would not be a prefix of the ids: such a response is
+        encoded behind another anchor. Also returns how many were.
         """
         head = self._encode([border])[0]
         found: list[list[int] | None] = []
@@ -171,8 +179,9 @@ class TextTokenizer:
             ]
 
     def _spelt(self, text: str, goes_on: bool = False) -> list[int] | None:
-        """The ids of a text with control tokens' spellings cut in two, which keeps Unigram and WordLevel models, whose vocabulary
-        holds them, from finding them. `goes_on`: the text is not the start of one. None when a control token remains."""
+        """The ids of a text with control tokens' spellings cut in two, which keeps Unigram and
+        WordLevel models, whose vocabulary holds them, from finding them. `goes_on`: the text is not
+        the start of one. None when a control token remains."""
         cuts = [0, *(match.start() + 1 for match in self._spelling.finditer(text)), len(text)]
         pieces = [text[begin:end] for begin, end in pairwise(cuts)]
         ids: list[int] = []
@@ -184,7 +193,8 @@ class TextTokenizer:
         return ids
 
     def _continuation(self, text: str) -> list[int] | None:
-        """The ids of a text that is not the start of one; None when tokens reach over every anchor."""
+        """The ids of a text that is not the start of one; None when tokens reach over every
+        anchor."""
         for anchor in _ANCHORS:
             head, ids = self._encode([anchor, anchor + text])
             if ids[: len(head)] == head:
@@ -192,7 +202,8 @@ class TextTokenizer:
         return None
 
     def _named(self, settings: dict[str, Any], role: str) -> int | None:
-        """The id of the token that the settings give a role, None if there is none; raises InputError for one without an id."""
+        """The id of the token that the settings give a role, None if there is none; raises
+        InputError for one without an id."""
         token = settings.get(role)
         content = token.get("content") if isinstance(token, dict) else token
         if not content:
@@ -208,7 +219,8 @@ class TextTokenizer:
         return id
 
     def _leading(self, settings: dict[str, Any]) -> tuple[int, ...]:
-        """The ids put before a text: BOS as add_bos_token says, else what the tokenizer's own post-processor puts there."""
+        """The ids put before a text: BOS as add_bos_token says, else what the tokenizer's own
+        post-processor puts there."""
         wanted = settings.get("add_bos_token")
         if wanted is not None:
             bos = self._named(settings, "bos_token")
@@ -226,7 +238,8 @@ class TextTokenizer:
 
 @contextmanager
 def _refused(what: str) -> Iterator[None]:
-    """An InputError for what the Rust side raises of a wrong tokenizer.json: plain Exceptions, and panics, which are not even that."""
+    """An InputError for what the Rust side raises of a wrong tokenizer.json: plain Exceptions, and
+    panics, which are not even that."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -236,9 +249,11 @@ def _refused(what: str) -> Iterator[None]:
 
 
 def _marks_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer's normaliser does nothing but SentencePiece's marking of spaces, as Llama 2's does.
+    """Whether the tokenizer's normaliser does nothing but SentencePiece's marking of spaces, as
+    Llama 2's does.
 
-    `str.replace` does the same and saves an eighth of the cost of tokenising: a normaliser also tracks every byte's origin.
+    `str.replace` does the same and saves an eighth of the cost of tokenising: a normaliser also
+    tracks every byte's origin.
     """
     if tokenizer.normalizer is None:
         return False
@@ -256,7 +271,8 @@ def _marks_spaces(tokenizer: Tokenizer) -> bool:
 
 
 def find_tokenizer(model: str, revision: str = "") -> TextTokenizer:
-    """The tokenizer of a model's folder or Hub id. Only one without tokenizer.json is converted by transformers (seconds)."""
+    """The tokenizer of a model's folder or Hub id. Only one without tokenizer.json is converted by
+    transformers (seconds)."""
     folder = local_model(model)
     if folder is None:
         from stages.model.hub import download_files
@@ -278,7 +294,7 @@ def find_tokenizer(model: str, revision: str = "") -> TextTokenizer:
             ).save_pretrained(converted)
             return TextTokenizer.load(Path(converted))
         except (OSError, ValueError, ImportError, InputError) as error:
-            reason = str(error).partition("\n")[0]  # the rest advises to run what is there
+            reason = str(error).partition("\n")[0]  # the rest advises to run what exists
             remedy = "Name a model whose folder has tokenizer.json."
             raise InputError(
                 f"MODEL_ID={model}: no tokenizer could be made of what is there ({reason}). {remedy}"

@@ -45,7 +45,8 @@ def test_samples_are_as_frequent_as_the_probabilities_of_what_is_left():
         logits, temperature=1.0, top_k=3, top_p=0.75, generator=torch.Generator().manual_seed(0)
     )
     frequencies = torch.bincount(drawn, minlength=4) / len(drawn)
-    # top_k leaves 0.4, 0.3, 0.2; of 0.9 in all, the first two hold 0.78 and the first alone does not hold 0.75.
+    # top_k leaves 0.4, 0.3, 0.2; of 0.9 in all, the first two hold 0.78 and the first alone does
+    # not hold 0.75.
     torch.testing.assert_close(
         frequencies, torch.tensor([0.0, 4 / 7, 0.0, 3 / 7]), atol=0.02, rtol=0
     )

@@ -2,12 +2,13 @@
 
     python tests/benchmarks/consolidate.py FOLDER [--gigabytes 4] [--rounds 3]
 
-Two processes write a model of Llama's shapes (hidden 2048, as many layers as the size asks for, float32, random values)
-as tensor-parallel shards below FOLDER. Then `cp -r` of the shards, consolidation to float32, to bfloat16, and DCP's own
-join take turns. Consolidation checks every value, and hashes what it reads and what it writes; DCP's join does neither.
-Each round starts with the shards out of the page cache and ends when the output is on the disk. Seconds are of whole
-processes, the start of Python and torch included; the table shows medians. Everything is removed at the end; FOLDER
-needs about twice the size.
+Two processes write a model of Llama's shapes (hidden 2048, as many layers as the size asks for,
+float32, random values) as tensor-parallel shards below FOLDER. Then `cp -r` of the shards,
+consolidation to float32, to bfloat16, and DCP's own join take turns. Consolidation checks every
+value, and hashes what it reads and what it writes; DCP's join does neither. Each round starts with
+the shards out of the page cache and ends when the output is on the disk. Seconds are of whole
+processes, the start of Python and torch included; the table shows medians. Everything is removed at
+the end; FOLDER needs about twice the size.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def write_shards(folder: Path, gigabytes: float) -> None:
 
 
 def measured(command: list[str], shards: Path, output: Path) -> tuple[float, float, float]:
-    """Run `command` from a cold cache; return seconds until its output is on the disk, CPU seconds and peak resident GB."""
+    """Run `command` from a cold cache; return seconds until its output is on the disk, CPU seconds
+    and peak resident GB."""
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
     os.sync()

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/data.py DATASET.jsonl MODEL_FOLDER [--rounds 5]
 
-Each round runs both in fresh processes with empty caches, one after the other; medians are compared. "work" is from the dataset's file to
-the saved rows, "process" adds start and imports. Ends with status 1 if the ids differ.
+Each round runs both in fresh processes with empty caches, one after the other; medians are
+compared. "work" is from the dataset's file to the saved rows, "process" adds start and imports.
+Ends with status 1 if the ids differ.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ MAX_LENGTH = 2048
 
 
 def tutorial(dataset: str, model: str, output: Path) -> float:
-    """Hugging Face's "Fine-tune Llama on AWS Trainium", its data part: format, tokenise and chunk by `map`. Seconds of work."""
+    """Hugging Face's "Fine-tune Llama on AWS Trainium", its data part: format, tokenise and chunk
+    by `map`. Seconds of work."""
     from itertools import chain
 
     from datasets import disable_progress_bars, load_dataset

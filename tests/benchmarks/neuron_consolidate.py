@@ -1,11 +1,13 @@
-"""How long consolidation of Neuron shards takes, beside a copy of them and optimum-neuron's own reader and writer, and how much memory.
+"""How long consolidation of Neuron shards takes, next to a copy of them and optimum-neuron's own
+reader and writer, and how much memory.
 
     python tests/benchmarks/neuron_consolidate.py FOLDER [--gigabytes 4] [--rounds 3] [--plain]
 
-Writes a model of Llama's shapes (hidden 4096, as many layers as the size asks for, bfloat16, random values) below FOLDER as
-optimum-neuron leaves it at a tensor-parallel size of 8: one file for each tensor of each rank (xser), or with --plain one for each rank.
-Then `cp -r` of the shards, consolidation and optimum-neuron take turns, as in consolidate.py. Everything is removed at the end; FOLDER
-needs about twice the size.
+Writes a model of Llama's shapes (hidden 4096, as many layers as the size asks for, bfloat16, random
+values) below FOLDER as optimum-neuron leaves it at a tensor-parallel size of 8: one file for each
+tensor of each rank (xser), or with --plain one for each rank. Then `cp -r` of the shards,
+consolidation and optimum-neuron take turns, as in consolidate.py. Everything is removed at the end;
+FOLDER needs about twice the size.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ install()
 from optimum.neuron.models.training.checkpointing import consolidate_model_parallel_checkpoints_to_unified_checkpoint as consolidate
 consolidate(sys.argv[1], sys.argv[2])
 """
-# Name in a layer -> the whole shape, and the dimension that is cut (None: every rank has all of it).
+# Name in a layer -> the whole shape, and the dimension that is cut (None: every rank has all of
+# it).
 LAYER: dict[str, tuple[tuple[int, ...], int | None]] = {
     **{f"self_attn.{name}_proj.weight": ((HIDDEN, HIDDEN), 0) for name in "qkv"},
     "self_attn.o_proj.weight": ((HIDDEN, HIDDEN), 1),

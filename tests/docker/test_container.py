@@ -58,7 +58,8 @@ def engine(*words: str) -> str:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The project that the image was built from: with secrets and outputs beside what belongs into it, and in the environment."""
+    """The project that the image was built from: with secrets and outputs next to what belongs into
+    it, and in the environment."""
     project = copy_project(tmp_path_factory.mktemp("image") / "project")
     for name in (
         ".env",
@@ -160,7 +161,8 @@ def test_a_token_is_in_the_container_and_in_no_log_or_layer(image: Project) -> N
 
 
 def test_no_layer_and_nothing_that_describes_the_image_holds_a_secret(image: Project) -> None:
-    """Those of this build, and those that are in this environment, with which TEST_IMAGE may have been built."""
+    """Those of this build, and those that are in this environment, with which TEST_IMAGE may have
+    been built."""
     assert not held(engine("history", "--no-trunc", NAME).encode()) and not held(
         engine("image", "inspect", NAME).encode()
     )

@@ -1,4 +1,5 @@
-"""The image's files as they stand: the Dockerfiles, the versions they install, what they let in, and the notebook's commands."""
+"""The image's files as they stand: the Dockerfiles, the versions they install, what they let in,
+and the notebook's commands."""
 
 from __future__ import annotations
 

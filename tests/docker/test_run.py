@@ -1,4 +1,5 @@
-"""docker/run: what it asks of the container engine, with device folders made here and an engine that only records."""
+"""docker/run: what it asks of the container engine, with device folders made here and an engine
+that only records."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def engine(tmp_path: Path) -> Path:
 
 
 def command(run: ModuleType, dev: Path, *words: str, **environment: str) -> list[str]:
-    """The command for `words` in an environment that holds nothing but `environment`, PATH and HOME."""
+    """The command for `words` in an environment that holds nothing but `environment`, PATH and
+    HOME."""
     environment = {"PATH": os.environ["PATH"], "HOME": "/home/me"} | environment
     return run.docker_command(
         run.read_request(words, environment), environment, dev=dev, terminal=False
@@ -83,7 +85,8 @@ def following(words: list[str], option: str) -> list[str]:
 def recorded(
     engine: Path, project: Project, *words: str, **environment: str
 ) -> tuple[list[str], dict[str, str], str]:
-    """What an engine is really given by `words` (argv and environment), and what docker/run printed."""
+    """What an engine is really given by `words` (argv and environment), and what docker/run
+    printed."""
     (engine.parent / "home").mkdir(exist_ok=True)
     cache = str(engine.parent / "cache").replace(".", "_")
     surroundings = (

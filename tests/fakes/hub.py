@@ -1,7 +1,8 @@
 """A Hugging Face Hub of the tests' own, on loopback, that misbehaves when told to.
 
-It serves folders as models and datasets (`folder/models/OWNER/NAME`, `folder/datasets/OWNER/NAME`): their listings, and
-their files with digests, commits and ranges. What a request gets instead is put beforehand with `misbehave`.
+It serves folders as models and datasets (`folder/models/OWNER/NAME`, `folder/datasets/OWNER/NAME`):
+their listings, and their files with digests, commits and ranges. What a request gets instead is put
+beforehand with `misbehave`.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ FAULTS = ("closed", "stall", "cut", "short", "shrunk", "dribble", "html", "wrong
 
 @dataclass
 class Fault:
-    """`name` happens to the next `times` requests whose method and path hold `where`: of REFUSALS, of FAULTS, or another server's
-    address, to which files are redirected."""
+    """`name` happens to the next `times` requests whose method and path hold `where`: of REFUSALS,
+    of FAULTS, or another server's address, to which files are redirected."""
 
     where: str
     name: str
@@ -65,7 +66,8 @@ class Request:
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `folder`; `requests` is what was asked of it, `stall` how many seconds a stalled request is held."""
+    """Serves `folder`; `requests` is what was asked of it, `stall` how many seconds a stalled
+    request is held."""
 
     daemon_threads = True
 
@@ -84,7 +86,7 @@ class Hub(ThreadingHTTPServer):
         self.faults.append(Fault(where, name, times))
 
     def fault_of(self, request: str) -> str:
-        """The name of what is to happen to this request, "" for nothing."""
+        """The name of what is to happen to this request, "" for free."""
         with self._lock:
             for fault in self.faults:
                 if fault.where in request and fault.times > 0:
@@ -97,7 +99,8 @@ class Hub(ThreadingHTTPServer):
         return sum(text in f"{request.method} {request.path}" for request in self.requests)
 
     def add_model(self, weights: int = 200_000) -> str:
-        """A new model of the Hub: the demo's description, and `weights` random bytes for weights. Returns its name."""
+        """A new model of the Hub: the demo's description, and `weights` random bytes for weights.
+        Returns its name."""
         name = f"owner/model{next(self._numbers)}"
         shutil.copytree(ROOT / "data" / "demo" / "model", self.folder / "models" / name)
         (self.folder / "models" / name / "model.safetensors").write_bytes(os.urandom(weights))

@@ -1,4 +1,5 @@
-"""A tiny Llama compiled by optimum-neuron's own export over stand-ins for AWS's wheels (inference_substitutes/README.md)."""
+"""A tiny Llama compiled by optimum-neuron's own export over fakes for AWS's wheels
+(inference_substitutes/README.md)."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def save_llama(folder: Path, dtype: torch.dtype) -> Path:
 def python_with_fakes(
     *arguments: str, standard_input: str = "", **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run this Python from the project's folder with the stand-ins to import; AssertionError with its output when it fails."""
+    """Run this Python from the project's folder with the fakes to import; AssertionError with
+    its output when it fails."""
     paths = {"PYTHONPATH": os.pathsep.join([str(FAKES), str(ROOT)]), "HF_HUB_OFFLINE": "1"}
     command, given = [sys.executable, *arguments], {**os.environ, **paths, **environment}
     done = subprocess.run(
@@ -44,7 +46,8 @@ def python_with_fakes(
 
 
 def compile_on_cpu(model: Path, output: Path, batch_size: int) -> Path:
-    """The process that compile-inference starts, for one trn1 core; here in float32 too, to compare with transformers exactly."""
+    """The process that compile-inference starts, for one trn1 core; here in float32 too, to compare
+    with transformers exactly."""
     sizes = [
         "--instance-type",
         "trn1",

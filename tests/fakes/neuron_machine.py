@@ -1,4 +1,5 @@
-"""A Neuron machine made of files: device nodes, what the hypervisor tells, and a neuron-ls on the PATH."""
+"""A Neuron machine made of files: device nodes, what the hypervisor tells, and a neuron-ls on the
+PATH."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import pytest
 from stages.backends.neuron import hardware
 from stages.run import cost
 
-# One device as neuron-ls tells of it on a trn1.2xlarge.
+# One device as neuron-ls reports it on a trn1.2xlarge.
 DEVICE = {
     "neuron_device": 0,
     "bdf": "0000:00:1e.0",
@@ -27,7 +28,8 @@ DEVICE = {
 
 
 class FakeMachine:
-    """What a test says of the machine; at first it is no EC2 instance, has no device, and no neuron-ls."""
+    """What a test says of the machine; at first it is no EC2 instance, has no device, and no
+    neuron-ls."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.dev, self.dmi, self.bin = (folder / name for name in ("dev", "dmi", "bin"))
@@ -52,7 +54,7 @@ class FakeMachine:
             (self.dev / f"neuron{number}").touch()
 
     def lists(self, devices: int, cores_per_device: int = 2, **more: object) -> None:
-        """neuron-ls tells of that many devices."""
+        """neuron-ls reports that many devices."""
         listed = [
             {**DEVICE, **more, "neuron_device": number, "nc_count": cores_per_device}
             for number in range(devices)

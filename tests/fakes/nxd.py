@@ -1,8 +1,10 @@
-"""Modules in the place of torch_xla, neuronx_distributed and the rest: optimum-neuron's models are built and saved in one process.
+"""Modules in the place of torch_xla, neuronx_distributed and the rest: optimum-neuron's models are
+built and saved in one process.
 
-Only what shapes a checkpoint is real: the parallel layers' parameters with their attributes, the ranks (`PLACE`, which the caller sets to
-play one rank after another), and save_checkpoint, which writes files as neuronx-distributed 0.15 lays them out. Every other name is a class
-or a function that does nothing. For a process of its own: nothing here is taken back.
+Only what shapes a checkpoint is real: the parallel layers' parameters with their attributes, the
+ranks (`PLACE`, which the caller sets to play one rank after another), and save_checkpoint, which
+writes files as neuronx-distributed 0.15 lays them out. Every other name is a class or a function
+that does nothing. For a process of its own: nothing here is taken back.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ PLACE = SimpleNamespace(tp_size=1, tp_rank=0, pp_size=1, pp_rank=0)
 
 
 class FakeMachine(ModuleType):
-    """Has every name: capitalised ones are classes of modules, the others functions that return None."""
+    """Has every name: capitalised ones are classes of modules, the others functions that return
+    None."""
 
     __path__: ClassVar[list[str]] = []
 

@@ -1,11 +1,14 @@
-"""Writes tiny models as shards, by optimum-neuron's own models, loading and saving, and what its reader makes of them.
+"""Writes tiny models as shards, by optimum-neuron's own models, loading and saving, and what its
+reader makes of them.
 
-One process plays each rank in turn: `python -m tests.fakes.nxd_shards FOLDER`. For each layout, FOLDER/NAME/ then holds
+One process plays each rank in turn: `python -m tests.fakes.nxd_shards FOLDER`. For each layout,
+FOLDER/NAME/ then holds
 
     original/    the model's folder, before it was sharded     adapter/    the adapter, before it was sharded
     shards/      what train publishes                          library.pt  what optimum-neuron's reader gives for shards/, or its error
 
-and FOLDER/ queries.json (the library's order of query heads for many sizes) and survivors.json (the names that its writer leaves).
+and FOLDER/ queries.json (the library's order of query heads for many sizes) and survivors.json (the
+names that its writer leaves).
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ EVERY_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tiny model is sharded; `config` are changes of its LlamaConfig, `targets` the modules that have an adapter."""
+    """How a tiny model is sharded; `config` are changes of its LlamaConfig, `targets` the modules
+    that have an adapter."""
 
     tp: int = 1
     pp: int = 1
@@ -41,7 +45,8 @@ class Layout:
     dtype: torch.dtype = torch.float32
     config: dict[str, Any] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
-    same_ends: bool = False  # the head is the embeddings' copy, as a pipeline has tied ones: a parameter of either end
+    # the head is the embeddings' copy, as a pipeline has tied ones: a parameter of either end
+    same_ends: bool = False
 
     def model(self) -> Any:
         model = tiny_llama(**{"vocab_size": 64, **self.config}).to(self.dtype)
@@ -78,7 +83,8 @@ LAYOUTS = {
 
 
 def write_adapter(layout: Layout, model: Any, folder: Path) -> None:
-    """An adapter of peft's. Layers that optimum-neuron fuses have one lora_A: it keeps their mean, which is exact for these values."""
+    """An adapter of peft's. Layers that optimum-neuron fuses have one lora_A: it keeps their mean,
+    which is exact for these values."""
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(
@@ -99,7 +105,8 @@ def write_adapter(layout: Layout, model: Any, folder: Path) -> None:
 
 
 def names_of_stage(model: Any) -> set[str]:
-    """neuronx-distributed's even cut: the embeddings go with the first layers, the norm and the head with the last."""
+    """neuronx-distributed's even cut: the embeddings go with the first layers, the norm and the
+    head with the last."""
     layers = len(model.get_decoder().layers) // PLACE.pp_size
     mine = [
         f".layers.{number}."
@@ -143,7 +150,8 @@ def save_rank(layout: Layout, folder: Path) -> None:
 
 
 def load_fused_projections(model: Any, adapter: Path) -> None:
-    """optimum-neuron gives the matrix B of a fused qkv_proj a name that the model does not have, and so leaves it at zero."""
+    """optimum-neuron gives the matrix B of a fused qkv_proj a name that the model does not have,
+    and so leaves it at zero."""
     from optimum.neuron.models.training.transformations_utils import (
         CustomModule,
         GQAQKVColumnParallelLinearSpec,
@@ -186,7 +194,8 @@ def write(name: str, layout: Layout, folder: Path) -> None:
 
 
 def library_query_orders() -> list[dict[str, Any]]:
-    """For each size that fits: which query head of the original model lies at each place of the trained one."""
+    """For each size that fits: which query head of the original model is at each place of the
+    trained one."""
     from optimum.neuron.models.training.transformations_utils import GQAQKVColumnParallelLinearSpec
 
     orders = []
@@ -218,7 +227,8 @@ def library_query_orders() -> list[dict[str, Any]]:
 
 
 def library_survivors(shards: Path, output: Path, max_shard_size: int) -> list[str]:
-    """The names of the tensors that the library's own writer leaves in `output` when the model takes more than one file."""
+    """The names of the tensors that the library's own writer leaves in `output` when the model
+    takes more than one file."""
     from optimum.neuron.models.training import checkpointing
 
     checkpointing.split_torch_state_dict_into_shards = partial(
@@ -239,7 +249,8 @@ def main(folder: Path) -> None:
     import optimum.neuron.peft.peft_model as peft_model
 
     peft_model.get_pipeline_parameters_for_current_stage = lambda model: set(model.state_dict())
-    gc.freeze()  # loading a model collects garbage, which among all that was imported takes half a second
+    # loading a model collects garbage, which among all that was imported takes half a second
+    gc.freeze()
     for name, layout in LAYOUTS.items():
         (folder / name).mkdir(parents=True)
         write(name, layout, folder / name)

@@ -1,4 +1,4 @@
-"""S3 on loopback: moto's server behind a door that misbehaves when told to."""
+"""S3 on loopback: moto's server after a door that misbehaves when told to."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class Quiet(WSGIRequestHandler):
 
 
 class Door:
-    """A WSGI application before moto's: what was put with `misbehave` happens to the next requests for objects."""
+    """A WSGI application before moto's: what was put with `misbehave` happens to the next requests
+    for objects."""
 
     def __init__(self) -> None:
         self.s3 = DomainDispatcherApplication(create_backend_app)
@@ -93,7 +94,7 @@ class Door:
         )
 
     def shortened(self, body: Iterable[bytes]) -> Iterator[bytes]:
-        """The first half of an answer, whose Content-Length tells of the whole."""
+        """The first half of an answer, whose Content-Length reports the whole."""
         content = b"".join(body)
         yield content[: len(content) // 2]
         raise ConnectionResetError("cut by the test")

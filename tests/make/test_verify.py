@@ -1,4 +1,5 @@
-"""make verify: what it reads, what it says, and how it ends; and what it means that bytes are on the disk."""
+"""make verify: what it reads, what it says, and how it ends; and what it means that bytes are on
+the disk."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A process that asks a Hub as the stages do, many times: the libraries read its address once, when they are imported.
+"""A process that asks a Hub as the stages do, many times: the libraries read its address once, when
+they are imported.
 
-A question is a line of JSON on its input, the answer a line on its output. Nobody waits for a pause: it is noted, and the clock that
-stages/model/hub.py reads goes forward by it.
+A question is a line of JSON on its input, the answer a line on its output. Nobody waits for a
+pause: it is noted, and the clock that stages/model/hub.py reads goes forward by it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ ALL = ("*.json", "*.safetensors")
 
 @dataclass
 class Answer:
-    """What was fetched: digests of files by name, or the rows' responses; else the error. `pauses`: seconds, `printed`: lines."""
+    """What was fetched: digests of files by name, or the rows' responses; else the error. `pauses`:
+    seconds, `printed`: lines."""
 
     files: dict[str, str] | None
     rows: list[str] | None

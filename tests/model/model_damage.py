@@ -55,7 +55,8 @@ def cut(bytes_left: int) -> Damage:
 
 
 def header(text: str | dict, length: int | None = None, data: int = 8) -> Damage:
-    """A file of weights with this header, which says that it has this length, and some bytes of data."""
+    """A file of weights with this header, which says that it has this length, and some bytes of
+    data."""
     encoded = (text if isinstance(text, str) else json.dumps(text)).encode()
     return file(
         SINGLE_FILE,

@@ -1,4 +1,5 @@
-"""Model folders that are not what they should be: each is refused, with the fault and the remedy, before a training's processes start."""
+"""Model folders that are not what they should be: each is refused, with the fault and the remedy,
+before a training's processes start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Models whose weights are pickles: refused, or made safetensors once when that is allowed. Nothing in them runs."""
+"""Models whose weights are pickles: refused, or made safetensors once when that is allowed. Nothing
+in them runs."""
 
 from __future__ import annotations
 

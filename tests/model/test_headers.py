@@ -1,4 +1,5 @@
-"""Weights in safetensors with any bytes, headers and indexes: problems, or tensors that are there."""
+"""Weights in safetensors with any bytes, headers and indexes: problems, or tensors that are
+there."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def changed(data: bytes, changes: list[tuple[float, int]], kept: float) -> bytes
 
 
 def headers_of(folder: Path, weights: bytes) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the headers of the weights give, once read by safetensors itself; nothing where there are problems."""
+    """What the headers of the weights give, once read by safetensors itself; nothing where there
+    are problems."""
     (folder / SINGLE_FILE).write_bytes(weights)
     found = read_headers(folder)
     if found.problems:

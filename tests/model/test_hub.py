@@ -1,4 +1,5 @@
-"""A Hub that refuses, breaks, stalls, cuts and lies: right content after trying again, or clear words; never another content."""
+"""A Hub that refuses, breaks, stalls, cuts and lies: right content after trying again, or clear
+words; never another content."""
 
 from __future__ import annotations
 

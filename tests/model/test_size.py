@@ -1,4 +1,4 @@
-"""A model's size by its config.json alone."""
+"""A model's size by only its config.json."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def test_what_is_written_depends_on_what_is_trained_and_kept() -> None:
 
 @pytest.mark.parametrize(
     ("backend", "steps", "bytes_each"),
-    # torch: shards of 4 bytes a parameter, checkpoints of 12; Neuron: 2 each. Saved every 10 steps but the last, one is kept.
+    # torch: shards of 4 bytes a parameter, checkpoints of 12; Neuron: 2 each. Saved every 10 steps
+    # but the last, one is kept.
     [
         ("torch", 10, 4),
         ("torch", 11, 12 + 4),

@@ -1,4 +1,5 @@
-"""The safetensors writer: what is read back equals what was given, and nothing bad is left on the disk."""
+"""The safetensors writer: what is read back equals what was given, and nothing bad is left on the
+disk."""
 
 from __future__ import annotations
 

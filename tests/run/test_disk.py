@@ -1,4 +1,4 @@
-"""Room on the disk: what is asked for, and what is told of a disk that is full or closed."""
+"""Room on the disk: what is asked for, and what is reported a disk that is full or closed."""
 
 from __future__ import annotations
 

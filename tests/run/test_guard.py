@@ -1,4 +1,5 @@
-"""What a stage has started ends with it, whatever ends the stage, and the stage ends with its make."""
+"""What a stage has started ends with it, whatever ends the stage, and the stage ends with its
+make."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shel
 guard_stage()
 subprocess.call([sys.executable, "-c", *sys.argv[1:]], start_new_session=True)
 """
-# A program with a session of its own that starts another, as torchrun, compilers and their drivers do.
+# A program with a session of its own that starts another, as torchrun, compilers and their drivers
+# do.
 PROGRAM = "import subprocess, sys; subprocess.call([sys.executable, '-c', *sys.argv[1:]], start_new_session=True)"
 WORKER = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
 

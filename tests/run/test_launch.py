@@ -1,4 +1,4 @@
-"""Starting processes: their errors come back as ours, and none is left behind."""
+"""Starting processes: their errors come back as ours, and none is left."""
 
 from __future__ import annotations
 

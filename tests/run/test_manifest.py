@@ -1,4 +1,5 @@
-"""What is read back from outputs/ may hold anything: no reader fails in a way that is not the project's own, or believes it."""
+"""What is read back from outputs/ may hold anything: no reader fails in a way that is not the
+project's own, or believes it."""
 
 from __future__ import annotations
 

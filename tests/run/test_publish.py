@@ -98,7 +98,8 @@ def test_work_that_can_be_resumed_is_found_again_by_the_same_settings_alone(tmp_
 def test_a_kill_behind_the_exchange_does_not_pass_the_former_output_off_as_finished_work(
     tmp_path: Path, monkeypatch
 ) -> None:
-    """The work folder then holds the output that was replaced, whole, under the name of the settings that replaced it."""
+    """The work folder then holds the output that was replaced, whole, under the name of the
+    settings that replaced it."""
     output = tmp_path / "run" / "data"
     one, two = Settings(max_length=64), Settings(max_length=128)
     run(writes("one"), output, one, resumable=True)

@@ -14,7 +14,7 @@ from stages.run.setting import STAGES, kind, variable
 from stages.run.settings import Settings, unknown_names
 from stages.run.sizes import parse_size
 
-# What no make can hand on; the wrong values that it can are in tests/run/test_settings_given.py.
+# What no make can pass on; the wrong values that it can are in tests/run/test_settings_given.py.
 BAD = [
     ("DATASET", "a\0b", "NUL"),
     ("PROMPT", "\ud800", "not UTF-8"),

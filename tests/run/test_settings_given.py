@@ -1,4 +1,5 @@
-"""Wrong settings, through the real make: all named at once, status 2, nothing run, and no word of them read by a shell."""
+"""Wrong settings, through the real make: all named at once, status 2, nothing run, and no word of
+them read by a shell."""
 
 from __future__ import annotations
 
@@ -218,7 +219,8 @@ def test_a_wrong_recipe_is_refused_too(project: Project, recipe: Path, name: str
 
 @pytest.mark.parametrize("python", ["no-such-python", "false"])
 def test_what_cannot_be_asked_for_is_not_taken_for_fresh(tmp_path: Path, python: str) -> None:
-    """The rows are published: only a failure to ask which stages are stale can end make with an error."""
+    """The rows are published: only a failure to ask which stages are stale can end make with an
+    error."""
     project = copy_project(tmp_path / "project")
     project.make("data", "RECIPE=tiny")
     for goal in ("data", "status"):

@@ -34,7 +34,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, **settings: object) -> P
 
 
 def byte_level(folder: Path) -> Path:
-    """As GPT-2, Llama 3 and Qwen: bytes, split by a regular expression; no BOS, and a padding token of its own."""
+    """As GPT-2, Llama 3 and Qwen: bytes, split by a regular expression; no BOS, and a padding token
+    of its own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,7 +49,8 @@ def byte_level(folder: Path) -> Path:
 
 
 def llama(folder: Path) -> Path:
-    """As Llama 2: SentencePiece's BPE, a space before every text, bytes for what the vocabulary lacks, BOS put first."""
+    """As Llama 2: SentencePiece's BPE, a space before every text, bytes for what the vocabulary
+    lacks, BOS put first."""
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.train_from_iterator(
@@ -80,7 +82,8 @@ def llama(folder: Path) -> Path:
 
 
 def metaspace(folder: Path) -> Path:
-    """As newer conversions of SentencePiece: the space before a text comes from the pre-tokenizer."""
+    """As newer conversions of SentencePiece: the space before a text comes from the
+    pre-tokenizer."""
     tokenizer = Tokenizer.from_file(str(llama(folder) / "tokenizer.json"))
     tokenizer.normalizer = None
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -88,7 +91,8 @@ def metaspace(folder: Path) -> Path:
 
 
 def unigram(folder: Path) -> Path:
-    """As T5 and XLNet: its vocabulary holds its control tokens as ordinary pieces, so text alone can find them."""
+    """As T5 and XLNet: its vocabulary holds its control tokens as ordinary pieces, so only text
+    can find them."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.UnigramTrainer(

@@ -17,7 +17,8 @@ from tests.conftest import ROOT
 
 
 class Recites:
-    """A model that answers every prompt with the same ids: what is tested is what becomes of them."""
+    """A model that answers every prompt with the same ids: what is tested is what becomes of
+    them."""
 
     batch_size, sequence_length = 2, 64
 

@@ -1,4 +1,5 @@
-"""Rows to packed rows: what is written is what went in, each token once, and the accounts say so."""
+"""Rows to packed rows: what is written is what went in, each token once, and the accounts say
+so."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def read(folder: Path) -> list[dict[str, list[int]]]:
 
 
 def pieces(rows: list[dict[str, list[int]]], part: str = "input_ids") -> list[list[int]]:
-    """What each row holds of each segment, split where positions restart; padding left out by its labels and position."""
+    """What each row holds of each segment, split where positions restart; padding left out by its
+    labels and position."""
     found = []
     for row in rows:
         starts = [at for at, position in enumerate(row["position_ids"]) if position == 0]
@@ -275,7 +277,8 @@ LONG = as_rows(
 def test_over_long_documents_are_cut_or_dropped_and_every_token_of_them_counted(
     tokenizer, tmp_path, overlong, loss_on, over_long, dropped, kept
 ):
-    """A document cut within its prompt has nothing to learn from when the loss is on the response: it is dropped."""
+    """A document cut within its prompt has nothing to learn from when the loss is on the response:
+    it is dropped."""
     account = build(
         [LONG],
         tokenizer,

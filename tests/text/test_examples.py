@@ -1,4 +1,5 @@
-"""Everything that a dataset's file can be: read as documented, or refused by file, row and column."""
+"""Everything that a dataset's file can be: read as documented, or refused by file, row and
+column."""
 
 from __future__ import annotations
 

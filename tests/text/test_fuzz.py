@@ -1,4 +1,5 @@
-"""Files that something has damaged, and texts that nobody meant: read as documented, or refused by an error of ours."""
+"""Files that something has damaged, and texts that nobody meant: read as documented, or refused by
+an error of ours."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def written(kind: str) -> bytes:
 
 @st.composite
 def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
-    """A valid file after one to four damages: cut off, a bit flipped, a part doubled, bytes put in, a number made another."""
+    """A valid file after one to four damages: cut off, a bit flipped, a part doubled, bytes put in,
+    a number made another."""
     content = whole
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(len(content) - 1, 0)))
@@ -240,7 +242,8 @@ def reference(
 
 
 def segments(folder: Path) -> list[list[tuple[int, int]]]:
-    """(id, label) of each segment in the order of the rows, cut where positions begin again; padding is left in."""
+    """(id, label) of each segment in the order of the rows, cut where positions begin again;
+    padding is left in."""
     with pa.memory_map(str(folder / "data-00000-of-00001.arrow")) as file:
         rows = pa.ipc.open_stream(file).read_all().to_pylist()
     found: list[list[tuple[int, int]]] = []
@@ -320,7 +323,7 @@ JUNK = [
 
 
 def places(value: Any, path: tuple = ()) -> list[tuple]:
-    """Where something stands in a JSON value; of long lists and objects the first thirty."""
+    """Where something is in a JSON value; of long lists and objects the first thirty."""
     inside = (
         list(value)[:30]
         if isinstance(value, dict)
@@ -333,7 +336,8 @@ def places(value: Any, path: tuple = ()) -> list[tuple]:
 
 @st.composite
 def altered(draw: st.DrawFn, text: str) -> bytes:
-    """JSON text with one or two of its values gone or replaced by something else, or damaged as bytes."""
+    """JSON text with one or two of its values gone or replaced by something else, or damaged as
+    bytes."""
     if draw(st.integers(0, 3)) == 0:
         return draw(damaged(text.encode()))
     value = json.loads(text)

@@ -1,4 +1,5 @@
-"""Datasets on S3 (moto's server, on loopback): read like local ones, and refused in clear words within a bounded time."""
+"""Datasets on S3 (moto's server, on loopback): read like local ones, and refused in clear words
+within a bounded time."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ FILES = ["rows.jsonl", "rows.parquet", "saved"]
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Door, str]]:
-    """The door and its address; behind it s3://bucket holds ROWS in each of FILES."""
+    """The door and its address; after it s3://bucket holds ROWS in each of FILES."""
     from datasets import Dataset
 
     folder = tmp_path_factory.mktemp("bucket")

@@ -1,4 +1,5 @@
-"""Odd but lawful data through the real `make data`: what is left out, cut or kept is counted in the manifest."""
+"""Odd but lawful data through the real `make data`: what is left out, cut or kept is counted in the
+manifest."""
 
 from __future__ import annotations
 
@@ -107,7 +108,8 @@ def test_data_that_leave_nothing_to_learn_are_refused_and_the_former_rows_stay(
 
 @pytest.mark.parametrize("kind", kinds.KINDS)
 def test_control_tokens_spelt_in_a_text_are_text(own: Project, kind: str) -> None:
-    """As the models' tokenizers are: </s> in a row is four characters, and an answer still ends once."""
+    """As the models' tokenizers are: </s> in a row is four characters, and an answer still ends
+    once."""
     model = getattr(kinds, kind)(own.folder / "data" / kind)
     spelt = ["</s>", "<s>", "[INST]", "<|end|>", "<|pad|>", "<unk>", "</s></s>", "<s> </s>"]
     rows = [

@@ -19,7 +19,8 @@ from tests.text.conftest import KINDS
 from tests.torture.plugin import examples
 
 TEMPLATE = PromptTemplate()
-# Text with the pieces that go wrong: control tokens' spellings, white space at the border, the space mark, marks and emoji.
+# Text with the pieces that go wrong: control tokens' spellings, white space at the border, the
+# space mark, marks and emoji.
 texts = st.lists(
     st.sampled_from(
         [

@@ -1,4 +1,5 @@
-"""Secrets of no use in a run's environment, and where they are looked for: files, what is printed, command lines.
+"""Secrets of no use in a run's environment, and where they are looked for: files, what is printed,
+command lines.
 
 `watched` runs a program with them; the run that all tests share (`built_once`) is made so.
 """
@@ -26,7 +27,7 @@ NAMES = (
     "AWS_SESSION_TOKEN",
     "WANDB_API_KEY",
 )
-# Drawn anew in each test run, whose processes share them: a file of the project cannot hold them.
+# Drawn again in each test run, whose processes share them: a file of the project cannot hold them.
 _RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID") or token_hex(16)
 CANARIES = {
     name: f"canary{hashlib.sha256(f'{_RUN} {name}'.encode()).hexdigest()[:32]}" for name in NAMES
@@ -35,7 +36,8 @@ UMASK = 0o027  # neither the usual one nor tempfile's
 
 
 def forms(canary: str) -> list[bytes]:
-    """How a secret may stand in a file: plain, in hexadecimal, and what base64 makes of it at each of three offsets."""
+    """How a secret may are in a file: plain, in hexadecimal, and what base64 makes of it at each
+    of three offsets."""
     text = canary.encode()
     encoded = [base64.b64encode(b"-" * before + text)[4 * (before > 0) : -4] for before in range(3)]
     return [text, text.hex().encode(), *encoded]
@@ -49,7 +51,8 @@ def held(content: bytes) -> list[str]:
 
 
 def holding(folder: Path) -> tuple[dict[str, list[str]], int]:
-    """The files below `folder`, and the members of archives among them, that hold secrets, by name; and how many were read."""
+    """The files below `folder`, and the members of archives among them, that hold secrets, by name;
+    and how many were read."""
     found, read = {}, 0
     for path in folder.rglob("*"):
         if path.is_symlink() or not path.is_file() or "tests" in path.relative_to(folder).parts:
@@ -72,7 +75,8 @@ def _contents(path: Path) -> Iterator[bytes]:
 
 
 class CommandLines:
-    """Within it, every process's command line is looked at again and again; `found` has those that held a secret.
+    """Within it, every process's command line is looked at again and again; `found` has those that
+    held a secret.
 
     A command line is what every user of a machine can read of another's process.
     """
@@ -107,7 +111,8 @@ class CommandLines:
 def watched(
     words: list[str], folder: Path, environment: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """Run `words` in `folder` with the canaries, UMASK, and a HOME and a TMPDIR beside the folder; what was seen is written there."""
+    """Run `words` in `folder` with the canaries, UMASK, and a HOME and a TMPDIR next to the folder;
+    what was seen is written there."""
     beside = folder.parent
     for name in ("home", "tmp"):
         (beside / name).mkdir(exist_ok=True)

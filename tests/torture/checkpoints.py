@@ -1,4 +1,5 @@
-"""Small checkpoints of the torch backend, written and resumed from in this process, which plays the only rank."""
+"""Small checkpoints of the torch backend, written and resumed from in this process, which plays the
+only rank."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def checkpoint_of(folder: Path, step: int, keep: int = 1) -> None:
 
 
 def resumed(folder: Path) -> tuple[int, float]:
-    """The step that a training would go on from, and the weights that it would have."""
+    """The step that a training would continue from, and the weights that it would have."""
     model = torch.nn.Linear(2, 2)
     step = resume(folder, model, torch.optim.SGD(model.parameters()))
     return step, model.weight.mean().item()

@@ -1,4 +1,5 @@
-"""One run that is killed again and again: in which stage, whom, by what, when, and what has to be true after each kill."""
+"""One run that is killed again and again: in which stage, whom, by what, when, and what has to be
+true after each kill."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ VICTIMS = {
 
 @dataclass(frozen=True)
 class Kill:
-    """A signal for a victim in a stage, when something lies on the disk (`once`, a pattern in the run's folder) or after a while."""
+    """A signal for a victim in a stage, when something is on the disk (`once`, a pattern in the
+    run's folder) or after a while."""
 
     stage: str
     victim: str
@@ -63,7 +65,8 @@ class Kill:
 
 
 def every_kill(chance: random.Random) -> list[Kill]:
-    """Each signal for each victim in each stage, in the order of the stages, at moments of chance."""
+    """Each signal for each victim in each stage, in the order of the stages, at moments of
+    chance."""
     return [
         Kill(stage, victim, sign, _moment(stage, victim, chance), chance.random())
         for stage in STAGES
@@ -88,7 +91,8 @@ def _moment(stage: str, victim: str, chance: random.Random) -> str | None:
 
 @dataclass
 class Killing:
-    """A run of `project` and its story: what was done to it, and what it answered. `seconds`: what each stage takes."""
+    """A run of `project` and its story: what was done to it, and what it answered. `seconds`: what
+    each stage takes."""
 
     project: Project
     settings: tuple[str, ...]
@@ -103,20 +107,23 @@ class Killing:
         return self.project.folder / "outputs" / self.run
 
     def kill(self, kill: Kill) -> None:
-        """Make the kill's stage and kill its victim there, however many tries it takes to hit one that lives."""
+        """Make the kill's stage and kill its victim there, however many tries it takes to hit one
+        that lives."""
         for attempt in range(5):
             self.story.append(f"{kill}, attempt {attempt + 1}")
             if (self.folder / kill.stage / "manifest.json").exists():
                 shutil.rmtree(
                     self.folder / kill.stage
                 )  # published before it could be killed, or by a kill that came just after
-            # What happens at the end of a stage may be over before a signal has any effect: then earlier, by the clock.
+            # What happens at the end of a stage may be over before a signal has any effect: then
+            # earlier, by the clock.
             if self._killed(kill if attempt < 2 else replace(kill, once=None), 0.5**attempt):
                 return
         raise AssertionError(self.told(f"{kill}: always too late"))
 
     def make(self, goal: str) -> None:
-        """Go on to the end of `goal`: no cleaning by hand, and what was finished is not made again."""
+        """Go on to the end of `goal`: no cleaning by hand, and what was finished is not made
+        again."""
         before = self.published()
         self.story.append(f"make {goal}")
         make, mark = self._start(goal)
@@ -250,7 +257,8 @@ class Killing:
 
 
 def _heed_interrupts() -> None:
-    """What a shell starts in the background ignores SIGINT, and so would all that these tests start."""
+    """What a shell starts in the background ignores SIGINT, and so would all that these tests
+    start."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -277,7 +285,8 @@ def require_undisturbed(killing: Killing, run: str) -> None:
 
 
 def killed_demo(torture: Torture, folder: Path, layout: tuple[str, ...], half: int) -> None:
-    """Every other kill of `every_kill`, from the first or the second on, in the demo with a model of one layer."""
+    """Every other kill of `every_kill`, from the first or the second on, in the demo with a model
+    of one layer."""
     project = copy_project(folder / "project")
     config = project.folder / "data" / "demo" / "model" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 1}))

@@ -1,7 +1,8 @@
 """Damage on purpose, at two lengths, and its summary.
 
-Tests with the mark `torture(kind)` run in a short form in `make test`. `make torture` runs them alone, in their long form, from one
-seed, and ends with a table: what was done, how often, in how long, and how it ended.
+Tests with the mark `torture(kind)` run in a short form in `make test`. `make torture` runs them
+alone, in their long form, from one seed, and ends with a table: what was done, how often, in how
+long, and how it ended.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ LONG_EXAMPLES = 3_000  # of each property; hypothesis' own default, 100, is the 
 
 @dataclass
 class Torture:
-    """What a test that does damage is given. `times` is how often it is to do it; `count` says what was done (1 unless told)."""
+    """What a test that does damage is given. `times` is how often it is to do it; `count` says what
+    was done (1 unless told)."""
 
     seed: int
     long: bool
@@ -40,7 +42,7 @@ class Torture:
 
 
 def examples(short: int, long: int) -> hypothesis.settings:
-    """For a property whose examples are dear: how many of them, in the two forms."""
+    """For a property whose examples are expensive: how many of them, in the two forms."""
     in_long_form = hypothesis.settings.default.max_examples == LONG_EXAMPLES
     return hypothesis.settings(max_examples=long if in_long_form else short, deadline=None)
 

@@ -1,7 +1,8 @@
 """Plays power cuts: what a disk may hold when nothing but what was flushed is certain.
 
-`recording` watches a folder while the real code works in it, and takes a `Moment` behind every operation. A moment can be laid out as a
-folder again (`Moment.lay_out`), as a power cut would leave it:
+`recording` watches a folder while the real code works in it, and takes a `Moment` behind every
+operation. A moment can be laid out as a folder again (`Moment.lay_out`), as a power cut would leave
+it:
 
 - the bytes of a file that was not flushed since they were written are lost, kept, or there in part;
 - a name that was made, moved or removed is certain once a folder that it concerns was flushed; before that it may have reached the
@@ -47,7 +48,8 @@ class Moment:
     finished: bool
 
     def lay_out(self, folder: Path, names: str, contents: str, chance: random.Random) -> None:
-        """Write to a new folder what a cut leaves. `names` and `contents`: of what is not certain, none, all or some reached the disk."""
+        """Write to a new folder what a cut leaves. `names` and `contents`: of what is not certain,
+        none, all or some reached the disk."""
         kept = {
             "none": [],
             "all": range(len(self.possible)),
@@ -213,14 +215,16 @@ def _hook(event: str, arguments: tuple) -> None:
     if event in OPERATIONS and _recorder:
         recorder = _recorder.pop()  # what the recorder itself does is not recorded
         try:
-            recorder.look()  # the hook comes before the operation, so what is seen is what the one before has done
+            # the hook comes before the operation, so what is seen is what the one before has done
+            recorder.look()
         finally:
             _recorder.append(recorder)
 
 
 @contextmanager
 def recording(root: Path, flushes: bool = True) -> Iterator[Recorder]:
-    """Record what this process does in `root`, by Python's audit events; os.fsync is watched besides."""
+    """Record what this process does in `root`, by Python's audit events; os.fsync is watched
+    besides."""
     if not _hooked:
         sys.addaudithook(_hook)
         _hooked.append(True)

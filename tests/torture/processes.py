@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-MARK = "TORTURED_MAKE"  # in the environment of each make under test, and so in that of all that it starts
+# in the environment of each make under test, and so in that of all that it starts
+MARK = "TORTURED_MAKE"
 
 
 def living(mark: str) -> dict[int, str]:
-    """Process id -> command line of what carries `mark`, a guard that is still at work included; zombies are dead."""
+    """Process id -> command line of what carries `mark`, a guard that is still at work included;
+    zombies are dead."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -45,7 +47,8 @@ def wait_for(
     while_true: Callable[[], bool] = lambda: True,
     every: float = 0.003,
 ) -> object:
-    """The first true answer of `what`; None when there was none in time, or `while_true` is no longer so."""
+    """The first true answer of `what`; None when there was none in time, or `while_true` is no
+    longer so."""
     deadline = time.monotonic() + seconds
     while True:
         going = while_true()

@@ -1,7 +1,8 @@
-"""A disk of a few megabytes under a project's outputs/, to fill and to close: a tmpfs in a mount namespace of its own.
+"""A disk of a few megabytes under a project's outputs/, to fill and to close: a tmpfs in a mount
+namespace of its own.
 
-The namespace lives as long as a process that keeps it, so that no mount is ever left behind. Root needs nothing else; another user gets
-one where the system lets users have namespaces.
+The namespace lives as long as a process that keeps it, so that no mount is ever left. Root
+needs nothing else; another user gets one where the system lets users have namespaces.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class SmallDisk:
         return self.run("make", "RECIPE=tiny", *arguments)
 
     def restore(self, outputs: Path) -> None:
-        """Put a copy of the folder `outputs` in the place of all that is there."""
+        """Put a copy of the folder `outputs` in the place of all that exists."""
         for path in self.outputs.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         shutil.copytree(outputs, self.outputs, dirs_exist_ok=True)
@@ -68,7 +69,8 @@ class SmallDisk:
 
 @contextmanager
 def small_disk(project: Project, size: int = 64 * MEGABYTE) -> Iterator[SmallDisk]:
-    """Mount a disk of `size` bytes on the project's outputs/; skips the test where this user may not."""
+    """Mount a disk of `size` bytes on the project's outputs/; skips the test where this user may
+    not."""
     missing = [tool for tool in ("unshare", "nsenter", "mount") if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"a small disk needs {', '.join(missing)} (util-linux)")
@@ -83,4 +85,4 @@ def small_disk(project: Project, size: int = 64 * MEGABYTE) -> Iterator[SmallDis
             pytest.skip(f"no disk can be mounted here: {keeper.communicate()[1].strip()}")
         yield SmallDisk(
             project, keeper.pid
-        )  # behind it `with` closes stdin, which ends `cat`, and the namespace with it
+        )  # after it `with` closes stdin, which ends `cat`, and the namespace with it

@@ -1,4 +1,5 @@
-"""Two makes at once: in one run the second waits and says for whom, in two runs both work, and each gives what one gives alone."""
+"""Two makes at once: in one run the second waits and says for whom, in two runs both work, and each
+gives what one gives alone."""
 
 from __future__ import annotations
 

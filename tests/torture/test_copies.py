@@ -1,4 +1,5 @@
-"""Clocks that are wrong and outputs that came from elsewhere: nothing reruns for them, and nothing is taken for fresh that is not."""
+"""Clocks that are wrong and outputs that came from elsewhere: nothing reruns for them, and nothing
+is taken for fresh that is not."""
 
 from __future__ import annotations
 

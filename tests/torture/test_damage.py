@@ -1,4 +1,5 @@
-"""Files that a disk, a hand or a copy has damaged: found, named, and made again from what is whole."""
+"""Files that a disk, a hand or a copy has damaged: found, named, and made again from what is
+whole."""
 
 from __future__ import annotations
 
@@ -148,7 +149,8 @@ def test_a_manifest_is_no_longer_believed_when_a_byte_of_it_is_changed(
 
 
 def test_nothing_outside_an_output_is_read_for_it(published: Path, tmp_path: Path) -> None:
-    """Through a folder that is a link, the names in the manifest lead outside although they look as they should."""
+    """Through a folder that is a link, the names in the manifest lead outside although they look as
+    they should."""
     (published / "nested").rename(tmp_path / "elsewhere")
     (published / "nested").symlink_to(tmp_path / "elsewhere")
     found = damage_of(published)

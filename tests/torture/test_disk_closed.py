@@ -1,4 +1,5 @@
-"""Places that may not be written or read: a read-only disk, folders and files without permission, a file where a folder is to be."""
+"""Places that may not be written or read: a read-only disk, folders and files without permission, a
+file where a folder must be."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ pytestmark = pytest.mark.torture("disk")
 
 
 def ordinary(project: Project, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """make, as one whom the permissions of files bind: root without the capabilities that set root apart, else this user."""
+    """make, as one whom the permissions of files bind: root without the capabilities that set root
+    apart, else this user."""
     command = ["make", "RECIPE=tiny", *arguments]
     if os.getuid() == 0:
         if shutil.which("setpriv") is None:

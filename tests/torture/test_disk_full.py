@@ -19,7 +19,8 @@ from tests.torture.small_disk import SmallDisk, small_disk
 pytestmark = pytest.mark.torture("disk")
 
 KB = 1000
-# Stage -> settings that make it alone stale, about what it writes at most, and how many amounts of room the long form tries.
+# Stage -> settings that make it alone stale, about what it writes at most, and how many amounts of
+# room the long form tries.
 STAGES = {
     "data": ("SEED=3", 220 * KB, 12),
     "precompile": ("GRADIENT_ACCUMULATION_STEPS=2", 600 * KB, 4),
@@ -28,7 +29,8 @@ STAGES = {
     "compile-inference": ("INFERENCE_SEQUENCE_LENGTH=32", 8_000 * KB, 2),
     "eval": ("TOP_K=3", 12 * KB, 4),
 }
-# Less than a stage can tell that it needs; and enough for its checks, but not for all that it writes.
+# Less than a stage can tell that it needs; and enough for its checks, but not for all that it
+# writes.
 TOO_LITTLE = {
     "data": 16 * KB,
     "precompile": 100 * KB,
@@ -41,7 +43,8 @@ RUNS_OUT = {"data": 150 * KB, "consolidate": 320 * KB, "eval": 0}
 
 @pytest.fixture(scope="module")
 def disk(built_once: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisk]:
-    """A copy of the built project, on a path without a space, so that compilers work in outputs/ too; its outputs are a small disk."""
+    """A copy of the built project, on a path without a space, so that compilers work in outputs/
+    too; its outputs are a small disk."""
     folder = tmp_path_factory.mktemp("disk") / "project"
     shutil.copytree(
         built_once.folder, folder, symlinks=True, ignore=shutil.ignore_patterns("outputs")
@@ -59,7 +62,8 @@ def outputs(built_once: Project, disk: SmallDisk) -> Path:
 
 
 def digests(outputs: Path) -> dict[str, dict[str, str]]:
-    """Stage -> sha256 of each file that its manifest lists, as it is; raises where one is missing."""
+    """Stage -> sha256 of each file that its manifest lists, as it is; raises where one is
+    missing."""
     manifests = {
         path.parent: json.loads(path.read_bytes())
         for path in sorted(outputs.glob("tiny/*/manifest.json"))
@@ -83,7 +87,8 @@ def assert_whole(outputs: Path) -> None:
 
 
 def assert_told(stderr: str) -> None:
-    """The message names a file or folder on the disk, sizes and a remedy; no traceback stands beside it."""
+    """The message names a file or folder on the disk, sizes and a remedy; no traceback stands
+    next to it."""
     assert "Traceback" not in stderr, stderr
     message = next(
         line for line in stderr.splitlines() if line.startswith("failed: ")
@@ -94,7 +99,8 @@ def assert_told(stderr: str) -> None:
 
 
 def run_out(disk: SmallDisk, stage: str, before: dict) -> bool:
-    """Make `stage` anew on the disk as it is; whether it failed. It may only as it should, with all that was published whole."""
+    """Make `stage` again on the disk as it is; whether it failed. It may only as it should, with
+    all that was published whole."""
     done = disk.make(stage, *STAGES[stage][0].split())
     if done.returncode:
         assert_told(done.stderr)
@@ -136,7 +142,7 @@ def test_a_disk_that_runs_out_leaves_the_former_outputs_and_a_message(
 def test_a_training_goes_on_from_its_checkpoint_once_there_is_room(
     disk: SmallDisk, outputs: Path, torture: Torture
 ) -> None:
-    """The disk is filled by another behind the first checkpoint: no later one fits."""
+    """The disk is filled by another after the first checkpoint: no later one fits."""
     torture.require_long()
     settings = STAGES["train"][0].split()
     with filled_when(disk, "tiny/.work/train-*/checkpoints/step-00000001", room=0):
@@ -166,7 +172,8 @@ def test_any_amount_of_room_is_enough_or_told(
 
 
 class filled_when:
-    """Within it, the disk is filled to `room` bytes as soon as a path that matches `pattern` is there."""
+    """Within it, the disk is filled to `room` bytes as soon as a path that matches `pattern` is
+    there."""
 
     def __init__(self, disk: SmallDisk, pattern: str, room: int):
         self._disk, self._pattern, self._room = disk, pattern, room

@@ -1,6 +1,8 @@
-"""Whatever is killed, whenever: the next make goes on, nothing half written is published, and the weights are the same bits.
+"""Whatever is killed, whenever: the next make continues, nothing half written is published, and the
+weights are the same bits.
 
-Data-parallel processes here, tensor-parallel ones in test_kills_tensor_parallel.py: each makes half of the kills.
+Data-parallel processes here, tensor-parallel ones in test_kills_tensor_parallel.py: each makes half
+of the kills.
 """
 
 from __future__ import annotations

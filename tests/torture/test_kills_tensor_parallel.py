@@ -1,4 +1,5 @@
-"""The other half of test_kills.py's kills, in a training whose processes share each layer's weights."""
+"""The other half of test_kills.py's kills, in a training whose processes share each layer's
+weights."""
 
 from __future__ import annotations
 

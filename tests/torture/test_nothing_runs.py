@@ -1,4 +1,5 @@
-"""Nothing that was downloaded is executed: not the code that a model, a tokenizer or a dataset brings, and no pickle."""
+"""Nothing that was downloaded is executed: not the code that a model, a tokenizer or a dataset
+brings, and no pickle."""
 
 from __future__ import annotations
 
@@ -33,13 +34,14 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_evil.Evil",
     "AutoTokenizer": ["tokenization_evil.Evil", "tokenization_evil.Evil"],
 }
-# Calls that take weights or configs from a folder and could run what lies there.
+# Calls that take weights or configs from a folder and could run what exists.
 LOADERS = ("from_pretrained", "from_config")
 
 
 @pytest.fixture
 def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A file that nothing may write. The standard input is a pipe that nobody answers: who asks there fails."""
+    """A file that nothing may write. The standard input is a pipe that nobody answers: who asks
+    there fails."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
     yield tmp_path / "ran"
     assert not (tmp_path / "ran").exists()
@@ -47,7 +49,8 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def folder(tmp_path: Path, marker: Path) -> Path:
-    """A Llama with a tokenizer, and code in every place from which transformers runs some when it is told to."""
+    """A Llama with a tokenizer, and code in every place from which transformers runs some when it
+    is told to."""
     model = tmp_path / "model"
     tiny_llama().save_pretrained(model)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -1,4 +1,5 @@
-"""A power cut at any point of a publication or of a checkpoint leaves the former one or the new one, whole."""
+"""A power cut at any point of a publication or of a checkpoint leaves the former one or the new
+one, whole."""
 
 from __future__ import annotations
 

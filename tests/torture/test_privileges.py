@@ -1,4 +1,5 @@
-"""Files have the caller's owner and umask, nothing goes through a link of another user's, and docker/run hands on values alone."""
+"""Files have the caller's owner and umask, nothing goes through a link of another user's, and
+docker/run passes on values alone."""
 
 from __future__ import annotations
 
@@ -48,12 +49,14 @@ def test_every_file_and_folder_has_the_mode_that_the_umask_gives(
 
 
 def test_nothing_of_torch_lies_where_another_user_could_have_put_it(built_once: Project) -> None:
-    """Torch's folder in /tmp has a name that anyone can make first: what is compiled may not be read from there."""
+    """Torch's folder in /tmp has a name that anyone can make first: what is compiled may not be
+    read from there."""
     left = [path for path in (built_once.folder.parent / "tmp").rglob("*") if path.is_file()]
     assert left == []
 
 
-# As ANOTHER_USER, who may read what root's Python needs wherever it lies, and write what is that user's alone.
+# As ANOTHER_USER, who may read what root's Python needs wherever it lies, and write what is that
+# user's alone.
 AS_ANOTHER = (
     "setpriv", f"--reuid={ANOTHER_USER}", f"--regid={ANOTHER_USER}", "--clear-groups",
     "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search",

@@ -1,4 +1,5 @@
-"""Shards that differ from what train published: found before anything is published from them, and named."""
+"""Shards that differ from what train published: found before anything is published from them, and
+named."""
 
 from __future__ import annotations
 

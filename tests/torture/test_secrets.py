@@ -1,4 +1,4 @@
-"""Tokens and keys in the environment come to stand in no file, no output and no command line."""
+"""Tokens and keys in the environment come to are in no file, no output and no command line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ print(json.dumps([sys.argv[1:], dict(os.environ)]), file=open({record!r}, "a"))
 
 @pytest.fixture(scope="module")
 def everything(built_once: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The run that all tests share, and whatever else one asks of make, with secrets in the environment."""
+    """The run that all tests share, and whatever else one asks of make, with secrets in the
+    environment."""
     beside = (
         tmp_path_factory.mktemp("secrets") / "built"
     )  # with what the shared run left in its HOME and TMPDIR
@@ -184,7 +185,7 @@ def test_no_stage_on_neuron_leaves_a_secret(tmp_path: Path, torture: Torture) ->
     assert not one["command_lines"] and not held(one["printed"].encode())
     (
         project.folder / "called.jsonl"
-    ).unlink()  # the substitutes' own record of the environment they were given
+    ).unlink()  # the fakes' own record of the environment they were given
     found, read = holding(tmp_path)
     assert not found
     torture.count(read)

@@ -1,8 +1,9 @@
-"""Joins the shards that NeuronTrainer.save_model left into whole tensors, on any machine, and writes them as safetensors.
+"""Joins the shards that NeuronTrainer.save_model left into whole tensors, on any machine, and
+writes them as safetensors.
 
-optimum-neuron's own join keeps the whole model in memory twice, needs the Neuron packages and, above 5 GB, gives all
-files one name, so that only the last survives. Here the shards are read a few megabytes at a time. An adapter is merged
-into its base model on the way.
+optimum-neuron's own join keeps the whole model in memory twice, needs the Neuron packages and,
+above 5 GB, gives all files one name, so that only the last survives. Here the shards are read a few
+megabytes at a time. An adapter is merged into its base model on the way.
 """
 
 from __future__ import annotations
@@ -29,15 +30,18 @@ def consolidate(
     tied: Mapping[str, str] | None = None,
     base: Path | None = None,
 ) -> Consolidated:
-    """Write the model in the folder `shards` to the existing folder `output` as safetensors, cast to `dtype` (None: as it was trained).
+    """Write the model in the folder `shards` to the existing folder `output` as safetensors, cast
+    to `dtype` (None: as it was trained).
 
-    `tied` gives, for each name that is the same parameter as another, that other (`lm_head.weight` -> `model.embed_tokens.weight`): it is
-    left out, as save_pretrained does. `base` is the folder of the model that an adapter was trained on; shards with an adapter need it.
+    `tied` gives, for each name that is the same parameter as another, that other (`lm_head.weight`
+    -> `model.embed_tokens.weight`): it is left out, as save_pretrained does. `base` is the folder
+    of the model that an adapter was trained on; shards with an adapter need it.
 
-    Returns tensors and parameters (how many were written), bytes_read, and files (name -> SHA-256). Raises StageFailure, with nothing left
-    in `output`, for shards that are missing, cut short, damaged or do not fit their metadata, for a value that is not finite, for tied
-    parameters that are not equal (training lost the tie, and dropping one would change the model), and for an adapter that does not fit
-    `base`.
+    Returns tensors and parameters (how many were written), bytes_read, and files (name -> SHA-256).
+    Raises StageFailure, with nothing left in `output`, for shards that are missing, cut short,
+    damaged or do not fit their metadata, for a value that is not finite, for tied parameters that
+    are not equal (training lost the tie, and dropping one would change the model), and for an
+    adapter that does not fit `base`.
     """
     found = read_shards(shards)
     if found.problems:
@@ -73,9 +77,11 @@ def _whole_model(
 
 
 def _tied_tensor(shards: Shards, name: str, kept: str) -> ShardedTensor | None:
-    """The parameter `name`, which the metadata lists only where it is not the same object as `kept` and else is cut as that is.
+    """The parameter `name`, which the metadata lists only where it is not the same object as `kept`
+    and else is cut as that is.
 
-    In a pipeline each rank saves the other stages' tensors too, as they were before training; they are not listed, and not meant.
+    In a pipeline each rank saves the other stages' tensors too, as they were before training; they
+    are not listed, and not meant.
     """
     stored = shards.unlisted.get(name)
     if name in shards.tensors or stored is None:

@@ -1,8 +1,10 @@
 """What an interrupted training on Neuron left, and where the next one begins.
 
-NeuronTrainer writes checkpoints (`checkpoint-N/`) and cannot resume from one: resume_from_checkpoint raises. Weights alone can be
-taken from the last whole checkpoint, in bfloat16; the optimizer's moments and its float32 weights are gone. RESUME=weights does that,
-RESUME=restart begins anew, and either way the checkpoint that came farthest stays until the training has ended.
+NeuronTrainer writes checkpoints (`checkpoint-N/`) and cannot resume from one:
+resume_from_checkpoint raises. Weights alone can be taken from the last whole checkpoint, in
+bfloat16; the optimizer's moments and its float32 weights are gone. RESUME=weights does that,
+RESUME=restart starts again, and either way the checkpoint that came farthest stays until the
+training has ended.
 """
 
 from __future__ import annotations
@@ -26,14 +28,16 @@ INTERRUPTED, RESUMED = "interrupted", "resumed"
 
 @dataclass(frozen=True)
 class Start:
-    """Where a training begins: from the weights in `base` (Hugging Face layout), at step `step` (0 = the base model's)."""
+    """Where a training begins: from the weights in `base` (Hugging Face layout), at step `step` (0
+    = the base model's)."""
 
     base: Path
     step: int
 
 
 def saved_shards(saved: Path) -> Path:
-    """Where, in a folder that NeuronTrainer saved a model to, its shards lie: the adapter's where LoRA trained one."""
+    """Where, in a folder that NeuronTrainer saved a model to, its shards lie: the adapter's where
+    LoRA trained one."""
     adapter = saved / "adapter_default" / "adapter_shards"
     return adapter if adapter.is_dir() else saved / SHARDS_FOLDER
 
@@ -47,14 +51,15 @@ def last_checkpoint(folder: Path) -> tuple[int, Path] | None:
 
 
 def choose_start(settings: Settings, work: Path, total: int) -> Start:
-    """Where to begin a training of `total` steps in `work`; says what an interrupted one left, and clears the way for new checkpoints.
+    """Where to begin a training of `total` steps in `work`; says what an interrupted one left, and
+    clears the way for new checkpoints.
 
-    Raises InputError when RESUME=weights asks for weights that are not there or cannot be taken.
+    Raises InputError when RESUME=weights asks for weights that do not exist or cannot be taken.
     """
     newest, kept = last_checkpoint(work / CHECKPOINTS_FOLDER), last_checkpoint(work / INTERRUPTED)
     if newest and (
         not kept or newest[0] >= kept[0]
-    ):  # a run that began anew and came less far takes nothing away
+    ):  # a run that began again and came less far takes nothing away
         shutil.rmtree(work / INTERRUPTED, ignore_errors=True)
         (work / CHECKPOINTS_FOLDER).rename(work / INTERRUPTED)
     shutil.rmtree(work / CHECKPOINTS_FOLDER, ignore_errors=True)
@@ -89,7 +94,8 @@ def _resumed(work: Path, step: int) -> Path:
 
 
 def _last_undamaged(work: Path) -> tuple[int, Path] | None:
-    """`last_checkpoint` of the interrupted ones whose weights can be read to the last byte. Damaged ones are named and removed."""
+    """`last_checkpoint` of the interrupted ones whose weights can be read to the last byte. Damaged
+    ones are named and removed."""
     while (last := last_checkpoint(work / INTERRUPTED)) and not _resumed(work, last[0]).is_dir():
         reason = damaged(last[1])
         if not reason:
@@ -100,7 +106,8 @@ def _last_undamaged(work: Path) -> tuple[int, Path] | None:
 
 
 def finished(work: Path) -> bool:
-    """Whether a former call trained to the end in `work`, and was killed before it published. What a power cut damaged is removed."""
+    """Whether a former call trained to the end in `work`, and was killed before it published. What
+    a power cut damaged is removed."""
     for folder, shards in (
         (work / SHARDS_FOLDER, work / SHARDS_FOLDER),
         (work / "saved", saved_shards(work / "saved")),

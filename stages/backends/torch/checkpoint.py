@@ -1,9 +1,10 @@
-"""Checkpoints to resume from, and the shards that train publishes, with torch.distributed.checkpoint (DCP).
+"""Checkpoints to resume from, and the shards that train publishes, with
+torch.distributed.checkpoint (DCP).
 
-Both are written into a temporary folder, flushed to the disk, and renamed when every rank has written its part. A
-checkpoint is in DCP's own format and lists its files with their digests, so that damage is found before a training
-resumes from it. The shards are plain safetensors files, one for each rank. Each tensor is stored once, in parts that
-any later layout of processes can read.
+Both are written into a temporary folder, flushed to the disk, and renamed when every rank has
+written its part. A checkpoint is in DCP's own format and lists its files with their digests, so
+that damage is found before a training resumes from it. The shards are plain safetensors files, one
+for each rank. Each tensor is stored once, in parts that any later layout of processes can read.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ LIST = "files.json"  # name -> bytes and sha256 of each other file of a checkpoi
 def save_checkpoint(
     folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, keep: int
 ) -> None:
-    """Write `folder/step-N` with weights and optimizer state, then remove all but the last `keep`."""
+    """Write `folder/step-N` with weights and optimizer state, then remove all but the last
+    `keep`."""
     weights, moments = get_state_dict(model, optimizer)
     _write(folder / f"step-{step:08d}", {"model": weights, "optimizer": moments}, checkpoint=True)
     if dist.get_rank() == 0:
@@ -47,9 +49,11 @@ def save_checkpoint(
 
 
 def resume(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load the last checkpoint that is as it was written into model and optimizer; returns its step, 0 where there is none.
+    """Load the last checkpoint that is as it was written into model and optimizer; returns its
+    step, 0 where there is none.
 
-    Damaged ones are named and removed: they are of no use, and would be taken for the newest when older ones are cleared away.
+    Damaged ones are named and removed: they are of no use, and would be taken for the newest when
+    older ones are cleared away.
     """
     damaged = _remove_damaged(folder)
     step = last_step(folder)
@@ -73,7 +77,8 @@ def resume(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimize
 def save_shards(folder: Path, model: torch.nn.Module, tied: Mapping[str, str]) -> None:
     """Write only the trained weights: float32, under their Hugging Face names.
 
-    `tied` gives, for each name that is the same parameter as another, that other: it is left out while the two are equal.
+    `tied` gives, for each name that is the same parameter as another, that other: it is left out
+    while the two are equal.
     """
     weights: dict[str, Any] = get_model_state_dict(model)
     for name, kept in tied.items():
@@ -93,7 +98,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _load(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Fill `state` from a checkpoint whose digests were checked. DCP unpickles its metadata: outputs/ is trusted."""
+    """Fill `state` from a checkpoint whose digests were checked. DCP unpickles its metadata:
+    outputs/ is trusted."""
     try:
         dcp.load(state, checkpoint_id=checkpoint)
     except dcp.CheckpointException as error:  # not an Exception: nothing above would catch it
@@ -152,7 +158,8 @@ def _bytes(state: Any) -> int:
 
 
 def _remove_damaged(folder: Path) -> list[str]:
-    """Remove the checkpoints behind the last whole one; returns what was wrong with each, the same on every rank."""
+    """Remove the checkpoints after the last whole one; returns what was wrong with each, the same
+    on every rank."""
     said = []
     for name in _agreed([path.name for path in reversed(_checkpoints(folder))]):
         wrong = _damage(folder / name)
@@ -166,7 +173,8 @@ def _remove_damaged(folder: Path) -> list[str]:
 
 
 def _damage(checkpoint: Path) -> list[str]:
-    """What a checkpoint has no longer as it was written, the same on every rank; each reads its share of the files."""
+    """What a checkpoint has no longer as it was written, the same on every rank; each reads its
+    share of the files."""
     written = _agreed(_listed(checkpoint))
     if written is None:
         return [f"its list of files, {LIST}, is missing or cannot be read"]
@@ -202,7 +210,8 @@ def _listed(checkpoint: Path) -> dict[str, dict[str, Any]] | None:
 
 
 def _facts(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Bytes and sha256 of each file that can be read. Every rank reads its share and is given all."""
+    """Bytes and sha256 of each file that can be read. Every rank reads its share and is given
+    all."""
     mine = {}
     for name in names[dist.get_rank() :: dist.get_world_size()]:
         try:

@@ -2,9 +2,9 @@
 
 Each rank's file is plain safetensors, written by torch.distributed.checkpoint (DCP); the entry
 DCP_SHARDING_INFO of its header says where in the whole tensor each part begins. DCP's own join
-(consolidate_safetensors_files) needs up to three times the largest tensor in memory and cannot cast,
-so here the parts pass through in blocks of rows of about 2 MB. Each file is read once, from its first
-byte to its last, and hashed on the way.
+(consolidate_safetensors_files) needs up to three times the largest tensor in memory and cannot
+cast, so here the parts pass through in blocks of rows of about 2 MB. Each file is read once, from
+its first byte to its last, and hashed on the way.
 """
 
 from __future__ import annotations
@@ -93,13 +93,15 @@ def consolidate(
 ) -> Consolidated:
     """Write the model in the folder `shards` to the existing folder `output` as safetensors.
 
-    Floating tensors are cast to `dtype` (None: as they were trained). `tied` gives, for each name that is the same
-    parameter as another, that other (`lm_head.weight` -> `model.embed_tokens.weight`): train publishes it only if
-    training untied the two, and that is refused. `base` is for adapters, which this backend does not train.
+    Floating tensors are cast to `dtype` (None: as they were trained). `tied` gives, for each name
+    that is the same parameter as another, that other (`lm_head.weight` ->
+    `model.embed_tokens.weight`): train publishes it only if training untied the two, and that is
+    refused. `base` is for adapters, which this backend does not train.
 
-    Returns tensors and parameters (how many are written), bytes_read, files (name -> SHA-256 of what is written) and
-    shards (name -> SHA-256 of what was read; the caller compares them with train's manifest). Raises StageFailure,
-    with nothing in `output`, for shards that do not make up whole tensors and for a value that is not finite.
+    Returns tensors and parameters (how many are written), bytes_read, files (name -> SHA-256 of
+    what is written) and shards (name -> SHA-256 of what was read; the caller compares them with
+    train's manifest). Raises StageFailure, with nothing in `output`, for shards that do not make up
+    whole tensors and for a value that is not finite.
     """
     with contextlib.ExitStack() as stack:
         files = [
@@ -125,7 +127,8 @@ def consolidate(
 
 
 def _parts(files: list[ShardFile]) -> dict[str, list[Part]]:
-    """Tensor -> its parts, in the order of the names, in which the files can be read from start to end."""
+    """Tensor -> its parts, in the order of the names, in which the files can be read from start to
+    end."""
     parts: dict[str, list[Part]] = {}
     for file in files:
         for name, entry in file.header.items():
@@ -171,7 +174,8 @@ def _read(spec: TensorSpec, parts: list[Part]) -> Iterator[torch.Tensor]:
 
 
 def _copy_rows(part: Part, block: torch.Tensor, first: int) -> None:
-    """Copy the rows that `part` has of `block`, which begins at the tensor's row `first`. Blocks come in order."""
+    """Copy the rows that `part` has of `block`, which begins at the tensor's row `first`. Blocks
+    come in order."""
     begin, end = max(part.start[0], first), min(part.start[0] + part.shape[0], first + len(block))
     if begin >= end:
         return

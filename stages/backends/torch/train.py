@@ -27,7 +27,8 @@ from stages.run.settings import Settings
 
 
 def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> StageResult:
-    """Train on the rows in `data`; leaves shards, metrics.jsonl, config, tokenizer and prompt in `work`.
+    """Train on the rows in `data`; leaves shards, metrics.jsonl, config, tokenizer and prompt in
+    `work`.
 
     `precompiled`: what precompile published; inductor looks in its cache by itself.
     """
@@ -62,7 +63,8 @@ def _remove_half_written(work: Path) -> None:
 
 
 def prepare(settings: Settings, data: Path) -> int:
-    """Check that the training can run, print what follows from the settings; returns the number of training rows."""
+    """Check that the training can run, print what follows from the settings; returns the number of
+    training rows."""
     figures = json.loads((data / MANIFEST_FILE).read_bytes())["metrics"]
     check(settings, base_config(settings), figures["vocabulary"])
     rows = figures["train"]["rows"]
@@ -73,7 +75,8 @@ def prepare(settings: Settings, data: Path) -> int:
 def training_command(
     settings: Settings, base: Path, data: Path, work: Path, max_steps: int
 ) -> list[str]:
-    """torchrun and the worker, as train and precompile run them; only `work` and `max_steps` differ."""
+    """torchrun and the worker, as train and precompile run them; only `work` and `max_steps`
+    differ."""
     launcher = [
         "-m",
         "stages.backends.torch.torchrun",
@@ -94,7 +97,8 @@ def environment(settings: Settings) -> dict[str, str]:
         **settings.environment(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "TORCHINDUCTOR_CACHE_DIR": str(COMPILE_CACHE.absolute()),
-        "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",  # they would lie in /tmp, where any user can plant its own
+        # they would are in /tmp, where any user can plant its own
+        "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
         "LOGLEVEL": os.environ.get(
             "LOGLEVEL", "CRITICAL"
         ),  # torchrun repeats a worker's failure at ERROR
@@ -103,7 +107,8 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 def check(settings: Settings, config: Any, vocabulary: int) -> None:
-    """Raise InputError with everything that keeps this model from being trained with these settings here.
+    """Raise InputError with everything that keeps this model from being trained with these settings
+    here.
 
     `vocabulary` is the number of ids that the rows' tokenizer can give.
     """

@@ -1,7 +1,8 @@
-"""One process of a training: `torchrun ... -m stages.backends.torch.worker`, started by train and precompile.
+"""One process of a training: `torchrun ... -m stages.backends.torch.worker`, started by train and
+precompile.
 
-Takes the settings from the environment, the base model and the packed rows from folders, and leaves in the work folder
-checkpoints, metrics.jsonl and, when it ends, the sharded weights.
+Takes the settings from the environment, the base model and the packed rows from folders, and leaves
+in the work folder checkpoints, metrics.jsonl and, when it ends, the sharded weights.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ class Training:
     "--max-steps", type=int, required=True, help="Optimizer steps; -1 = as the settings say."
 )
 def main(base: Path, data: Path, work: Path, max_steps: int) -> None:
-    # The gradients' norm is summed over both dimensions of the mesh one after the other, and DTensor warns that this is slow.
+    # The gradients' norm is summed over both dimensions of the mesh one after the other, and
+    # DTensor warns that this is slow.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     run_rank(
         lambda device: train(Settings.read(), base, data, work, max_steps, device), work / "error"
@@ -139,7 +141,8 @@ def train(
 
 
 def train_step(state: Training, step: int, total: int) -> dict[str, float]:
-    """One optimizer step over global batch `step` (from 0): its loss (nats per supervised token) and other figures."""
+    """One optimizer step over global batch `step` (from 0): its loss (nats per supervised token)
+    and other figures."""
     started = time.monotonic()
     settings = state.settings
     rate = optimizer.learning_rate(step, total, settings)
@@ -160,7 +163,8 @@ def train_step(state: Training, step: int, total: int) -> dict[str, float]:
         )  # one exchange of gradients per step
         with loss_parallel():
             loss = loss_sum(state.model, batch)
-            # FSDP averages gradients over the data-parallel ranks; the loss is a mean over the whole global batch's tokens.
+            # FSDP averages gradients over the data-parallel ranks; the loss is a mean over the
+            # whole global batch's tokens.
             (loss * (data_parallel_size(settings) / max(1, tokens))).backward()
         local += _whole(loss.detach())
     norm = _whole(
@@ -180,12 +184,14 @@ def train_step(state: Training, step: int, total: int) -> dict[str, float]:
 
 @torch.no_grad()
 def validation_loss(state: Training, held_out: PackedSequences) -> float:
-    """Mean loss over the held-out rows, in nats per supervised token; the data-parallel ranks share them."""
+    """Mean loss over the held-out rows, in nats per supervised token; the data-parallel ranks share
+    them."""
     state.model.eval()
     size, ranks = state.settings.per_device_train_batch_size, data_parallel_size(state.settings)
     total, tokens = 0.0, 0
     for turn in range(math.ceil(len(held_out) / (size * ranks))):
-        # FSDP and TP exchange tensors in every forward: a rank without rows left runs its last one for nothing.
+        # FSDP and TP exchange tensors in every forward: a rank without rows left runs its last one
+        # for free.
         start = (turn * ranks + state.data_rank) * size
         indices = [index for index in range(start, start + size) if index < len(held_out)]
         batch = held_out.batch(torch.tensor(indices or [0]).numpy(), state.device)

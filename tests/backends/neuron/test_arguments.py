@@ -1,4 +1,5 @@
-"""The command of a training on Neuron: the same for precompile and train, and what its graphs depend on."""
+"""The command of a training on Neuron: the same for precompile and train, and what its graphs
+depend on."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def test_precompile_runs_the_command_of_train_for_fewer_steps_and_saves_nothing(
     }
 
 
-# neuron_parallel_compile --help (aws-neuron-sdk, torch-neuronx 2.8): it parses the whole command line, with abbreviations.
+# neuron_parallel_compile --help (aws-neuron-sdk, torch-neuronx 2.8): it parses the whole command
+# line, with abbreviations.
 OPTIONS_OF_THE_TOOL = (
     *(
         "--command",

@@ -1,4 +1,5 @@
-"""The compile cache: what its files say of each graph, what the commands on it print, and what they hand to optimum-cli."""
+"""The compile cache: what its files say of each graph, what the commands on it print, and what they
+hand to optimum-cli."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def graph(root: Path, module: str, compiler: str = COMPILER, **files: str) -> st
 
 @pytest.fixture
 def filled(tmp_path: Path) -> Path:
-    """One graph in each state, and what else lies in a cache."""
+    """One graph in each state, and what else is in a cache."""
     root = tmp_path / "cache"
     graph(root, "1+aa", model_neff="compiled", model_done="")
     graph(root, "2+aa", model_log="out of memory")

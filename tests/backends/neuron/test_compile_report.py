@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from stages.backends.neuron.compile_report import CompileReport, read_compile_report
 
-# Lines in the forms that AWS's documentation and its users' logs show, of SDK 2.15 to 2.31; their order is the program's.
+# Lines in the forms that AWS's documentation and its users' logs show, of SDK 2.15 to 2.31; their
+# order is the program's.
 CACHE = "/var/tmp/neuron-compile-cache/neuronxcc-2.16.372.0+4a9b2326"
 LINES = f"""\
 2025-01-17 01:02:11.000243:  97  INFO ||NEURON_PARALLEL_COMPILE||: Running trial run (ignore trial run's generated outputs)

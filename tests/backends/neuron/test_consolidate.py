@@ -1,4 +1,5 @@
-"""Consolidation of shards that optimum-neuron's models wrote (nxd_shards.py): the original weights, and what its reader gives."""
+"""Consolidation of shards that optimum-neuron's models wrote (nxd_shards.py): the original weights,
+and what its reader gives."""
 
 from __future__ import annotations
 
@@ -173,7 +174,8 @@ def test_shards_beside_which_a_stale_file_lies_are_read_without_it(
 
 
 def test_tied_ends_of_a_pipeline_are_one_parameter(written_shards, output):
-    """Each stage's file holds the other's end too, as it was before training; that is not what is compared."""
+    """Each stage's file holds the other's end too, as it was before training; that is not what is
+    compared."""
     folder = written_shards / "tp2_pp2_same_ends"
     report = consolidate(folder / "shards", output, dtype=None, max_shard_size=GIGABYTE, tied=TIED)
     assert set(TIED) & set(load_file(output / "model.safetensors")) == set()

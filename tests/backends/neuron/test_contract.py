@@ -1,4 +1,5 @@
-"""What the Neuron backend relies on in the installed optimum-neuron: another release that breaks it fails here, by name."""
+"""What the Neuron backend relies on in the installed optimum-neuron: another release that breaks it
+fails here, by name."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def test_every_argument_of_the_worker_is_one_of_optimum_neurons(settings: Settin
 
 @pytest.fixture(scope="module")
 def parsed() -> dict[str, dict[str, Any]]:
-    """What the real parser makes of our command line, run by run; that of the first run as a whole object, with all its checks."""
+    """What the real parser makes of our command line, run by run; that of the first run as a whole
+    object, with all its checks."""
     code = (
         "import json, sys\n"
         "from transformers import HfArgumentParser\n"

@@ -1,4 +1,5 @@
-"""Compiling for NeuronCores: the whole stage's work over optimum-neuron's real export, its refusals, and the names it relies on."""
+"""Compiling for NeuronCores: the whole stage's work over optimum-neuron's real export, its
+refusals, and the names it relies on."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def model_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def with_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stand-ins for AWS's wheels, to be found here and imported in the process that compiles; scratch space in tmp_path."""
+    """The fakes for AWS's wheels, to be found here and imported in the process that compiles;
+    scratch space in tmp_path."""
     monkeypatch.syspath_prepend(FAKES)
     monkeypatch.setenv("PYTHONPATH", str(FAKES))
     monkeypatch.chdir(tmp_path)
@@ -204,7 +206,8 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
     assert "run `make consolidate` first" in refusal(tmp_path, tmp_path / "compiled")[0]
 
 
-# What is relied on in optimum-neuron, one test a name: a release that changes it fails by that name.
+# What is relied on in optimum-neuron, one test a name: a release that changes it fails by that
+# name.
 
 
 def imported(module: str) -> Any:

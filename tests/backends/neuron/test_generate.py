@@ -1,4 +1,5 @@
-"""Answers of a model compiled for NeuronCores: optimum-neuron's real graphs and loader on a CPU, held against transformers."""
+"""Answers of a model compiled for NeuronCores: optimum-neuron's real graphs and loader on a CPU,
+compared with transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`make all BACKEND=neuron` on a CPU: the real Makefile, optimum-neuron and its trainer, over substitutes for the SDK's programs."""
+"""`make all BACKEND=neuron` on a CPU: the real Makefile, optimum-neuron and its trainer, over
+fakes for the SDK's programs."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ RUN = (
 
 
 def machine(project: Project, **more: str) -> dict[str, str]:
-    """The environment of a machine with one Neuron device and the SDK: its programs on the PATH, its wheels for the export."""
+    """The environment of a machine with one Neuron device and the SDK: its programs on the PATH,
+    its wheels for the export."""
     return {
         "PATH": f"{FAKES / 'commands'}:{os.environ['PATH']}",
         "PYTHONPATH": f"{FAKES / 'trn1_machine'}:{FAKES / 'neuron_inference'}",

@@ -1,4 +1,5 @@
-"""Which numbers of processes a model can be trained with on which machine, and that what is proposed instead works."""
+"""Which numbers of processes a model can be trained with on which machine, and that what is
+proposed instead works."""
 
 from __future__ import annotations
 
@@ -399,7 +400,7 @@ def test_every_remedy_works_when_it_is_applied(training: tuple[Settings, Any, Ma
     sizes = Sizes.of(settings)
     found = list(size_problems(sizes, machine, config))
     remedy = sizes.changed_to(nearest(settings, machine, config))
-    assert bool(found) == bool(remedy)  # who has nothing to mend is told to change nothing
+    assert bool(found) == bool(remedy)  # who has nothing to fix is told to change nothing
     changes = {name.lower(): int(value) for name, value in re.findall(r"(\w+)=(\d+)", remedy)}
     mended = replace(settings, **changes)
     assert list(size_problems(Sizes.of(mended), machine, config)) == []

@@ -105,7 +105,8 @@ def test_adapters_are_not_gone_on_with(work: Path, base: Path) -> None:
 
 
 def flip_a_bit(shards: Path, chance: random.Random) -> None:
-    """In the middle of a large tensor, where neither the archive's directory nor its pickle lies."""
+    """In the middle of a large tensor, where neither the archive's directory nor its pickle
+    lies."""
     file = max(shards.rglob("tensor_*.pt"), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2 + chance.randrange(-100, 100)] ^= 1 << chance.randrange(8)

@@ -1,4 +1,5 @@
-"""Training with the real optimum-neuron, over substitutes for the hardware's layers: the losses of a plain loop on any layout."""
+"""Training with the real optimum-neuron, over fakes for the hardware's layers: the losses of
+a plain loop on any layout."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ pytest.importorskip("optimum.neuron", reason="optimum-neuron has no release for 
 
 FAKES = Path(__file__).parents[2] / "fakes"
 STEPS = 8
-# The model computes in bfloat16, whose numbers have three digits: losses of about 7 agree to two hundredths.
+# The model computes in bfloat16, whose numbers have three digits: losses of about 7 agree to two
+# hundredths.
 TOLERANCE = 0.03
 
 
@@ -81,7 +83,8 @@ def data(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batch_of(step: int, count: int, rows: PackedSequences, seed: int) -> dict[str, torch.Tensor]:
-    """The global batch of a step as Neuron trains it: documents of a row see each other, none predicts the next one's first token."""
+    """The global batch of a step as Neuron trains it: documents of a row see each other, none
+    predicts the next one's first token."""
     batch = rows.batch(sequences_of_step(step, count, len(rows), seed), torch.device("cpu"))
     return {
         "input_ids": batch["input_ids"],
@@ -91,7 +94,8 @@ def batch_of(step: int, count: int, rows: PackedSequences, seed: int) -> dict[st
 
 @pytest.fixture(scope="module")
 def reference(base: Settings, data: Path) -> dict[int, list[float]]:
-    """Losses of a plain float32 loop over the Hugging Face model in this process, by rows per step."""
+    """Losses of a plain float32 loop over the Hugging Face model in this process, by rows per
+    step."""
     losses: dict[int, list[float]] = {}
     rows = PackedSequences(data / "train")
     for count in (1, 2):
@@ -168,7 +172,8 @@ def check_losses(lines: list[dict[str, Any]], expected: list[float]) -> None:
 
 @pytest.fixture(scope="module")
 def split(base: Settings, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The work folder of a training on two tensor-parallel processes, with the checkpoint of its fourth step."""
+    """The work folder of a training on two tensor-parallel processes, with the checkpoint of its
+    fourth step."""
     with pytest.MonkeyPatch.context() as patch:
         on_neuron(patch)
         work = tmp_path_factory.mktemp("split") / "work"
@@ -217,7 +222,8 @@ def test_tensor_parallel_processes_keep_one_copy_of_an_adapters_whole_matrices(
 
 
 def differing(shards: Path) -> list[str]:
-    """Names of tensors that both tensor-parallel ranks have whole and that are not the same on both."""
+    """Names of tensors that both tensor-parallel ranks have whole and that are not the same on
+    both."""
     parameters = json.loads((shards / "mp_metadata_pp_rank_0.json").read_text())["parameters"]
     split = {
         name.replace(".default.", ".")
@@ -234,7 +240,8 @@ def differing(shards: Path) -> list[str]:
 
 
 def rank_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one rank's file, read in a process that knows the class of the references in it."""
+    """The tensors of one rank's file, read in a process that knows the class of the references in
+    it."""
     code = (
         "import sys, torch\n"
         "path, output = sys.argv[1:]\n"
@@ -273,7 +280,8 @@ def test_heads_of_keys_and_values_that_processes_share_are_one_in_the_shards(
 
 
 def check_checkpoint(work: Path, settings: Settings, data: Path, consolidated: Path) -> None:
-    """The loss logged for the step after a checkpoint is that of the model which its shards are put together to."""
+    """The loss logged for the step after a checkpoint is that of the model which its shards are put
+    together to."""
     consolidated.mkdir()
     consolidate(
         work / "checkpoints" / "checkpoint-4" / "shards",
@@ -322,7 +330,8 @@ def test_train_compiles_nothing_after_precompile(
     precompiled.mkdir()
     work.mkdir()
     monkeypatch.setenv("STAND_IN_FAILS", "0")
-    # A graph that failed is poison to the next run, unless the compiler is told to try again: the project tells it.
+    # A graph that failed is poison to the next run, unless the compiler is told to try again: the
+    # project tells it.
     with pytest.raises(
         StageFailure, match=r"1 of 2 graphs did not compile:\n  neuronxcc-\S+/MODULE_"
     ):

@@ -1,4 +1,5 @@
-"""One rank of a backward pass: prints the parameters that got no gradient. Started by torchrun from a test."""
+"""One rank of a backward pass: prints the parameters that got no gradient. Started by torchrun from
+a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Compiled inference of the torch backend, on a tiny random Llama that is compiled once for all tests."""
+"""Compiled inference of the torch backend, on a tiny random Llama that is compiled once for all
+tests."""
 
 from __future__ import annotations
 

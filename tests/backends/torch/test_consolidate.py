@@ -1,4 +1,5 @@
-"""Consolidation of shards, written by one process and by gloo processes with tensor parallelism and FSDP2 (write_shards.py)."""
+"""Consolidation of shards, written by one process and by gloo processes with tensor parallelism and
+FSDP2 (write_shards.py)."""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ def test_shards_of_every_layout_give_the_plain_state_dict_bit_by_bit(
 
 @pytest.mark.parametrize("layout", ["tp", "fsdp", "tp_fsdp"])
 def test_dcps_own_join_gives_the_same_tensors(sharded, output, layout):
-    """Its module is private: when this import or call fails, compare with what torch offers in its place."""
+    """Its module is private: when this import or call fails, compare with what torch offers in its
+    place."""
     names = torch.load(sharded / "plain.pt", weights_only=True)
     consolidate_safetensors_files(str(sharded / layout), str(output), dict.fromkeys(names, 1))
     theirs = written(output)

@@ -1,4 +1,5 @@
-"""Training on the torch backend: the same losses on any layout, the same weights after any interruption."""
+"""Training on the torch backend: the same losses on any layout, the same weights after any
+interruption."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Settings of a two-layer model with grouped heads and tied embeddings, on 20 of the demo's rows."""
+    """Settings of a two-layer model with grouped heads and tied embeddings, on 20 of the demo's
+    rows."""
     folder = copy_project(tmp_path_factory.mktemp("train") / "project").folder / "data" / "tiny"
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
@@ -73,7 +75,8 @@ def weights(work: Path, into: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def reference(base: Settings, data: Path) -> dict[int, list[float]]:
-    """Losses of a plain loop over the plain Hugging Face model in this process, by rows per step."""
+    """Losses of a plain loop over the plain Hugging Face model in this process, by rows per
+    step."""
     from transformers import AutoModelForCausalLM
 
     losses = {}

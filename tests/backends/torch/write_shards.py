@@ -1,6 +1,8 @@
-"""Writes a tiny Llama as shards, laid out as training lays them out, and next to them the plain state dict (plain.pt).
+"""Writes a tiny Llama as shards, laid out as training lays them out, and next to them the plain
+state dict (plain.pt).
 
-Run in 4 processes: `python -m torch.distributed.run --nproc-per-node 4 -m tests.backends.torch.write_shards FOLDER`.
+Run in 4 processes: `python -m torch.distributed.run --nproc-per-node 4 -m
+tests.backends.torch.write_shards FOLDER`.
 """
 
 from __future__ import annotations

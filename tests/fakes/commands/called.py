@@ -1,4 +1,5 @@
-"""What a stand-in was called with, for a test to read: a JSON line for each call in the file $STAND_IN_LOG."""
+"""What a fake was called with, for a test to read: a JSON line for each call in the file
+$STAND_IN_LOG."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""Modules and names that optimum-neuron imports and these tests never use: each attribute is an empty class."""
+"""Modules and names that optimum-neuron imports and these tests never use: each attribute is an
+empty class."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Names of the Neuron SDK that optimum-neuron imports and training never uses: those of inference.
 
-A module of theirs that is not a file here is made on import, and every name in it is a class that can be named, derived from, indexed
-and used as a decorator, and does nothing.
+A module of theirs that is not a file here is made on import, and every name in it is a class that
+can be named, derived from, indexed and used as a decorator, and does nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Nothing(type):
 
 
 def placeholder(name: str) -> Any:
-    """For a module's `__getattr__`: the name's stand-in, except for those of Python itself."""
+    """For a module's `__getattr__`: the name's fake, except for those of Python itself."""
     if name.startswith("__"):
         raise AttributeError(name)
     return _Nothing(name, (), {})

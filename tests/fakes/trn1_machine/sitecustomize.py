@@ -1,7 +1,8 @@
-"""On PYTHONPATH, this makes every Python process one on a machine with a trn1 device, as far as optimum-neuron asks.
+"""On PYTHONPATH, this makes every Python process one on a machine with a trn1 device, as far as
+optimum-neuron asks.
 
-optimum-neuron reads /proc/devices, /sys and the EC2 type; its modules get other answers right after they are imported, before
-those that import names from them.
+optimum-neuron reads /proc/devices, /sys and the EC2 type; its modules get other answers right after
+they are imported, before those that import names from them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""A LoRA adapter merged into its base model, tensor by tensor: W + scale * B @ A, in the arithmetic of peft 0.17.0.
+"""A LoRA adapter merged into its base model, tensor by tensor: W + scale * B @ A, in the arithmetic
+of peft 0.17.0.
 
-peft loads an adapter in float32, multiplies in float32, and adds to the weight in place, which rounds once, to the weight's dtype
-(peft/tuners/lora/layer.py, Linear.merge). The same operations on whole matrices give the same bits here.
+peft loads an adapter in float32, multiplies in float32, and adds to the weight in place, which
+rounds once, to the weight's dtype (peft/tuners/lora/layer.py, Linear.merge). The same operations on
+whole matrices give the same bits here.
 """
 
 from __future__ import annotations
@@ -59,10 +61,12 @@ Matrices = tuple[ShardedTensor, ShardedTensor]
 def merged_tensors(
     shards: Shards, reader: RowReader, base: Path | None, dtype: str | None, tied: Mapping[str, str]
 ) -> tuple[list[tuple[TensorSpec, ReadTensor]], int]:
-    """The base model's tensors with the adapter in `shards` merged into them, and the bytes of the base that are read for them.
+    """The base model's tensors with the adapter in `shards` merged into them, and the bytes of the
+    base that are read for them.
 
-    The base's weights are cast to `dtype` before the merge, as a model is that peft merges into. Raises StageFailure when the adapter is
-    of a kind that is not merged here, or does not fit the base.
+    The base's weights are cast to `dtype` before the merge, as a model is that peft merges into.
+    Raises StageFailure when the adapter is of a kind that is not merged here, or does not fit the
+    base.
     """
     if base is None:
         raise StageFailure(
@@ -120,7 +124,8 @@ def _base_tensors(base: Path) -> dict[str, tuple[TensorSpec, Path]]:
 
 
 def _configuration(path: Path) -> tuple[float, list[str], list[str]]:
-    """Scale and target modules that peft's adapter_config.json gives, and what in it is not merged here."""
+    """Scale and target modules that peft's adapter_config.json gives, and what in it is not merged
+    here."""
     try:
         config = json.loads(path.read_text())
         rank, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
@@ -168,7 +173,8 @@ def _matrices(shards: Shards) -> tuple[dict[str, Matrices], list[str]]:
 def _misfits(
     base: Path, tensors: Mapping[str, Any], matrices: Mapping[str, Matrices], targets: list[str]
 ) -> Iterator[str]:
-    """Adapted weights that the base lacks or has in another shape, and modules of the base that the adapter should adapt and does not."""
+    """Adapted weights that the base lacks or has in another shape, and modules of the base that the
+    adapter should adapt and does not."""
     for name, (first, second) in matrices.items():
         if name not in tensors:
             yield f"{name} has an adapter and is not in {base}: it was trained on another model, or the two are tied."

@@ -1,10 +1,11 @@
-"""The shards that NeuronTrainer.save_model leaves: which files belong to them, what is wrong with them, and the tensors that they make up.
+"""The shards that NeuronTrainer.save_model leaves: which files belong to them, what is wrong with
+them, and the tensors that they make up.
 
     shards/  done  mp_metadata_pp_rank_PP.json  [adapter_config.json]  model/dp_rank_00_tp_rank_TT_pp_rank_PP.pt
              with use_xser also  model/...pt.info.pt (shapes and dtypes)  model/...pt.tensors/tensor_K.pt (one for each tensor)
 
-Names, shapes and dtypes of all tensors are known from the metadata and from the files' descriptions of their tensors; the
-weights are read afterwards, a few rows at a time.
+Names, shapes and dtypes of all tensors are known from the metadata and from the files' descriptions
+of their tensors; the weights are read afterwards, a few rows at a time.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Part:
 
 @dataclass(frozen=True)
 class ShardedTensor:
-    """A tensor of the original model, and the parts that make it up when they are joined along `dimension`."""
+    """A tensor of the original model, and the parts that make it up when they are joined along
+    `dimension`."""
 
     spec: TensorSpec
     dimension: int
@@ -89,7 +91,8 @@ class Shards:
 
     folder: Path
     tensors: dict[str, ShardedTensor] = field(default_factory=dict)
-    # Names that the metadata lacks (a tied parameter is listed under one of its names) -> the shard of each rank.
+    # Names that the metadata lacks (a tied parameter is listed under one of its names) -> the shard
+    # of each rank.
     unlisted: dict[str, list[StoredTensor]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -100,7 +103,8 @@ class Shards:
 
 @dataclass(frozen=True)
 class _Stage:
-    """One pipeline-parallel rank: its metadata and the file of each of its tensor-parallel ranks."""
+    """One pipeline-parallel rank: its metadata and the file of each of its tensor-parallel
+    ranks."""
 
     metadata: Path
     parameters: dict[str, Partition | None]
@@ -109,7 +113,8 @@ class _Stage:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether `folder` holds a save that was finished, with a file of every rank. Reads the metadata alone."""
+    """Whether `folder` holds a save that was finished, with a file of every rank. Reads the
+    only metadata."""
     return not _stages(folder)[1]
 
 
@@ -133,7 +138,8 @@ def refusal(heading: str, problems: list[str]) -> StageFailure:
 
 
 def read_shards(folder: Path) -> Shards:
-    """The tensors in `folder` under the names of the original model; all that is wrong stands in `problems`."""
+    """The tensors in `folder` under the names of the original model; all that is wrong is in
+    `problems`."""
     stages, found = _stages(folder)
     shards = Shards(folder, problems=found)
     if not found:
@@ -254,7 +260,8 @@ def _sharded_tensor(original: Original, stored: list[StoredTensor]) -> ShardedTe
 
 
 def _rank_tensors(file: Path, problems: list[str]) -> dict[str, StoredTensor]:
-    """Name -> tensor for one rank's file and the files it refers to. Problems of the latter are added to `problems`."""
+    """Name -> tensor for one rank's file and the files it refers to. Problems of the latter are
+    added to `problems`."""
     entries = read_archive(file)
     if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
         raise StageFailure(f"{file} holds no state dict.")
@@ -282,7 +289,8 @@ def _rank_tensors(file: Path, problems: list[str]) -> dict[str, StoredTensor]:
 
 
 def _stored(file: Path, name: str | None, value: object) -> StoredTensor | None:
-    """A tensor that was read from `file`, by its place; None for one without data (another pipeline rank's)."""
+    """A tensor that was read from `file`, by its place; None for one without data (another pipeline
+    rank's)."""
     import torch
 
     if (
@@ -296,7 +304,8 @@ def _stored(file: Path, name: str | None, value: object) -> StoredTensor | None:
 
 
 def _referred(file: Path, number: object, information: dict[Any, Any]) -> StoredTensor | None:
-    """The tensor in a file of its own, if it is as info.pt says (old versions of neuronx-distributed wrote no info.pt)."""
+    """The tensor in a file of its own, if it is as info.pt says (old versions of
+    neuronx-distributed wrote no info.pt)."""
     if not isinstance(number, int):
         raise StageFailure(
             f"{file} refers to a tensor {reprlib.repr(number)}, and not by a number."

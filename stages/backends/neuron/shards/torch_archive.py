@@ -1,7 +1,9 @@
-"""The files that torch.save wrote for NeuronTrainer, opened without the Neuron packages, and rows of their tensors.
+"""The files that torch.save wrote for NeuronTrainer, opened without the Neuron packages, and rows
+of their tensors.
 
-torch maps a file into memory, so opening one reads only its description. Mapped pages count as this process's memory
-once they are read: a RowReader therefore closes the files now and then, and opens them again.
+torch maps a file into memory, so opening one reads only its description. Mapped pages count as this
+process's memory once they are read: a RowReader therefore closes the files now and then, and opens
+them again.
 """
 
 from __future__ import annotations
@@ -17,19 +19,22 @@ from stages.run.errors import StageFailure
 if TYPE_CHECKING:
     import torch
 
-# Bytes that a RowReader reads before it closes the files: mapped memory, and with it the peak, stays about this large.
+# Bytes that a RowReader reads before it closes the files: mapped memory, and with it the peak,
+# stays about this large.
 MAPPED_BYTES = 128 << 20
 
 
 class TensorReference:
-    """What torch_xla has under this name: the tensor is in a file of its own, whose number is `tid`."""
+    """What torch_xla has under this name: the tensor is in a file of its own, whose number is
+    `tid`."""
 
     tid: int
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in `file`: the entry `name` of a dict, or, where that is None, all that the file holds."""
+    """A tensor in `file`: the entry `name` of a dict, or, where that is None, all that the file
+    holds."""
 
     file: Path
     name: str | None
@@ -38,14 +43,16 @@ class StoredTensor:
 
 
 def read_archive(path: Path) -> Any:
-    """What torch.save wrote to `path`. Raises StageFailure when it is damaged or asks for more than a checkpoint needs."""
+    """What torch.save wrote to `path`. Raises StageFailure when it is damaged or asks for more than
+    a checkpoint needs."""
     return load_pickle(
         path, known=[(TensorReference, "torch_xla.utils.serialization.TensorReference")]
     )
 
 
 def damage(path: Path) -> str:
-    """Why the file, all of which is read, does not match the checksums in it; empty where it does."""
+    """Why the file, all of which is read, does not match the checksums in it; empty where it
+    does."""
     try:
         with zipfile.ZipFile(path) as archive:
             record = archive.testzip()

@@ -1,9 +1,11 @@
-"""How optimum-neuron 0.4.5 cuts and rearranges a model's weights over the ranks, read backwards: which slices of which shards make up each.
+"""How optimum-neuron 0.4.5 cuts and rearranges a model's weights over the ranks, read backwards:
+which slices of which shards make up each.
 
-Nothing here touches a weight. From the metadata beside the shards and from the shards' shapes follows, for each tensor of the original
-model, a list of slices to be joined along one dimension. That holds for a plain column or row cut, for linear layers that were fused into
-one (gate_up_proj), and for grouped heads whose queries were permuted and whose keys and values were repeated (qkv_proj), in a whole model
-as in a LoRA adapter on it.
+Nothing here touches a weight. From the metadata next to the shards and from the shards' shapes
+follows, for each tensor of the original model, a list of slices to be joined along one dimension.
+That holds for a plain column or row cut, for linear layers that were fused into one (gate_up_proj),
+and for grouped heads whose queries were permuted and whose keys and values were repeated
+(qkv_proj), in a whole model as in a LoRA adapter on it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ Shape = tuple[int, ...]
 # A parameter of the trained model -> the shape of its shard on each tensor-parallel rank.
 Shapes = Mapping[str, Sequence[Shape]]
 
-# The parameters of a linear layer's adapter have the adapter's name in the metadata, not in the shards.
+# The parameters of a linear layer's adapter have the adapter's name in the metadata, not in the
+# shards.
 ADAPTER_NAME = re.compile(r"(\.lora_(?:embedding_)?[AB])\.\w+")
 
 
@@ -48,7 +51,8 @@ class Slice:
 
 @dataclass(frozen=True)
 class Original:
-    """A tensor of the original model: slices of the shards of `parameter`, joined along `dimension`."""
+    """A tensor of the original model: slices of the shards of `parameter`, joined along
+    `dimension`."""
 
     name: str
     parameter: str
@@ -58,7 +62,8 @@ class Original:
 
 @dataclass(frozen=True)
 class FusedLinearsSpec:
-    """Linear layers of one input in one: each rank holds its rows of the first, then its rows of the second, ..."""
+    """Linear layers of one input in one: each rank holds its rows of the first, then its rows of
+    the second, ..."""
 
     module: str
     fused_linear_name: str
@@ -94,10 +99,12 @@ class FusedLinearsSpec:
 
 @dataclass(frozen=True)
 class GQAQKVColumnParallelLinearSpec:
-    """Attention with more ranks than key-value heads, or a number of them that the ranks do not divide.
+    """Attention with more ranks than key-value heads, or a number of them that the ranks do not
+    divide.
 
-    The key-value heads are repeated `kv_size_multiplier` times, one round of all of them after another, and the queries that attend to a
-    head are spread over its copies; the output projection's columns follow the queries.
+    The key-value heads are repeated `kv_size_multiplier` times, one round of all of them after
+    another, and the queries that attend to a head are spread over its copies; the output
+    projection's columns follow the queries.
     """
 
     module: str
@@ -202,7 +209,8 @@ SPECS: dict[str, type[Spec]] = {
 
 
 def parse_metadata(metadata: Any) -> tuple[dict[str, Partition | None], list[Spec]]:
-    """Parameter -> its cut (None: every rank has all of it), and the specs. Raises Misfit for what nothing here knows."""
+    """Parameter -> its cut (None: every rank has all of it), and the specs. Raises Misfit for what
+    nothing here knows."""
     try:
         parameters = {
             _without_adapter_name(name): _partition(fields)
@@ -221,7 +229,8 @@ def parse_metadata(metadata: Any) -> tuple[dict[str, Partition | None], list[Spe
 def original_tensors(
     parameters: Mapping[str, Partition | None], specs: Sequence[Spec], shapes: Shapes
 ) -> tuple[list[Original], list[str]]:
-    """The tensors that the parameters in `shapes` make up, in that order, and what does not fit. Without names that the metadata lacks."""
+    """The tensors that the parameters in `shapes` make up, in that order, and what does not fit.
+    Without names that the metadata lacks."""
     by_parameter: dict[str, list[Original]] = {}
     problems = []
     for spec in specs:
@@ -273,7 +282,8 @@ def _spec(module: str, kind: str, values: Mapping[str, Any]) -> Spec:
 
 
 def _is(kind: str, value: Any) -> bool:
-    """Whether a value that was read from JSON is of the kind that a spec's field is annotated with. A size is a count of something."""
+    """Whether a value that was read from JSON is of the kind that a spec's field is annotated with.
+    A size is a count of something."""
     if kind.startswith("Sequence["):
         return isinstance(value, list) and all(
             _is(kind[len("Sequence[") : -1], item) for item in value
@@ -284,7 +294,8 @@ def _is(kind: str, value: Any) -> bool:
 
 
 def _joined(name: str, partition: Partition | None, shapes: Sequence[Shape]) -> Original:
-    """A parameter that the ranks share as it is: cut along one dimension, or whole on each of them (then the first rank's is taken)."""
+    """A parameter that the ranks share as it is: cut along one dimension, or whole on each of them
+    (then the first rank's is taken)."""
     if partition is None:
         dimension, stride = 0, 1
     else:

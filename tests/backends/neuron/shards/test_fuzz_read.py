@@ -1,4 +1,5 @@
-"""Neuron's shards and their metadata with any bytes or values changed: read as they were written, or refused."""
+"""Neuron's shards and their metadata with any bytes or values changed: read as they were written,
+or refused."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def test_any_changed_byte_of_a_ranks_file_is_harmless_or_refused(
         )
 
 
-# What may stand in the place of a value in the metadata, which is JSON.
+# What may are in the place of a value in the metadata, which is JSON.
 NUMBERS = st.one_of(st.integers(-2, 70), st.sampled_from([10**9, 2**70, 1.5, math.inf, math.nan]))
 ANYTHING = st.one_of(
     NUMBERS,
@@ -74,7 +75,8 @@ def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
 def test_metadata_with_any_values_in_it_is_followed_or_refused(
     written_shards, output, tmp_path, layout, data
 ):
-    """Which rows belong where has no checksum of its own: that it is as train wrote it, the stage sees by its digest."""
+    """Which rows belong where has no checksum of its own: that it is as train wrote it, the stage
+    sees by its digest."""
     shards = shutil.copytree(
         written_shards / layout / "shards", tmp_path / layout, dirs_exist_ok=True
     )
@@ -90,7 +92,8 @@ def test_metadata_with_any_values_in_it_is_followed_or_refused(
 
 
 def consolidated(shards: Path, output: Path) -> bool:
-    """Whether the shards were joined in the emptied folder `output`; False where they were refused."""
+    """Whether the shards were joined in the emptied folder `output`; False where they were
+    refused."""
     shutil.rmtree(output)
     output.mkdir()
     try:

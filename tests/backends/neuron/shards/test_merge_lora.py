@@ -1,4 +1,5 @@
-"""Adapters that optimum-neuron's own classes wrote, merged: what its reader and peft's merge give, bit by bit."""
+"""Adapters that optimum-neuron's own classes wrote, merged: what its reader and peft's merge give,
+bit by bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The law of the slices: cutting a weight as optimum-neuron does and joining the slices gives the weight."""
+"""The law of the slices: cutting a weight as optimum-neuron does and joining the slices gives the
+weight."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def cut(tensor: torch.Tensor, ranks: int, dimension: int = 0) -> list[torch.Tens
 
 @given(sizes=attention_sizes(), fuse_qkv=st.booleans(), adapter=st.booleans())
 def test_queries_follow_the_copies_of_their_keys_and_come_back(sizes, fuse_qkv, adapter):
-    """The trained model has each key-value head `copies` times, and shares out the queries that attend to it among the copies."""
+    """The trained model has each key-value head `copies` times, and shares out the queries that
+    attend to it among the copies."""
     tp, kv_heads, copies, heads = sizes
     spec = attention(tp, kv_heads, copies, heads, fuse_qkv)
     originals = {

@@ -1,7 +1,8 @@
 """The graphs of a training step and their entries in the compile cache.
 
-A graph is the list of what would shape it. As with the compiler, a graph that the cache lacks is compiled (a file is written), under
-neuron_parallel_compile it is only left there for it, and an entry whose compilation failed stops the training.
+A graph is the list of what would shape it. As with the compiler, a graph that the cache lacks is
+compiled (a file is written), under neuron_parallel_compile it is only left there for it, and an
+entry whose compilation failed stops the training.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def cache_path() -> Path:
 
 
 def compile_graph(description: list[str]) -> None:
-    """Find the graph in the cache, or leave it there: compiled, or for neuron_parallel_compile to compile."""
+    """Find the graph in the cache, or leave it there: compiled, or for neuron_parallel_compile to
+    compile."""
     flags = [
         flag
         for flag in os.environ.get("NEURON_CC_FLAGS", "").split()

@@ -1,4 +1,5 @@
-"""The cache's classes that optimum-neuron wraps with its own; nothing here fetches from elsewhere."""
+"""The cache's classes that optimum-neuron wraps with its own; nothing here fetches from
+elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""neuronx_distributed on a CPU: layers that are split over processes, and the files that hold them."""
+"""neuronx_distributed on a CPU: layers that are split over processes, and the files that hold
+them."""
 
 import only_in_name  # noqa: F401
 

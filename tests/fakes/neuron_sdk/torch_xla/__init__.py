@@ -1,4 +1,5 @@
-"""torch_xla on a CPU: tensors are computed at once, so a step needs no marking; collectives go over gloo."""
+"""torch_xla on a CPU: tensors are computed at once, so a step needs no marking; collectives go over
+gloo."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ def _ones_on_the_device(*size: Any, device: Any = None, **more: Any) -> torch.Te
     return _ones(*size, device="cpu" if str(device).startswith("xla") else device, **more)
 
 
-torch.ones = _ones_on_the_device  # eager attention makes its mask with device="xla", a name that torch alone does not know
+# eager attention makes its mask with device="xla", a name that only torch does not know
+torch.ones = _ones_on_the_device
 
 
 def _gloo(store: Any, rank: int, size: int, timeout: Any) -> Any:

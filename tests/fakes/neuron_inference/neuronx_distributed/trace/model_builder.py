@@ -1,4 +1,5 @@
-"""ModelBuilder: "compiles" by keeping what builds each graph's module, and runs those modules as the graphs of a NEFF would."""
+"""ModelBuilder: "compiles" by keeping what builds each graph's module, and runs those modules as
+the graphs of a NEFF would."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class ModelBuilder:
         self.graphs[key], self.flags[key] = model_instance, compiler_args
 
     def trace(self, initialize_model_weights: bool) -> Program:
-        """Leaves log files in an emptied workdir, as the real one does; STAND_IN_COMPILER_FAILS is the message of a crash."""
+        """Leaves log files in an emptied workdir, as the real one does; STAND_IN_COMPILER_FAILS is
+        the message of a crash."""
         shutil.rmtree(self.workdir, ignore_errors=True)
         for key, flags in self.flags.items():
             (self.workdir / key).mkdir(parents=True)
@@ -81,7 +83,8 @@ def _before_sharding(module: nn.Module, checkpoint: dict[str, torch.Tensor], pre
 
 
 class Program:
-    """Prefill and decode with one KV cache that both write: the part of a compiled TorchScript program that is called."""
+    """Prefill and decode with one KV cache that both write: the part of a compiled TorchScript
+    program that is called."""
 
     def __init__(self, graphs: dict[str, Any]):
         self.graphs = graphs
@@ -107,7 +110,8 @@ class Program:
         seq_ids: torch.Tensor,
         sampling: torch.Tensor,
     ) -> torch.Tensor:
-        """The graph is chosen by shape and dtype, as the compiled program chooses; any other shape is none that was compiled."""
+        """The graph is chosen by shape and dtype, as the compiled program chooses; any other shape
+        is none that was compiled."""
         graph = self.graphs["context_encoding" if ids.shape[1] > 1 else "token_generation"]
         config = graph.neuron_config
         length = config.sequence_length if ids.shape[1] > 1 else 1

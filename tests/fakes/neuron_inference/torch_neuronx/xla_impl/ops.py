@@ -9,7 +9,8 @@ import torch
 
 
 def xla_hlo_call(function: Callable[..., Any]) -> Callable[..., torch.Tensor]:
-    """Of the functions that are decorated so, the decoder runs those that write `update` into a copy of `tensor` at a corner."""
+    """Of the functions that are decorated so, the decoder runs those that write `update` into a
+    copy of `tensor` at a corner."""
 
     def dynamic_update_slice(
         tensor: torch.Tensor, update: torch.Tensor, *starts: torch.Tensor

@@ -1,4 +1,5 @@
-"""The projections of grouped attention where tensor-parallel ranks outnumber the heads of keys and values."""
+"""The projections of grouped attention where tensor-parallel ranks outnumber the heads of keys and
+values."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from neuronx_distributed.parallel_layers.utils import divide, set_tensor_model_p
 
 
 class GQAQKVColumnParallelLinear(BaseParallelLinear):
-    """Each head of keys and values is on `kv_size_multiplier` ranks, which sum its gradients. Not fused, no bias."""
+    """Each head of keys and values is on `kv_size_multiplier` ranks, which sum its gradients. Not
+    fused, no bias."""
 
     def __init__(
         self, input_size: int, output_sizes: list[int], bias: bool = True, gather_output: bool = True,

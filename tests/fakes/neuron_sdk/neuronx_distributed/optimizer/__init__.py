@@ -1,7 +1,9 @@
-"""ZeRO-1: in torch_xla the optimizer's state is split over data-parallel ranks; here each has all of it, which computes the same.
+"""ZeRO-1: in torch_xla the optimizer's state is split over data-parallel ranks; here each has all
+of it, which computes the same.
 
-What a caller can see is as there: master weights of `optimizer_dtype`, gradients that a hook adds up in `main_grad` and takes away
-from `grad` (use_grad_acc_hook), groups that become this object's own when a state is loaded, `_grad_norm` set where gradients are clipped.
+What a caller can see is as there: master weights of `optimizer_dtype`, gradients that a hook adds
+up in `main_grad` and takes away from `grad` (use_grad_acc_hook), groups that become this object's
+own when a state is loaded, `_grad_norm` set where gradients are clipped.
 """
 
 from __future__ import annotations

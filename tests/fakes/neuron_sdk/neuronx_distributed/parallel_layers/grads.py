@@ -17,7 +17,8 @@ def bucket_allreduce_gradients(
 
 
 def allreduce_sequence_parallel_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Add up what tensor-parallel ranks have of the gradients of parameters that each applied to its part of the sequence."""
+    """Add up what tensor-parallel ranks have of the gradients of parameters that each applied to
+    its part of the sequence."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if getattr(parameter, "sequence_parallel_enabled", False):
@@ -31,7 +32,8 @@ def allreduce_sequence_parallel_gradients(optimizer: torch.optim.Optimizer) -> N
 
 
 def grad_norm(parameters: list[torch.Tensor]) -> torch.Tensor:
-    """Of the vector of all gradients: those of split parameters from all tensor-parallel ranks, those of the others once."""
+    """Of the vector of all gradients: those of split parameters from all tensor-parallel ranks,
+    those of the others once."""
     total = torch.zeros(1)
     for parameter in parameters:
         if parameter.grad is not None:

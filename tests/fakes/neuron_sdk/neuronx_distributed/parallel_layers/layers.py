@@ -1,6 +1,8 @@
-"""An embedding split by its vocabulary, and linear layers split by their outputs (column) or inputs (row).
+"""An embedding split by its vocabulary, and linear layers split by their outputs (column) or inputs
+(row).
 
-With sequence parallelism what is between them is split by the sequence, the first dimension then: [sequence, batch, hidden].
+With sequence parallelism what is between them is split by the sequence, the first dimension then:
+[sequence, batch, hidden].
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ def create_local_weight(
     stride: int,
     out_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """This rank's part of a weight; with a stride, of each of `stride` matrices that lie one after the other."""
+    """This rank's part of a weight; with a stride, of each of `stride` matrices that lie one after
+    the other."""
     rank, size = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_size(),
@@ -123,7 +126,8 @@ class ColumnParallelLinear(BaseParallelLinear):
 
 
 def spread(layer: Any, value: torch.Tensor) -> torch.Tensor:
-    """The whole input of a column-parallel layer on each rank; the ranks' gradients of it are summed."""
+    """The whole input of a column-parallel layer on each rank; the ranks' gradients of it are
+    summed."""
     if layer.sequence_parallel_enabled:
         return mappings.gather_from_sequence_parallel_region(
             value, process_group=layer.tensor_parallel_group

@@ -1,4 +1,5 @@
-"""Which ranks share a layer (tensor parallel: neighbours) and which share its gradients (data parallel)."""
+"""Which ranks share a layer (tensor parallel: neighbours) and which share its gradients (data
+parallel)."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def initialize_model_parallel(
 def initialize_kv_group(
     kv_shared_group_size: int = 1, sequential_ranks_in_group: bool = False
 ) -> None:
-    """The ranks that hold the same heads of keys and values: in a group of tensor-parallel ranks every n-th."""
+    """The ranks that hold the same heads of keys and values: in a group of tensor-parallel ranks
+    every n-th."""
     step = get_tensor_model_parallel_size() // kv_shared_group_size
     _kv[:] = [ranks[first::step] for ranks in _tensor for first in range(step)]
     group_of(_kv)

@@ -1,4 +1,5 @@
-"""Pipeline parallelism is not here; its names are, because models are asked whether they are such a model."""
+"""Pipeline parallelism is not here; its names are, because models are asked whether they are such a
+model."""
 
 from neuronx_distributed.pipeline import model, partition, trace
 from neuronx_distributed.pipeline.model import NxDPPModel

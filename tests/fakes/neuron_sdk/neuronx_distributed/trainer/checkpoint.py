@@ -1,9 +1,10 @@
 """The files of a sharded checkpoint.
 
 TAG/checkpoint                                      when it was begun
-TAG/model/dp_rank_00_tp_rank_TT_pp_rank_PP.pt       a rank's names, each with its tensor or a reference to it
-....pt.tensors/tensor_K.pt, ....pt.info.pt          use_xser: the tensors, each in a file, and their shapes
-TAG/done                                            when all ranks have written
+TAG/model/dp_rank_00_tp_rank_TT_pp_rank_PP.pt       a rank's names, each with its tensor or a
+reference to it ....pt.tensors/tensor_K.pt, ....pt.info.pt          use_xser: the tensors, each in a
+file, and their shapes TAG/done                                            when all ranks have
+written
 """
 
 from __future__ import annotations

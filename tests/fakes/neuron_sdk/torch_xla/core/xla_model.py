@@ -53,7 +53,8 @@ def rendezvous(tag: str, payload: bytes = b"", replicas: Any = None) -> list[byt
 
 
 def group_of(groups: list[list[int]] | None) -> Any:
-    """This rank's group among `groups`, which all ranks name alike and in the same order; None is the world."""
+    """This rank's group among `groups`, which all ranks name alike and in the same order; None is
+    the world."""
     if groups is None:
         return None
     key = tuple(tuple(ranks) for ranks in groups)
@@ -106,7 +107,8 @@ def save(data: Any, path: Any, master_only: bool = True, global_master: bool = F
 
 
 class ToXlaTensorArena:
-    """Gathers the chosen values of a nested dict or list, converts them together and puts the results in their places."""
+    """Gathers the chosen values of a nested dict or list, converts them together and puts the
+    results in their places."""
 
     def __init__(self, convert_fn: Callable[[list], list], select_fn: Callable[[Any], bool]):
         self._convert, self._chosen = convert_fn, select_fn

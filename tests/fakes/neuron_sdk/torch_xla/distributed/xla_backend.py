@@ -1,4 +1,5 @@
-"""The process group that `init_process_group(backend="xla")` makes: here gloo's, behind torch's own class."""
+"""The process group that `init_process_group(backend="xla")` makes: here gloo's, behind torch's own
+class."""
 
 import torch.distributed as dist
 
