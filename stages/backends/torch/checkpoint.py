@@ -3,8 +3,8 @@ torch.distributed.checkpoint (DCP).
 
 Both are written into a temporary folder, flushed to the disk, and renamed when every rank has
 written its part. A checkpoint is in DCP's own format and lists its files with their digests, so
-that damage is found before a training resumes from it. The shards are plain safetensors files, one
-for each rank. Each tensor is stored once, in parts that any later layout of processes can read.
+that damage is found before a training resumes from it. The shards are plain safetensors files of
+each rank. Each tensor is stored once, in parts that any later layout of processes can read.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ from stages.run.disk import disk_guard
 from stages.run.errors import StageFailure
 from stages.run.fsync import flush, fsync_tree, make_durable_folder
 
+# A shard is put together in memory, twice, before it is written: a rank writes its weights as files
+# of about this size.
+FILE_BYTES = 1 << 30
 LIST = "files.json"  # name -> bytes and sha256 of each other file of a checkpoint
 
 
@@ -121,6 +124,16 @@ def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
     return all(equal)
 
 
+def _file_numbers(weights: dict[str, Any]) -> dict[str, int]:
+    """Tensor -> the number (from 1) of the file in which every rank writes its part of it."""
+    numbers: dict[str, int] = {}
+    end = 0
+    for name, tensor in sorted(weights.items()):
+        numbers[name] = 1 + end // (FILE_BYTES * dist.get_world_size())
+        end += _bytes(tensor)
+    return numbers
+
+
 def _write(folder: Path, state: dict[str, Any], checkpoint: bool) -> None:
     writing = folder.with_name(f"{folder.name}.writing")
     if dist.get_rank() == 0:
@@ -128,7 +141,11 @@ def _write(folder: Path, state: dict[str, Any], checkpoint: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         make_durable_folder(folder.parent)
     dist.barrier()
-    writer = None if checkpoint else HuggingFaceStorageWriter(str(writing), save_distributed=True)
+    writer = (
+        None
+        if checkpoint
+        else HuggingFaceStorageWriter(str(writing), _file_numbers(state), save_distributed=True)
+    )
     with disk_guard(folder.name, writing, _bytes(state)):
         try:
             dcp.save(state, checkpoint_id=writing, storage_writer=writer)

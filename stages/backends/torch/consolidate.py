@@ -1,7 +1,7 @@
 """Joins the shards that train published into whole tensors and writes them as safetensors.
 
-Each rank's file is plain safetensors, written by torch.distributed.checkpoint (DCP); the entry
-DCP_SHARDING_INFO of its header says where in the whole tensor each part begins. DCP's own join
+Each rank's files are plain safetensors, written by torch.distributed.checkpoint (DCP); the entry
+DCP_SHARDING_INFO of a header says where in the whole tensor each part begins. DCP's own join
 (consolidate_safetensors_files) needs up to three times the largest tensor in memory and cannot
 cast, so here the parts pass through in blocks of rows of about 2 MB. Each file is read once, from
 its first byte to its last, and hashed on the way.
@@ -31,7 +31,8 @@ PROBLEMS_SHOWN = 5
 
 
 class ShardFile:
-    """One rank's file: a JSON header, then the parts back to back in the order of their names."""
+    """A file of one rank: a JSON header, then the parts back to back in the order of their
+    names."""
 
     def __init__(self, path: Path):
         self.path = path

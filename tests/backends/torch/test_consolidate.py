@@ -142,6 +142,17 @@ def test_tied_embeddings_are_published_and_written_once(tmp_path, output, one_ra
     assert_equal(AutoModelForCausalLM.from_pretrained(output).state_dict(), model.state_dict())
 
 
+def test_weights_above_the_size_of_a_file_are_published_in_several(
+    tmp_path, output, one_rank, monkeypatch
+):  # noqa: F811
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 20_000)
+    model = tiny_llama()
+    checkpoint.save_shards(tmp_path / "shards", model, {})
+    assert len(list((tmp_path / "shards").iterdir())) > 2
+    consolidate(tmp_path / "shards", output, dtype=None, max_shard_size=GIGABYTE)
+    assert_equal(written(output), model.state_dict())
+
+
 def test_embeddings_that_training_untied_are_refused(tmp_path, output, one_rank):  # noqa: F811
     model = torch.nn.ModuleDict(
         {"embed": torch.nn.Linear(4, 4, bias=False), "head": torch.nn.Linear(4, 4, bias=False)}
