@@ -6,7 +6,9 @@ import ast
 
 import pytest
 
-from stages.run.fingerprint import _meaning, code_of
+from stages.run.fingerprint import CANNOT_SHAPE_OUTPUT, ROOT, _meaning, code_of
+from stages.run.provenance import REQUIREMENTS as BACKENDS
+from stages.run.setting import STAGES
 
 BEFORE = '''
 """A module."""
@@ -65,10 +67,40 @@ def test_data_knows_no_backend() -> None:
     assert not [path for path in data if "backends" in path]
 
 
-def test_what_decides_when_a_stage_runs_is_not_what_it_runs() -> None:
-    assert not [
-        path
-        for stage in ("data", "train", "eval")
-        for path in code_of(stage, "torch")
-        if path.startswith("stages/run")
-    ]
+def test_what_decides_when_a_stage_runs_does_not_make_it_stale() -> None:
+    code = {path for stage in STAGES for path in code_of(stage, "torch")}
+    assert "stages/run/sizes.py" in code  # consolidate divides its files by it
+    assert "stages/run/layout.py" in code
+    assert not code & {"stages/run/publish.py", "stages/run/provenance.py", "stages/run/cli.py"}
+
+
+def test_every_module_is_fingerprinted_or_listed_as_unable_to_shape_an_output() -> None:
+    """A new module is fingerprinted where a stage imports it; one that none does must be listed."""
+    code = {path for stage in STAGES for name in BACKENDS for path in code_of(stage, name)}
+    modules = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "stages").rglob("*.py")
+        if ast.parse(path.read_text()).body[1:]  # else a docstring only: a package's __init__
+    }
+    listed = {name.replace(".", "/") + ".py" for name in CANNOT_SHAPE_OUTPUT}
+    assert listed <= modules
+    assert not code & listed
+    assert modules - code - listed == set()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ('print("done")', 'print("ready", flush=True)'),
+        ('raise InputError("bad")', 'raise InputError(f"bad {a}. Set it.")'),
+        ('"""Adds."""', ""),
+    ],
+)
+def test_what_is_only_said_to_the_user_means_nothing(edit: tuple[str, str]) -> None:
+    text = 'def f(a):\n    """Adds."""\n    print("done")\n    if a:\n        raise InputError("bad")\n'
+    assert edit[0] in text
+    assert meaning(text) == meaning(text.replace(*edit))
+
+
+def test_another_error_means_something_else() -> None:
+    assert meaning('raise InputError("x")') != meaning('raise StageFailure("x")')

@@ -23,7 +23,7 @@ from stages.make.verify import main as verify
 from stages.run import provenance
 from stages.run.errors import StageFailure
 from stages.run.layout import MANIFEST_FILE
-from stages.run.lock import _described, _facts, locked
+from stages.run.lock import _described, _holder, locked
 from stages.run.manifest import (
     PARTS,
     file_problems,
@@ -221,7 +221,7 @@ def test_what_was_edited_in_a_manifest_is_never_fresh(
 def test_who_holds_a_run_is_said_whatever_its_lock_file_holds(text: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / ".lock").write_bytes(text)
-        said = _described(_facts(Path(folder)))
+        said = _described(_holder(Path(folder)))
         assert said == "another make" or "process" in said
         with locked(Path(folder), "data"):
             assert json.loads((Path(folder) / ".lock").read_text())["stage"] == "data"

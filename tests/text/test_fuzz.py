@@ -26,7 +26,7 @@ from stages.text.dataset import Layout, build
 from stages.text.documents import encode
 from stages.text.examples import Example, read_examples
 from stages.text.prompt import PromptTemplate
-from stages.text.sequences import COLUMNS, IGNORED_LABEL
+from stages.run.layout import IGNORED_LABEL, SEQUENCE_COLUMNS
 from stages.text.tokens import TextTokenizer, find_tokenizer
 from tests.text.conftest import KINDS, folders, tokenizers  # noqa: F401 (fixtures)
 from tests.torture.plugin import examples
@@ -249,7 +249,7 @@ def segments(folder: Path) -> list[list[tuple[int, int]]]:
     found: list[list[tuple[int, int]]] = []
     for row in rows:
         last = -1
-        for id, label, position in zip(*(row[name] for name in COLUMNS), strict=True):
+        for id, label, position in zip(*(row[name] for name in SEQUENCE_COLUMNS), strict=True):
             assert position in (0, last + 1)
             if position == 0:
                 found.append([])

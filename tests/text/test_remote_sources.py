@@ -19,7 +19,7 @@ from stages.text import remote_sources
 from stages.text.examples import read_examples
 from tests.fakes.hub import closed_port
 from tests.fakes.s3 import FOR_EVER, Door
-from tests.torture import s3
+from tests.fakes import s3
 
 pytestmark = pytest.mark.torture("network")
 
