@@ -192,9 +192,9 @@ def test_two_answers_at_once_are_refused_instead_of_mixed(results):
 @pytest.mark.parametrize(
     ("call", "numbers"),
     [
-        ("too long", [f"prompt 2 of 2 has {LENGTH} tokens", f"at most {LENGTH - 1}"]),
+        ("too long", [f"Prompt 2 of 2 has {LENGTH} tokens", f"at most {LENGTH - 1}"]),
         ("too many", [f"{BATCH + 1} prompts", f"1 to {BATCH}"]),
-        ("empty", ["prompt 2 of 2 has no tokens"]),
+        ("empty", ["Prompt 2 of 2 has no tokens"]),
         ("unknown id", [f"ids from 7 to {VOCAB}", f"0 to {VOCAB - 1}"]),
     ],
 )
