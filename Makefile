@@ -148,7 +148,7 @@ cache-status: $(installed) ## Neuron's compiled graphs: how many, which are brok
 cache-lookup: $(installed) ## Which compiled graphs of MODEL_ID the Hub holds
 cache-synchronize: $(installed) ## Push compiled graphs to CUSTOM_CACHE_REPO on the Hub
 cache-status cache-lookup cache-synchronize:
-	@$(python) -m stages.backends.neuron.cache $(@:cache-%=%)
+	@$(python) -m stages.backends.neuron.cache_cli $(@:cache-%=%)
 
 test: lint ## Lint, types, every test, and the demo from data to answers
 	$(python) -m pytest --numprocesses 2 --dist loadfile

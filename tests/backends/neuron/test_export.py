@@ -156,7 +156,7 @@ def test_everything_that_cannot_be_compiled_is_refused_together(model_dir, tmp_p
     )
     expected = [
         '"mamba"; the neuron backend compiles granite, llama, qwen3',
-        "dtype float32: the neuron backend compiles bfloat16. Set BF16=1",
+        "dtype float32; the neuron backend compiles bfloat16. Set BF16=1",
         'RoPE is of type "dynamic"',
         f"INFERENCE_SEQUENCE_LENGTH={LENGTH} is above the model's 32 positions",
         "INFERENCE_TENSOR_PARALLEL_SIZE=48 is above the 32 NeuronCores of the largest trn1n",
@@ -186,7 +186,7 @@ def test_heads_of_another_width_than_the_hidden_size_gives_are_refused_for_llama
 def test_a_project_in_a_path_with_a_space_is_refused(model_dir, tmp_path, monkeypatch):
     (tmp_path / "my project").mkdir()
     monkeypatch.chdir(tmp_path / "my project")
-    assert "taken apart at ' '" in refusal(model_dir, tmp_path / "compiled")[0]
+    assert "split at ' '" in refusal(model_dir, tmp_path / "compiled")[0]
 
 
 def test_a_machine_without_the_compiler_is_told_what_is_missing_and_that_no_device_is_needed(
@@ -201,7 +201,7 @@ def test_a_machine_without_the_compiler_is_told_what_is_missing_and_that_no_devi
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    assert "run `make consolidate` first" in refusal(tmp_path, tmp_path / "compiled")[0]
+    assert "Run `make consolidate` first" in refusal(tmp_path, tmp_path / "compiled")[0]
 
 
 # What is relied on in optimum-neuron, one test a name: a release that changes it fails by that name.
