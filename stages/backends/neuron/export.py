@@ -1,4 +1,4 @@
-"""One export, in its own process: `python -m stages.backends.neuron.export`.
+"""One export, in a separate process: `python -m stages.backends.neuron.export`.
 
 compile_inference starts it. neuronx-distributed is configured once per process, for the target that
 the environment names before anything of it is imported. optimum-neuron's command line does the same

@@ -224,7 +224,7 @@ def _description(
 
 
 def _compile_packages(work: Compilation) -> None:
-    """Compile prefill and decode, each in a process of its own.
+    """Compile prefill and decode, each in a separate process.
 
     On a CPU both run at the same time, which takes two thirds of the time on two cores. On a GPU
     they run one after the other, because each has a copy of the weights.
@@ -263,7 +263,7 @@ def _compile_packages(work: Compilation) -> None:
 
 
 def _compile_step(step: StepName, work: Compilation) -> None:
-    """Write {step}.pt2. Runs in a process of its own."""
+    """Write {step}.pt2. Runs in a separate process."""
     if work.device == "cpu":
         # Inductor would start processes for Triton's kernels, of which a CPU's package has none.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

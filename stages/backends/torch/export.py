@@ -135,7 +135,7 @@ def export_step(
     """The graph of one step, at a fixed batch size and cache size.
 
     Only prefill's prompt length is dynamic, from 2 to sequence_length - 1. torch.export gives
-    lengths 0 and 1 graphs of their own, so prefill starts at 2 and a single token is padded. It
+    lengths 0 and 1 separate graphs, so prefill starts at 2 and a single token is padded. It
     ends one short of the cache because a prompt that fills it leaves no room for an answer.
     """
     config, device = llama.config, llama.device

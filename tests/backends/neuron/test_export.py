@@ -16,6 +16,7 @@ import torch
 from stages.backends.neuron import compiled
 from stages.backends.neuron.compile_inference import SUPPORTED, TARGETS, compile_model, environment
 from stages.run.errors import InputError, StageFailure
+from stages.run.layout import CONFIG_FILE
 from stages.run.settings import Settings
 from tests.fakes.neuron_compile import FAKES, LENGTH, save_llama
 
@@ -87,7 +88,7 @@ def test_nothing_but_the_compiled_model_is_left_in_the_folder_and_the_scratch_sp
     compile_model(model_dir, output, settings=settings())
     found = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
     assert found == {
-        compiled.CONFIG,
+        CONFIG_FILE,
         compiled.NEURON_CONFIG,
         compiled.PROGRAM,
         *compiled.weight_files(1),
