@@ -138,7 +138,7 @@ cache-status: $(installed) ## Neuron's compiled graphs: how many, which are brok
 cache-lookup: $(installed) ## Which compiled graphs of MODEL_ID the Hub holds
 cache-synchronize: $(installed) ## Push compiled graphs to CUSTOM_CACHE_REPO on the Hub
 cache-status cache-lookup cache-synchronize:
-	@$(python) -m stages.backends.neuron.cache $(@:cache-%=%)
+	@$(python) -m stages.backends.neuron.cache_cli $(@:cache-%=%)
 
 check: lint types ## Lint, types and the fast tests: under a minute
 	$(python) -m pytest --quiet --numprocesses 2 -m 'not slow'

@@ -1,6 +1,9 @@
-"""Where the work runs. A backend is a package with a module per stage that differs between machines.
+"""The backends: how the work runs on one kind of machine.
 
-    precompile, train, consolidate, compile_inference, generate, evaluate
+A backend is a package with one module for each piece of work that depends on the machine:
 
-`stages/run/backend.py` finds the backend of this machine and imports the module that a stage asks for.
+    train, precompile, consolidate, compile_inference, generate, doctor
+
+`stages/run/backend.py` chooses the backend and imports the module that a stage asks for by name.
+The modules directly in this folder are what the backends share.
 """

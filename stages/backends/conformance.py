@@ -1,4 +1,7 @@
-"""mypy checks here that every backend's modules fit the contract. Nothing imports this at run time."""
+"""mypy checks here that every backend's modules fit the contract.
+
+Nothing imports this module at run time.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Answering prompts step by step with a compiled model whose batch and length are fixed, whatever compiled it.
+"""Answers prompts token by token with a compiled model, whose batch size and length are fixed.
 
-A backend's model says how to prefill and to decode one token; here are the loop, the ends of answers, the choice of each token
-and the refusal of prompts that do not fit. Needs torch alone, so that a first answer comes at once.
+A backend's model implements prefill and the decoding of one token. This module has the loop, the
+ends of answers, the choice of each token, and the check that the prompts fit. It imports only
+torch, so that the first answer comes without delay.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from stages.run.errors import InputError
 
 
 class Decoder(ABC):
-    """A compiled model in memory. Its sizes are fixed: `batch_size` prompts, `sequence_length` tokens of prompt and answer.
+    """A compiled model in memory, with `batch_size` slots: each takes one prompt at a time.
 
-    `vocab_size` is the number of ids that it knows, `device` the place of its logits: "cpu" or "cuda".
+    `sequence_length` is the length of a slot in tokens, prompt and answer together. `vocab_size` is
+    the number of ids that the model knows, `device` is where its logits are: "cpu" or "cuda".
     """
 
     batch_size: int
@@ -33,16 +35,20 @@ class Decoder(ABC):
 
     @abstractmethod
     def prefill(self, prompts: list[list[int]], cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read the prompts into an empty cache; the logits of what follows each [batch, vocab], and its position [batch].
+        """Read the prompts into an empty cache, one per slot.
 
-        Rows without a prompt come behind the others; nobody looks at them.
+        Returns the logits of the token that follows each prompt [batch, vocab] and that token's
+        position [batch]. Slots without a prompt come last; their logits are ignored.
         """
 
     @abstractmethod
     def decode_one_token(
         self, ids: torch.Tensor, positions: torch.Tensor, cache: Any
     ) -> torch.Tensor:
-        """Read one token per row, ids [batch] at positions [batch]; the logits of what follows it [batch, vocab]."""
+        """Read one token per slot, ids [batch] at positions [batch].
+
+        Returns the logits of the token that follows each [batch, vocab].
+        """
 
     def generate(
         self,
@@ -58,11 +64,12 @@ class Decoder(ABC):
     ) -> Iterator[list[int | None]]:
         """Yield, step by step, one new id per prompt; None for a prompt that has ended.
 
-        A prompt ends at `eos_token_id`, which is not yielded, or when prompt and answer fill the compiled length. All end
-        after `max_new_tokens`. Sampling depends on `seed`, the logits and the row alone. Raises InputError at once when
-        the prompts do not fit: too many, too long, empty, or ids outside the vocabulary.
+        A prompt ends at `eos_token_id`, which is not yielded, or when prompt and answer fill the
+        slot. All prompts end after `max_new_tokens`. Sampling depends only on `seed`, the logits
+        and the slot. Raises InputError at once when the prompts do not fit: too many, too long,
+        empty, or ids outside the vocabulary.
         """
-        if problems := list(self._unfit(prompts)):
+        if problems := list(self._prompt_problems(prompts)):
             raise InputError(problems)
         generator = torch.Generator(self.device).manual_seed(seed)
 
@@ -82,54 +89,66 @@ class Decoder(ABC):
         choose: Callable[[torch.Tensor], torch.Tensor],
         eos_token_id: int,
     ) -> Iterator[list[int | None]]:
-        cache, going = self.new_cache(), set(range(len(prompts)))
+        cache, active = self.new_cache(), set(range(len(prompts)))
         logits, positions = self.prefill(prompts, cache)
-        for answered in range(1, max_new_tokens + 1):
+        for length in range(1, max_new_tokens + 1):  # of the answers, in tokens
             ids = choose(logits)
-            chosen = ids.tolist()
-            going -= {row for row in going if chosen[row] == eos_token_id}
-            if not going:
+            new_ids = ids.tolist()
+            active -= {slot for slot in active if new_ids[slot] == eos_token_id}
+            if not active:
                 return
-            yield [chosen[row] if row in going else None for row in range(len(prompts))]
-            going -= {row for row in going if len(prompts[row]) + answered >= self.sequence_length}
-            if not going or answered == max_new_tokens:
+            yield [new_ids[slot] if slot in active else None for slot in range(len(prompts))]
+            active -= {
+                slot for slot in active if len(prompts[slot]) + length >= self.sequence_length
+            }
+            if not active or length == max_new_tokens:
                 return
             logits = self.decode_one_token(ids, positions, cache)
-            # Rows that have ended, and rows without a prompt, go on beside the others: they must not leave the cache.
+            # Slots that have ended or have no prompt are decoded with the others; their positions
+            # must stay inside the cache.
             positions = (positions + 1).clamp(max=self.sequence_length - 1)
 
-    def _unfit(self, prompts: list[list[int]]) -> Iterator[str]:
+    def _prompt_problems(self, prompts: list[list[int]]) -> Iterator[str]:
         if not 1 <= len(prompts) <= self.batch_size:
-            yield f"{len(prompts)} prompts for a model compiled for 1 to {self.batch_size} at a time: raise INFERENCE_BATCH_SIZE"
+            yield (
+                f"{len(prompts)} prompts do not fit: the model is compiled for 1 to "
+                f"{self.batch_size} at a time. Raise INFERENCE_BATCH_SIZE."
+            )
         for number, prompt in enumerate(prompts, start=1):
-            which = f"prompt {number} of {len(prompts)}"
+            name = f"Prompt {number} of {len(prompts)}"
             if not prompt:
-                yield f"{which} has no tokens: give at least one"
+                yield f"{name} has no tokens. Write at least one."
             elif len(prompt) >= self.sequence_length:
                 yield (
-                    f"{which} has {len(prompt)} tokens, the model was compiled for prompts of at most {self.sequence_length - 1} "
-                    f"(INFERENCE_SEQUENCE_LENGTH {self.sequence_length}, prompt and answer together): shorten it or compile for more"
+                    f"{name} has {len(prompt)} tokens; the model is compiled for prompts of at "
+                    f"most {self.sequence_length - 1} (INFERENCE_SEQUENCE_LENGTH="
+                    f"{self.sequence_length}, prompt and answer together). Shorten the prompt or "
+                    "raise INFERENCE_SEQUENCE_LENGTH."
                 )
             elif min(prompt) < 0 or max(prompt) >= self.vocab_size:
                 yield (
-                    f"{which} has ids from {min(prompt)} to {max(prompt)}, the model knows 0 to {self.vocab_size - 1}: "
-                    "tokenise it with the model's own tokenizer"
+                    f"{name} has ids from {min(prompt)} to {max(prompt)}; the model knows 0 to "
+                    f"{self.vocab_size - 1}. Tokenise it with the model's tokenizer."
                 )
 
 
 def right_padded(
-    prompts: list[list[int]], *, rows: int, length: int
+    prompts: list[list[int]], *, slots: int, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts as ids [rows, length], zeros behind each, and their lengths [rows]; a row without a prompt counts as one token."""
-    ids, lengths = torch.zeros(rows, length, dtype=torch.int64), torch.ones(rows, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)], lengths[row] = torch.tensor(prompt), len(prompt)
+    """Prompts as ids [slots, length], zeros after each, and the prompts' lengths [slots].
+
+    A slot without a prompt has length 1.
+    """
+    ids = torch.zeros(slots, length, dtype=torch.int64)
+    lengths = torch.ones(slots, dtype=torch.int64)
+    for slot, prompt in enumerate(prompts):
+        ids[slot, : len(prompt)], lengths[slot] = torch.tensor(prompt), len(prompt)
     return ids, lengths
 
 
-def with_empty_rows(logits: torch.Tensor, rows: int) -> torch.Tensor:
-    """logits [prompts, vocab] with zeros for the rows that have no prompt [rows, vocab]."""
-    return F.pad(logits, (0, 0, 0, rows - len(logits)))
+def with_empty_slots(logits: torch.Tensor, slots: int) -> torch.Tensor:
+    """logits [prompts, vocab], with zeros for the slots that have no prompt [slots, vocab]."""
+    return F.pad(logits, (0, 0, 0, slots - len(logits)))
 
 
 def sample(
@@ -140,10 +159,12 @@ def sample(
     top_p: float,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Draw an id per row of logits [batch, vocab]: the `top_k` likeliest, then the fewest of them that hold `top_p`.
+    """Draw one id per slot from logits [batch, vocab]; returns ids [batch].
 
-    top_k=0 and top_p=1.0 leave everything in. top_p is nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751); as in
-    transformers it comes after temperature and top_k. temperature and top_p are above 0, so the likeliest id always stays.
+    Keeps the `top_k` likeliest ids, and of those the fewest whose probabilities sum to `top_p`.
+    top_k=0 and top_p=1.0 keep all ids. top_p is nucleus sampling (Holtzman et al. 2020,
+    arXiv:1904.09751); as in transformers it is applied after temperature and top_k. temperature and
+    top_p are above 0, so the likeliest id is always kept.
     """
     size = logits.shape[-1]
     likeliest, ids = torch.topk(

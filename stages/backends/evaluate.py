@@ -1,4 +1,4 @@
-"""Loss of the base and of the fine-tuned model on the held-out rows, in one process."""
+"""Validation loss of the base model and of the fine-tuned model, in one process."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from stages.run.settings import Settings
 
 
 def validation_losses(settings: Settings, data: Path, tuned: Path) -> dict[str, float]:
-    """`{"base": ..., "fine_tuned": ...}`: mean cross-entropy in nats per supervised token over EVAL_MAX_DOCUMENTS rows at most."""
-    rows = PackedSequences(data / VALIDATION_SPLIT)
-    count = min(len(rows), settings.eval_max_documents)
+    """`{"base": ..., "fine_tuned": ...}`: mean cross-entropy in nats per supervised token.
+
+    Reads at most the first EVAL_MAX_DOCUMENTS sequences of the validation split.
+    """
+    sequences = PackedSequences(data / VALIDATION_SPLIT)
+    count = min(len(sequences), settings.eval_max_documents)
     models = {"base": base_model_folder(settings), "fine_tuned": tuned}
-    with Progress("validation", 2 * count, "rows") as progress:
+    with Progress("validation", 2 * count, "sequences") as progress:
         return {
-            name: _mean_loss(folder, rows, count, settings, progress)
+            name: _mean_loss(folder, sequences, count, settings, progress)
             for name, folder in models.items()
         }
 
 
 @torch.no_grad()
 def _mean_loss(
-    folder: Path, rows: PackedSequences, count: int, settings: Settings, progress: Progress
+    folder: Path, sequences: PackedSequences, count: int, settings: Settings, progress: Progress
 ) -> float:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -38,17 +41,18 @@ def _mean_loss(
         folder,
         dtype=dtype,
         attn_implementation="sdpa",
-        # Without one transformers 4.57 looks for custom_generate/generate.py in the folder, and runs it whatever it is told to trust.
+        # Without a generation_config transformers 4.57 looks for custom_generate/generate.py in the
+        # folder and runs it, whatever trust_remote_code says.
         generation_config=GenerationConfig(),
         use_safetensors=True,
         trust_remote_code=False,
     ).eval()
     model.to(device)
     loss, tokens = 0.0, 0
-    for indices in rows.in_order(1):
+    for indices in sequences.in_order(1):
         if indices[0] >= count:
             break
-        batch = rows.batch(indices, device)
+        batch = sequences.batch(indices, device)
         loss += float(loss_sum(model, batch))
         tokens += int(supervised(batch["labels"], batch["position_ids"]).sum())
         progress.update(1)

@@ -1,4 +1,7 @@
-"""The loss of packed rows: documents in a row do not see each other, and none predicts the first token of the next."""
+"""The loss of packed sequences: documents in a sequence do not attend to each other.
+
+No document predicts the first token of the next one.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,11 @@ from stages.run.layout import IGNORED_LABEL
 
 
 def document_mask(position_ids: Tensor) -> Tensor:
-    """Which position sees which: bool [batch, 1, length, length] from int positions [batch, length].
+    """Which position attends to which, bool [batch, 1, length, length].
 
-    Positions restart at 0 with each document, so a running count of zeros numbers the documents of a row. A position
-    sees those of its own document up to itself.
+    Positions (int [batch, length]) restart at 0 with each document, so a running count of zeros
+    numbers the documents of a sequence. A position attends to the positions of its document up to
+    itself.
     """
     document = (position_ids == 0).cumsum(dim=1)
     same = document[:, :, None] == document[:, None, :]
@@ -24,21 +28,28 @@ def document_mask(position_ids: Tensor) -> Tensor:
 
 
 def next_token_labels(labels: Tensor, position_ids: Tensor) -> Tensor:
-    """What each position is to predict, int64 [batch, length]: the label of the next, IGNORED_LABEL at a document's end."""
+    """The id that each position must predict, int64 [batch, length].
+
+    That is the label of the next position; IGNORED_LABEL at the end of a document.
+    """
     following = torch.full_like(labels, IGNORED_LABEL)
     following[:, :-1] = labels[:, 1:].masked_fill(position_ids[:, 1:] == 0, IGNORED_LABEL)
     return following
 
 
 def supervised(labels: Any, position_ids: Any) -> Any:
-    """How many positions of each row the loss counts: `next_token_labels` without making them (tensors or numpy)."""
+    """The number of positions that the loss counts, per sequence [batch].
+
+    Counts what `next_token_labels` supervises without building it. Takes tensors or numpy arrays.
+    """
     return ((labels[:, 1:] != IGNORED_LABEL) & (position_ids[:, 1:] != 0)).sum(-1)
 
 
 def loss_sum(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Summed cross-entropy in nats over a micro-batch of packed rows (int64 [batch, length] each).
+    """Sum of the cross-entropy in nats over a micro-batch, whose columns are int64 [batch, length].
 
-    Under tensor parallelism the logits stay sharded over the vocabulary; the caller's `loss_parallel` reduces them.
+    Under tensor parallelism the logits stay sharded over the vocabulary; the caller's
+    `loss_parallel` reduces them.
     """
     positions = batch["position_ids"]
     output = model(

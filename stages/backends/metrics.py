@@ -1,8 +1,9 @@
-"""metrics.jsonl: one line of figures per logged step, whichever backend trains.
+"""metrics.jsonl: one line of metrics per logged step, the same on every backend.
 
-`step` (from 1), `epoch`, `loss` (nats per supervised token), `learning_rate`, `grad_norm`, `tokens_per_second` (of the whole
-world), and where a backend has it `validation_loss`. On torch `loss` is that of the step, over all tokens of its global batch; on
-Neuron the mean over the steps since the last line, and of means of the data-parallel ranks.
+`step` (from 1), `epoch`, `loss` (nats per supervised token), `learning_rate`, `grad_norm`,
+`tokens_per_second` (of all ranks together) and, where a backend computes it, `validation_loss`.
+On torch `loss` is the loss of that step, over all tokens of its global batch. On Neuron it is the
+mean over the steps since the last line, and over the means of the data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from stages.run.fsync import flush
 
 
 class Metrics:
-    """The file, open for lines. For a run that goes on behind step `first` it drops the lines after that.
+    """The file, open for appending. Opening drops the lines of steps after `first`.
 
-    Every rank may hold one; the one that `writes` is the logging rank.
+    A run that resumes after step `first` writes those steps again. Every rank may have a Metrics;
+    only the logging rank's `writes`.
     """
 
     def __init__(self, path: Path, first: int, writes: bool):
@@ -31,53 +33,59 @@ class Metrics:
                 if path.exists()
                 else []
             )
-            read = [(line, _figures(line)) for line in lines if line.endswith("\n")]
-            kept = [line for line, figures in read if figures and figures["step"] <= first]
+            complete = [(line, _metrics(line)) for line in lines if line.endswith("\n")]
+            kept = [line for line, metrics in complete if metrics and metrics["step"] <= first]
             path.write_text("".join(kept), encoding="utf-8")
 
-    def write(self, figures: dict[str, Any]) -> None:
+    def write(self, metrics: dict[str, Any]) -> None:
         if self._writes:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(figures) + "\n")
+                file.write(json.dumps(metrics) + "\n")
 
     def flush(self) -> None:
-        """Wait until the lines are on the disk: a power cut is not to leave weights without what was logged on the way to them."""
+        """Wait until the lines are on the disk, so that a power cut cannot leave weights on it
+        without the metrics of the steps that led to them."""
         if self._writes:
             flush(self._path)
 
 
 def require_finite(
-    step: int, figures: dict[str, float], last_checkpoint: Callable[[], int]
+    step: int, metrics: dict[str, float], last_checkpoint: Callable[[], int]
 ) -> None:
-    """Raise StageFailure when step `step`'s loss or gradient is not finite; `last_checkpoint` gives a step, 0 for none."""
-    if math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"]):
+    """Raise StageFailure when the loss or the gradient norm of step `step` is not finite.
+
+    `last_checkpoint` returns the step of the last checkpoint, 0 if there is none.
+    """
+    if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
         return
-    numbers = ", ".join(f"{name} {value:g}" for name, value in figures.items())
-    kept = last_checkpoint()
-    rest = f"The checkpoint of step {kept} is kept." if kept else "There is no checkpoint yet."
+    numbers = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
+    last = last_checkpoint()
+    checkpoint = (
+        f"The checkpoint of step {last} is kept." if last else "There is no checkpoint yet."
+    )
     raise StageFailure(
-        f"Step {step}: the loss or its gradient is not finite ({numbers}). {rest} "
-        f"Lower LEARNING_RATE, raise WARMUP_STEPS, or look for broken rows in the dataset."
+        f"Step {step}: the loss or its gradient is not finite ({numbers}). {checkpoint} "
+        "Lower LEARNING_RATE, raise WARMUP_STEPS, or look for broken examples in the dataset."
     )
 
 
 def last_line(path: Path) -> dict[str, Any]:
-    """The figures of the last step logged; raises StageFailure when the file has none."""
+    """The metrics of the last logged step; raises StageFailure when the file has none."""
     lines = (
         path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     )
-    figures = _figures(lines[-1]) if lines else None
-    if figures is None:
+    metrics = _metrics(lines[-1]) if lines else None
+    if metrics is None:
         raise StageFailure(
-            f"{path} does not end with a step's figures. Remove {path.parent} and train again."
+            f"{path} does not end with the metrics of a step. Remove {path.parent} and train again."
         )
-    return figures
+    return metrics
 
 
-def _figures(line: str) -> dict[str, Any] | None:
-    """A step's figures from their line; None where a crash left something else of it."""
+def _metrics(line: str) -> dict[str, Any] | None:
+    """The metrics of a step from their line; None if a crash cut the line off."""
     try:
-        figures = json.loads(line)
+        metrics = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return figures if isinstance(figures, dict) and type(figures.get("step")) is int else None
+    return metrics if isinstance(metrics, dict) and type(metrics.get("step")) is int else None

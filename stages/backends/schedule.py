@@ -1,4 +1,7 @@
-"""The numbers that follow from the settings: world size, global batch, steps. Printed with their arithmetic."""
+"""The numbers that follow from the settings: world size, global batch, steps.
+
+They are printed with their arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,14 @@ from stages.run.settings import Settings
 
 
 def data_parallel_size(settings: Settings) -> int:
-    """Groups of processes that each hold a whole model and read other sequences."""
+    """Groups of processes that each have a complete model and read different sequences."""
     return settings.nproc_per_node // (
         settings.tensor_parallel_size * settings.pipeline_parallel_size
     )
 
 
 def sequences_per_step(settings: Settings) -> int:
-    """Rows in the global batch of one optimizer step."""
+    """Sequences in the global batch of one optimizer step."""
     return (
         settings.per_device_train_batch_size
         * settings.gradient_accumulation_steps
@@ -23,19 +26,22 @@ def sequences_per_step(settings: Settings) -> int:
     )
 
 
-def total_steps(settings: Settings, rows: int) -> int:
-    """Optimizer steps of a whole training over `rows` packed rows: every row at least NUM_TRAIN_EPOCHS times."""
+def total_steps(settings: Settings, sequences: int) -> int:
+    """Optimizer steps of a complete training on `sequences` packed sequences.
+
+    MAX_STEPS if it is set; else every sequence is read at least NUM_TRAIN_EPOCHS times.
+    """
     if settings.max_steps > 0:
         return settings.max_steps
-    return math.ceil(rows * settings.num_train_epochs / sequences_per_step(settings))
+    return math.ceil(sequences * settings.num_train_epochs / sequences_per_step(settings))
 
 
-def derivation(settings: Settings, rows: int) -> list[str]:
-    """Each derived number and where it comes from, a line each."""
-    s, batch = settings, sequences_per_step(settings)
-    steps = total_steps(settings, rows)
-    of_epochs = (
-        f"ceil({rows:,} rows x {s.num_train_epochs} epochs / {batch})"
+def derivation(settings: Settings, sequences: int) -> list[str]:
+    """Each derived number with its arithmetic, one line each."""
+    s, batch, replicas = settings, sequences_per_step(settings), data_parallel_size(settings)
+    steps = total_steps(settings, sequences)
+    steps_arithmetic = (
+        f"ceil({sequences:,} sequences x {s.num_train_epochs} epochs / {batch})"
         if s.max_steps < 0
         else f"MAX_STEPS={s.max_steps}"
     )
@@ -43,9 +49,11 @@ def derivation(settings: Settings, rows: int) -> list[str]:
         f"x pipeline parallel {s.pipeline_parallel_size} " if s.pipeline_parallel_size > 1 else ""
     )
     return [
-        f"world size       {s.nproc_per_node} = tensor parallel {s.tensor_parallel_size} {pipeline}x data parallel {data_parallel_size(s)}",
-        f"global batch     {batch:,} rows = {s.per_device_train_batch_size} per device x {s.gradient_accumulation_steps} accumulation "
-        f"x {data_parallel_size(s)} data parallel = {batch * s.max_length:,} tokens of {s.max_length:,} a row",
-        f"steps per epoch  {rows / batch:,.2f} = {rows:,} rows / {batch}",
-        f"total steps      {steps:,} = {of_epochs}; {steps * batch * s.max_length:,} tokens",
+        f"world size       {s.nproc_per_node} = tensor parallel {s.tensor_parallel_size} "
+        f"{pipeline}x data parallel {replicas}",
+        f"global batch     {batch:,} sequences = {s.per_device_train_batch_size} per device "
+        f"x {s.gradient_accumulation_steps} accumulation x {replicas} data parallel "
+        f"= {batch * s.max_length:,} tokens, {s.max_length:,} a sequence",
+        f"steps per epoch  {sequences / batch:,.2f} = {sequences:,} sequences / {batch}",
+        f"total steps      {steps:,} = {steps_arithmetic}; {steps * batch * s.max_length:,} tokens",
     ]

@@ -5,10 +5,13 @@ Standard library only: make asks before any stage runs, with config.json as it i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stages.run.settings import Settings
+
+# RoPE whose frequencies depend on the length of the prompt: a compiled graph has constant ones.
+ROPE_OF_VARYING_FREQUENCY = ("dynamic", "longrope")
 
 
 def fit_problems(settings: Settings, config: Any, vocabulary: int) -> Iterator[str]:
@@ -25,10 +28,32 @@ def fit_problems(settings: Settings, config: Any, vocabulary: int) -> Iterator[s
 
 
 def length_problems(settings: Settings, config: Any) -> Iterator[str]:
-    """A message when the rows are longer than the model has positions."""
+    """A message when the sequences are longer than the model has positions."""
     longest = getattr(config, "max_position_embeddings", None)
-    if longest and settings.max_length > longest:
-        yield f"MAX_LENGTH={settings.max_length} is above the model's {longest} positions. Lower MAX_LENGTH."
+    yield from position_problems("MAX_LENGTH", settings.max_length, longest)
+
+
+def position_problems(setting: str, length: int, positions: int | None) -> Iterator[str]:
+    """A message when the value of `setting`, a length in tokens, is above the model's positions."""
+    if positions and length > positions:
+        yield (
+            f"{setting}={length} is above the model's {positions} positions. "
+            f"Set at most {positions}."
+        )
+
+
+def rope_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """A message when the model cannot be compiled for inference because of its RoPE.
+
+    `config` has the values of config.json.
+    """
+    rope = config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type"))
+    if rope_type in ROPE_OF_VARYING_FREQUENCY:
+        yield (
+            f'The model\'s RoPE is of type "{rope_type}", whose frequencies vary with the length: '
+            "it cannot be compiled ahead of time. Choose a model with another RoPE."
+        )
 
 
 def division_problems(settings: Settings, config: Any) -> Iterator[str]:

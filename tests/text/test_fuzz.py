@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from stages.run.cache_url import check_cache_url
 from stages.run.errors import InputError, StageFailure
+from stages.run.layout import IGNORED_LABEL, SEQUENCE_COLUMNS
 from stages.run.setting import variable
 from stages.run.settings import Settings, unknown_names
 from stages.run.sizes import parse_size
@@ -26,7 +27,6 @@ from stages.text.dataset import Layout, build
 from stages.text.documents import encode
 from stages.text.examples import Example, read_examples
 from stages.text.prompt import PromptTemplate
-from stages.run.layout import IGNORED_LABEL, SEQUENCE_COLUMNS
 from stages.text.tokens import TextTokenizer, find_tokenizer
 from tests.text.conftest import KINDS, folders, tokenizers  # noqa: F401 (fixtures)
 from tests.torture.plugin import examples

@@ -17,9 +17,9 @@ import pytest
 from stages.run.errors import InputError
 from stages.text import remote_sources
 from stages.text.examples import read_examples
+from tests.fakes import s3
 from tests.fakes.hub import closed_port
 from tests.fakes.s3 import FOR_EVER, Door
-from tests.fakes import s3
 
 pytestmark = pytest.mark.torture("network")
 

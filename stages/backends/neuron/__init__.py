@@ -1,1 +1,1 @@
-"""AWS Trainium, through optimum-neuron."""
+"""The neuron backend: AWS Trainium and Inferentia2, through optimum-neuron."""

@@ -1,8 +1,9 @@
-"""The command and the environment of a training on Neuron: one function builds both precompile's run and train's.
+"""The command and the environment of a training on Neuron, for precompile and for train.
 
-What the compiler is given must be the same in both, or train compiles for 40 minutes what precompile was run for.
-Settings become fields of optimum-neuron's NeuronTrainingArguments, which the worker parses from its command line. No flag may be
-one of neuron_parallel_compile's own, or the beginning of one: it takes those out of the command that it runs.
+The compiler must get the same in both, or train compiles for 40 minutes what precompile should have
+compiled. Settings become fields of optimum-neuron's NeuronTrainingArguments, which the worker
+parses from its command line. No flag may be an option of neuron_parallel_compile or a prefix of
+one: neuron_parallel_compile removes those from the command that it runs.
 """
 
 from __future__ import annotations
@@ -15,22 +16,27 @@ from pathlib import Path
 from stages.run.layout import CHECKPOINTS_FOLDER
 from stages.run.settings import Settings
 
-# NKI's flash-attention kernel takes sequences of whole blocks of this length (optimum-neuron, models/training/llama).
+# NKI's flash-attention kernel takes sequences of whole blocks of this length in tokens
+# (optimum-neuron, models/training/llama).
 FLASH_ATTENTION_BLOCK = 2048
 
-# Upstream's own launcher sets these (optimum-neuron, docs/source/training_tutorials/*.sh and the AWS samples that they follow).
+# Upstream's launcher sets these (optimum-neuron, docs/source/training_tutorials/*.sh, and the AWS
+# samples that they follow).
 COMPILER_FLAGS = "--model-type transformer --retry_failed_compilation"
 RUNTIME = {
     "NEURON_FUSE_SOFTMAX": "1",
     "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS": "3",
-    "MALLOC_ARENA_MAX": "64",  # glibc's arenas of 32 processes' threads would fill the host's memory
+    "MALLOC_ARENA_MAX": "64",  # glibc's arenas of 32 processes' threads would fill the host memory
 }
 
 
 def training_command(
     settings: Settings, base: Path, data: Path, work: Path, *, steps: int, first_step: int = 0
 ) -> list[str]:
-    """torchrun and the worker for optimizer steps `first_step` to `steps` (exclusive), as train and precompile run them."""
+    """torchrun and the worker, as train and precompile run them.
+
+    They run the optimizer steps from `first_step` up to, and without, `steps`.
+    """
     launcher = [
         "torchrun",
         "--nproc_per_node",
@@ -53,7 +59,7 @@ def training_command(
 
 
 def lora_arguments(settings: Settings) -> dict[str, str]:
-    """The worker's own arguments for LoRA, by name; none where all weights are trained."""
+    """The worker's arguments for LoRA, by name; empty where all weights are trained."""
     if not settings.lora_r:
         return {}
     names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
@@ -63,14 +69,15 @@ def lora_arguments(settings: Settings) -> dict[str, str]:
 def training_arguments(settings: Settings, output_dir: Path, max_steps: int) -> dict[str, str]:
     """Field of NeuronTrainingArguments -> its value as text, for `max_steps` optimizer steps."""
     s = settings
-    # Hugging Face's "constant" knows no warm-up.
+    # Hugging Face's "constant" has no warm-up.
     scheduler = "constant_with_warmup" if s.lr_scheduler_type == "constant" else s.lr_scheduler_type
     values = {
         "output_dir": output_dir,
         "max_steps": max_steps,
-        "num_train_epochs": 1,  # the rows handed over are those of all steps, in order
+        "num_train_epochs": 1,  # the worker's dataset has the sequences of all steps, in order
         "per_device_train_batch_size": s.per_device_train_batch_size,
-        "per_device_eval_batch_size": s.per_device_train_batch_size,  # not used, but a pipeline wants it divisible alike
+        # Not used, but a pipeline checks that it can be divided like the other.
+        "per_device_eval_batch_size": s.per_device_train_batch_size,
         "gradient_accumulation_steps": s.gradient_accumulation_steps,
         "learning_rate": s.learning_rate,
         "lr_scheduler_type": scheduler,
@@ -84,17 +91,20 @@ def training_arguments(settings: Settings, output_dir: Path, max_steps: int) -> 
         "bf16": s.bf16,
         "tensor_parallel_size": s.tensor_parallel_size,
         "pipeline_parallel_size": s.pipeline_parallel_size,
-        "disable_sequence_parallel": False,  # on as soon as there is tensor parallelism
+        "disable_sequence_parallel": False,  # it is on wherever there is tensor parallelism
         "zero_1": s.zero_1,
         "gradient_checkpointing": s.gradient_checkpointing,
         "logging_steps": s.logging_steps,
         "save_strategy": "steps" if s.save_steps else "no",
         "save_steps": s.save_steps or 1,
         "save_total_limit": s.save_total_limit,
-        "save_only_model": True,  # nothing can load the optimizer's state again: the trainer refuses to resume
-        "skip_cache_push": True,  # else an uncaught call to the Hub ends a finished training; `make cache-synchronize` pushes
+        # The optimizer's state cannot be loaded again: the trainer refuses to resume.
+        "save_only_model": True,
+        # Otherwise an uncaught error from the Hub ends a finished training. `make
+        # cache-synchronize` uploads.
+        "skip_cache_push": True,
         "report_to": "none",
-        "disable_tqdm": True,  # the worker shows its own progress
+        "disable_tqdm": True,  # the worker shows the progress
     }
     return {
         name: str(value).lower() if isinstance(value, bool) else str(value)
@@ -103,49 +113,53 @@ def training_arguments(settings: Settings, output_dir: Path, max_steps: int) -> 
 
 
 def attention_implementation(max_length: int) -> str:
-    """The attention that the training model is built with: flash where the length allows it."""
+    """The attention of the training model: flash where the length allows it."""
     return "eager" if max_length % FLASH_ATTENTION_BLOCK else "flash_attention_2"
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """What the workers, the compiler and the runtime get besides the caller's environment."""
-    repository = (
-        {"CUSTOM_CACHE_REPO": settings.custom_cache_repo} if settings.custom_cache_repo else {}
-    )
+    """The variables of the workers, the compiler and the runtime, besides the caller's."""
     return {
-        **repository,
+        **cache_repository(settings),
         **{name: os.environ.get(name, value) for name, value in RUNTIME.items()},
         **cache_environment(settings),
-        # Whose torchrun is found on the PATH, it starts this Python; and this Python's scripts are found behind the PATH's.
+        # Whichever torchrun is first on the PATH, it starts this Python. This Python's scripts come
+        # after the caller's PATH.
         "PYTHON_EXEC": sys.executable,
         "PATH": f"{os.environ.get('PATH', os.defpath)}:{Path(sys.executable).parent}",
-        "PET_MASTER_PORT": os.environ.get(
-            "PET_MASTER_PORT", str(free_port())
-        ),  # torchrun's default lets one training run per host
-        "LOGLEVEL": os.environ.get(
-            "LOGLEVEL", "CRITICAL"
-        ),  # torchrun repeats a worker's failure at ERROR
+        # With torchrun's default port only one training can run on a host.
+        "PET_MASTER_PORT": os.environ.get("PET_MASTER_PORT", str(free_port())),
+        # At ERROR torchrun repeats the error of a worker.
+        "LOGLEVEL": os.environ.get("LOGLEVEL", "CRITICAL"),
         "TOKENIZERS_PARALLELISM": "false",
     }
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
+    """A TCP port on which no process listens now."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
 
 
-def cache_environment(settings: Settings) -> dict[str, str]:
-    """Where compiled graphs are kept, said in both ways: libneuronxla reads the one, optimum-neuron the other.
+def cache_repository(settings: Settings) -> dict[str, str]:
+    """The variable that names the Hub's repository of compiled graphs; empty where none is set."""
+    repository = settings.custom_cache_repo
+    return {"CUSTOM_CACHE_REPO": repository} if repository else {}
 
-    A bucket cannot be said in the second (optimum-neuron would take `s3` for a folder); the first is then alone.
+
+def cache_environment(settings: Settings) -> dict[str, str]:
+    """The variables that name the compile cache.
+
+    libneuronxla reads the URL, optimum-neuron the flag. A bucket has no flag, because
+    optimum-neuron would take `s3` for a folder.
     """
-    given = [
+    flags = [
         flag
         for flag in os.environ.get("NEURON_CC_FLAGS", COMPILER_FLAGS).split()
         if not flag.startswith("--cache_dir")
     ]
     url = settings.neuron_compile_cache_url
-    flags = given if url.startswith("s3://") else [*given, f"--cache_dir={url}"]
+    if not url.startswith("s3://"):
+        flags.append(f"--cache_dir={url}")
     return {"NEURON_COMPILE_CACHE_URL": url, "NEURON_CC_FLAGS": " ".join(flags)}

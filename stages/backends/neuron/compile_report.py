@@ -1,9 +1,10 @@
-"""What neuron_parallel_compile says of its work, read out of its output: totals, cache hits, and the graphs that failed.
+"""Reads the output of neuron_parallel_compile: totals, cache hits, and the graphs that failed.
 
-Its lines come from many processes at once. They are mixed with the workers' own, may stand behind the dots of a
-compiler's progress or in one line with another message, and a summary in JSON is spread over lines between them:
+Its lines come from many processes at once. They are mixed with the workers' lines, may follow the
+dots of a compiler's progress or share a line with another message, and its JSON summary is spread
+over lines between them:
 
-    2024-12-24 10:46:40.000063:  802786  INFO ||NEURON_PARALLEL_COMPILE||: Total failed compilations: 0
+    2024-12-24 10:46:40.000063:  802786  INFO ||NEURON_PARALLEL_COMPILE||: Total graphs: 12
 """
 
 from __future__ import annotations
@@ -14,20 +15,22 @@ from dataclasses import dataclass, field
 
 _ENTRY = r"\S*?(neuronxcc-[^/\s\"']+/MODULE_[^/\s\"']+)/"
 _TOTAL = re.compile(r"Total (graphs|successful compilations|failed compilations): (\d+)")
-# Said in place of totals when the cache holds every graph.
+# Printed instead of the totals when the cache has every graph.
 _NOTHING = "No todo hlos found"
 _HIT = re.compile(rf"Using a cached neff at {_ENTRY}")
 _FAILED_HIT = re.compile(rf"Got a cached failed neff at {_ENTRY}")
-# "/var/tmp/cache/neuronxcc-2.21/MODULE_1+2/model.hlo_module.pb": {   and, a line or more below,   "status": false,
+# "/var/tmp/cache/neuronxcc-2.21/MODULE_1+2/model.hlo_module.pb": { and, one or more lines later,
+# "status": false,
 _REPORTED = re.compile(rf'"{_ENTRY}[^"]*": \{{|"status": (true|false)')
 
 
 @dataclass
 class CompileReport:
-    """`graphs`, `succeeded`, `failed`: the totals of the last summary, None where none was printed (it was killed).
+    """`graphs`, `succeeded`, `failed`: totals of the last summary.
 
-    `hits`, `failed_hits`, `failed_graphs`: names of cache entries (`neuronxcc-VERSION/MODULE_x`) that were found compiled,
-    found poisoned, and reported as failed.
+    They are None if no summary was printed, because the process was killed. `hits`, `failed_hits`,
+    `failed_graphs`: names of cache entries (`neuronxcc-VERSION/MODULE_x`) that the cache had
+    compiled, that it had poisoned, and that were reported as failed.
     """
 
     graphs: int | None = None
@@ -39,7 +42,7 @@ class CompileReport:
 
 
 def read_compile_report(lines: Iterable[str]) -> CompileReport:
-    """The report in the output of neuron_parallel_compile, given line by line."""
+    """The report in the output of neuron_parallel_compile, line by line."""
     report = CompileReport()
     fields = {
         "graphs": "graphs",
@@ -48,8 +51,8 @@ def read_compile_report(lines: Iterable[str]) -> CompileReport:
     }
     graph = ""
     for line in lines:
-        for what, number in _TOTAL.findall(line):
-            setattr(report, fields[what], int(number))
+        for total, number in _TOTAL.findall(line):
+            setattr(report, fields[total], int(number))
         if _NOTHING in line:
             report.graphs = report.succeeded = report.failed = 0
         report.hits.update(_HIT.findall(line))

@@ -1,7 +1,8 @@
-"""One export, in a process of its own: `python -m stages.backends.neuron.export`, started by compile_inference.
+"""One export, in a separate process: `python -m stages.backends.neuron.export`.
 
-neuronx-distributed is set up once per process, for the target that the environment names before anything of it is imported.
-The command line of optimum-neuron does the same through a shell, which takes a path with a space apart, and cannot ask for logits.
+compile_inference starts it. neuronx-distributed is configured once per process, for the target that
+the environment names before anything of it is imported. optimum-neuron's command line does the same
+through a shell, which splits a path with a space, and cannot ask for logits.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from stages.run.launch import report_error
     "--error-file",
     type=click.Path(path_type=Path),
     required=True,
-    help="Where a failure is told to the stage.",
+    help="File in which a failure is reported to the stage.",
 )
 @click.option("--instance-type", required=True, help="Machine that the model will run on.")
-@click.option("--batch-size", type=int, required=True, help="Prompts at once.")
+@click.option("--batch-size", type=int, required=True, help="Prompts at a time.")
 @click.option(
     "--sequence-length", type=int, required=True, help="Prompt and answer together, in tokens."
 )
@@ -47,21 +48,22 @@ def main(model: Path, output: Path, error_file: Path, **sizes: int | str) -> Non
     try:
         export(model.absolute(), output.absolute(), **sizes)
     except Exception as error:
-        traceback.print_exc()  # the compiler's own words stand in it
-        failed = StageFailure(f"Compiling failed: {type(error).__name__}: {str(error)[:1000]}")
-        report_error(disk_failure(error, output) or failed, error_file)
+        traceback.print_exc()  # it has the compiler's message
+        failure = StageFailure(f"Compiling failed: {type(error).__name__}: {str(error)[:1000]}")
+        report_error(disk_failure(error, output) or failure, error_file)
         raise SystemExit(StageFailure.exit_status) from None
 
 
 def export(model: Path, output: Path, **sizes: int | str) -> None:
-    """Compile prefill and decode of the model folder, and write them with each core's part of the weights."""
+    """Compile the model's prefill and decode; write them with each core's part of the weights."""
     from optimum.neuron import NeuronModelForCausalLM
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     neuron_config = NeuronModelForCausalLM.get_neuron_config(str(model), config=config, **sizes)
-    # Logits instead of ids: generate.py chooses on the host. The graph is the one that optimum-neuron itself uses where its
-    # sampling on the device is at fault (Qwen with continuous batching on two cores), and for speculation.
+    # Logits instead of ids: generate.py chooses the ids on the host. optimum-neuron itself uses
+    # this graph where its sampling on the device has a bug (Qwen with continuous batching on two
+    # cores), and for speculation.
     neuron_config.on_device_sampling = False
     compiled = NeuronModelForCausalLM.export(
         str(model), neuron_config, config=config, load_weights=False

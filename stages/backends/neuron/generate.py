@@ -1,8 +1,11 @@
-"""Generation from a model compiled for NeuronCores: `load` refuses what this runtime cannot run, `generate` streams ids.
+"""Generation with a model compiled for NeuronCores.
 
-optimum-neuron's own `generate` has no step iterator, ignores `streamer`, and ends every row of a batch with the longest. Its
-`forward` is what both it and its vLLM plugin drive, and what is driven here, by the loop that all backends share: each row keeps
-its own positions, so that prompts of different lengths stand beside each other, and a consumer that stops asking stops the model.
+`load` refuses what this runtime cannot run; `CompiledModel.generate` (decoding.py) streams ids.
+
+optimum-neuron's `generate` cannot be iterated step by step, ignores `streamer`, and ends every
+prompt of a batch with the longest answer. Its `forward`, which its `generate` and its vLLM plugin
+call, is called here from the loop that all backends share. Each slot has its own positions, so one
+batch takes prompts of different lengths, and a consumer that stops iterating stops the model.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Any
 
 import torch
 
-from stages.backends.decoding import Decoder, right_padded, with_empty_rows
+from stages.backends.decoding import Decoder, right_padded, with_empty_slots
 from stages.backends.neuron.compiled import (
     missing_files,
     missing_packages,
@@ -26,8 +29,9 @@ from stages.run.errors import InputError, StageFailure
 class CompiledModel(Decoder):
     """optimum-neuron's model of a decoder, its weights on the NeuronCores.
 
-    Compiled to return logits (export.py), so that a token is chosen on the host as on every backend: SEED gives the same answers
-    again, and TOP_K=0 leaves all ids in. Chosen on the device they would come from a generator that no seed reaches, among 256 ids.
+    It is compiled to return logits (export.py), so that the host chooses each token, as on every
+    backend: the same SEED gives the same answers, and TOP_K=0 keeps all ids. On the device a token
+    would be drawn from 256 ids, by a generator that takes no seed.
     """
 
     device = "cpu"
@@ -40,21 +44,22 @@ class CompiledModel(Decoder):
         self._cache: object = None
 
     def new_cache(self) -> object:
-        """A claim on the one KV cache, which lies on the device: only the last to prefill may decode."""
+        """A claim on the one KV cache, which is on the device: the last to prefill may decode."""
         return object()
 
     @torch.inference_mode()
     def prefill(self, prompts: list[list[int]], cache: object) -> tuple[torch.Tensor, torch.Tensor]:
         self._cache = cache
         ids, lengths = right_padded(
-            prompts, rows=self.batch_size, length=self._model.neuron_config.max_context_length
+            prompts, slots=self.batch_size, length=self._model.neuron_config.max_context_length
         )
-        # The graph takes the logits behind the largest position, and writes keys and values by column. Position 0 for padding
-        # leaves the prompt's last token the largest; what is written behind it is overwritten before a mask lets it be seen.
+        # The graph returns the logits after the largest position, and writes keys and values by
+        # column. With position 0 for the padding, the prompt's last token has the largest position.
+        # What the padding writes after it is overwritten before a mask includes it.
         columns = torch.arange(ids.shape[1]).expand_as(ids)
         positions = columns.masked_fill(columns >= lengths[:, None], 0)
         logits = self._forward(ids[: len(prompts)], positions[: len(prompts)])
-        return with_empty_rows(logits, self.batch_size), lengths
+        return with_empty_slots(logits, self.batch_size), lengths
 
     @torch.inference_mode()
     def decode_one_token(
@@ -62,19 +67,20 @@ class CompiledModel(Decoder):
     ) -> torch.Tensor:
         if cache is not self._cache:
             raise StageFailure(
-                "Two answers were asked of one compiled model at the same time: it has one KV cache. Finish the first."
+                "Two answers were asked of one compiled model at the same time: it has one KV "
+                "cache. Finish the first."
             )
         return self._forward(ids[:, None], positions[:, None])
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits [rows, vocab] behind the last of the ids [rows, tokens]."""
-        rows = len(ids)
-        # Sampling parameters are an input of every graph; one that returns logits does not read them.
+        """Logits [slots, vocab] after the last of the ids [slots, tokens]."""
+        slots = len(ids)
+        # Every graph has sampling parameters as an input; one that returns logits ignores them.
         logits = self._model.forward(
             input_ids=ids,
             position_ids=positions,
-            seq_ids=torch.arange(rows),
-            sampling_params=torch.ones(rows, 3),
+            seq_ids=torch.arange(slots),
+            sampling_params=torch.ones(slots, 3),
         )
         return logits[:, -1].float()
 
@@ -82,31 +88,31 @@ class CompiledModel(Decoder):
 def load(compiled: Path) -> CompiledModel:
     """Load what compile_inference wrote onto this runtime's NeuronCores.
 
-    Raises InputError, with everything that is wrong, when `compiled` is no whole compiled model, when it was compiled by another
-    optimum-neuron or neuronx-cc or for another target, and when this runtime lacks packages, devices or cores for it.
+    Raises InputError with all problems: `compiled` is not a complete compiled model; it was
+    compiled by another optimum-neuron or neuronx-cc, or for another target; this runtime lacks
+    packages, devices or cores.
     """
     description = read_description(compiled)
-    refused = f"The compiled model in {compiled} cannot run here"
+    refusal = f"The compiled model in {compiled} cannot run here"
     if missing := missing_packages():
         raise InputError(
-            f"{refused}: not installed: {', '.join(missing)}. Run eval in the Neuron container, on a runtime with devices."
+            f"{refusal}: not installed: {', '.join(missing)}. Run eval in the Neuron container, on "
+            "a machine with devices."
         )
     problems = list(problems_on(this_runtime(), description))
-    if lost := missing_files(compiled, description["tp_degree"]):
-        problems.append(
-            f"it lacks {', '.join(lost[:3])}"
-            + (f" and {len(lost) - 3} more files" if len(lost) > 3 else "")
-        )
+    if files := missing_files(compiled, description["tp_degree"]):
+        more = f" and {len(files) - 3} more files" if len(files) > 3 else ""
+        problems.append(f"it lacks {', '.join(files[:3])}{more}")
     if description["on_device_sampling"]:
         problems.append(
             "it returns ids, not logits: it was not compiled by `make compile-inference`"
         )
     if problems:
         remedy = (
-            f"Remove {compiled} and run `make compile-inference` here: it compiles again from the consolidated model, for "
-            "INSTANCE_TYPE and INFERENCE_TENSOR_PARALLEL_SIZE."
+            f"Remove {compiled} and run `make compile-inference` here: it compiles again from the "
+            "consolidated model, for INSTANCE_TYPE and INFERENCE_TENSOR_PARALLEL_SIZE."
         )
-        raise InputError([f"{refused}: {problem}." for problem in problems] + [remedy])
+        raise InputError([f"{refusal}: {problem}." for problem in problems] + [remedy])
     from optimum.neuron import NeuronModelForCausalLM
     from transformers.utils import logging
 

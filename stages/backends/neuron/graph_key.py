@@ -1,4 +1,7 @@
-"""What decides which graphs a training has: written down by precompile, compared by train before it starts."""
+"""The key of a training's graphs: everything that decides which graphs the training has.
+
+precompile writes it, and train compares it before it starts.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from stages.run.layout import PRECOMPILE_FILE
 from stages.run.provenance import installed_version
 from stages.run.settings import Settings
 
-# Arguments that a graph is made of, by value; the learning rate and its like are numbers that a graph is given.
+# The arguments whose values are part of a graph. The learning rate and the like are inputs of it.
 SHAPING_ARGUMENTS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -42,7 +45,7 @@ COMPILERS = (
 
 
 def graph_key(settings: Settings) -> dict[str, str]:
-    """What the training's graphs depend on, in words: equal keys have equal graphs."""
+    """What the training's graphs depend on, as text: equal keys mean equal graphs."""
     arguments = training_arguments(settings, Path(), 1)
     config = base_config(settings).to_json_string().encode()
     lora = (
@@ -50,6 +53,8 @@ def graph_key(settings: Settings) -> dict[str, str]:
         if settings.lora_r
         else "none"
     )
+    if settings.lora_r and settings.lora_dropout:
+        lora += ", dropout"
     flags = [
         flag
         for flag in cache_environment(settings)["NEURON_CC_FLAGS"].split()
@@ -62,7 +67,7 @@ def graph_key(settings: Settings) -> dict[str, str]:
         "processes": str(settings.nproc_per_node),
         "row": f"{settings.max_length} tokens",
         "attention": attention_implementation(settings.max_length),
-        "LoRA": lora if not settings.lora_r or not settings.lora_dropout else f"{lora}, dropout",
+        "LoRA": lora,
         "weight decay": "on" if settings.weight_decay else "off",
         "gradient clipping": "on" if settings.max_grad_norm else "off",
         **{name: arguments[name] for name in SHAPING_ARGUMENTS},
@@ -70,24 +75,32 @@ def graph_key(settings: Settings) -> dict[str, str]:
 
 
 def recompilations(settings: Settings, precompiled: Path) -> Iterator[str]:
-    """Why train would compile what precompile was run for, a line each; nothing where the cache will serve."""
+    """The reasons why train would compile again, one line each; none if it would not."""
     try:
         report: dict[str, Any] = json.loads((precompiled / PRECOMPILE_FILE).read_bytes())
-        key_then, compiled = report["graph_key"], set(report["graph_names"])
+        old_key, compiled = report["graph_key"], set(report["graph_names"])
     except (OSError, ValueError, KeyError):
-        yield "precompile has not run: the first steps wait for the compiler, about 40 minutes for a 7B model."
+        yield (
+            "precompile has not run: the first steps wait for the compiler, about 40 minutes for a "
+            "7B model. Run `make precompile` first."
+        )
         return
-    key_now = graph_key(settings)
-    names = [name for name in {**key_then, **key_now} if key_then.get(name) != key_now.get(name)]
-    changed = [f"{name} {key_then.get(name)} -> {key_now.get(name)}" for name in names]
+    new_key = graph_key(settings)
+    changed = [
+        f"{name} {old_key.get(name)} -> {new_key.get(name)}"
+        for name in {**old_key, **new_key}
+        if old_key.get(name) != new_key.get(name)
+    ]
     if changed:
         yield (
-            f"training compiles again, since precompile ran for other graphs: {'; '.join(changed)}. "
-            f"Remove {precompiled} and run `make precompile`: it compiles side by side."
+            "training compiles again, because precompile ran for other graphs: "
+            f"{'; '.join(changed)}. Remove {precompiled} and run `make precompile`, which compiles "
+            "graphs in parallel."
         )
     url = settings.neuron_compile_cache_url
-    if cache.folder_of(url) and (gone := compiled - cache.names(url)):
+    if cache.folder_of(url) and (missing := compiled - cache.names(url)):
         yield (
-            f"training compiles again: {len(gone)} of precompile's {len(compiled)} graphs are not in {url} (any more). "
-            f"Remove {precompiled} and run `make precompile`: it compiles side by side."
+            f"training compiles again: {len(missing)} of precompile's {len(compiled)} graphs are "
+            f"not in {url} any more. Remove {precompiled} and run `make precompile`, which "
+            "compiles graphs in parallel."
         )

@@ -1,4 +1,4 @@
-"""What a training on Neuron says of itself: progress on the screen, metrics.jsonl, and an end when the loss is no number."""
+"""The trainer callback: progress on the screen, metrics.jsonl, and the end of a broken training."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from stages.run.progress import Progress
 
 
 class MetricsCallback(TrainerCallback):
-    """Progress on the screen, metrics.jsonl, and an end to a training whose loss is no number."""
+    """Shows progress, writes metrics.jsonl, and ends a training whose loss is not finite.
+
+    `sequences` is the number of packed sequences in the dataset, `length` is theirs in tokens.
+    """
 
     def __init__(
-        self, work: Path, first_step: int, rows: int, sequences_per_step: int, length: int
+        self, work: Path, first_step: int, sequences: int, sequences_per_step: int, length: int
     ):
         self.work, self.first = work, first_step
-        self.rows, self.sequences_per_step, self.length = rows, sequences_per_step, length
-        self.collecting = (
-            os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1"
-        )  # by neuron_parallel_compile
+        self.sequences, self.sequences_per_step, self.length = sequences, sequences_per_step, length
+        # Set by neuron_parallel_compile.
+        self.collecting = os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         logs_here = bool(state.is_world_process_zero)
@@ -36,18 +38,16 @@ class MetricsCallback(TrainerCallback):
         )
         self.logged_step, self.logged_at = self.first, time.monotonic()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self.rate = float(
-            given["lr_scheduler"].get_last_lr()[0]
-        )  # NeuronTrainer logs the next step's
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        # NeuronTrainer logs the learning rate of the next step.
+        self.rate = float(objects["lr_scheduler"].get_last_lr()[0])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == state.max_steps:
-            control.should_log = True  # whatever LOGGING_STEPS
-            control.should_save = False  # saved/ is about to hold the same
-        control.should_log |= (
-            control.should_save
-        )  # so that no checkpoint takes a good one's place when the loss is no number
+            control.should_log = True  # whatever LOGGING_STEPS is
+            control.should_save = False  # saved/ will have the same
+        # So that a checkpoint with a loss that is not finite never replaces a good one.
+        control.should_log |= control.should_save
         self.progress.update(1)
 
     def on_log(
@@ -57,19 +57,18 @@ class MetricsCallback(TrainerCallback):
             return
         now, step = time.monotonic(), state.global_step
         tokens = (step - self.logged_step) * self.sequences_per_step * self.length
-        figures = {
+        metrics = {
             "loss": float(logs["loss"]),
             "learning_rate": self.rate,
             "grad_norm": float(logs.get("grad_norm", 0.0)),
             "tokens_per_second": tokens / (now - self.logged_at),
         }
         self.logged_step, self.logged_at = step, now
-        require_finite(step, figures, self._last_checkpoint)
-        self.metrics.write(
-            {"step": step, "epoch": round(step * self.sequences_per_step / self.rows, 4), **figures}
-        )
+        require_finite(step, metrics, self._last_checkpoint)
+        epoch = round(step * self.sequences_per_step / self.sequences, 4)
+        self.metrics.write({"step": step, "epoch": epoch, **metrics})
         self.progress.update(
-            0, {name: f"{value:.4g}" for name, value in figures.items()}, line=True
+            0, {name: f"{value:.4g}" for name, value in metrics.items()}, line=True
         )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -1,7 +1,8 @@
-"""Fills the Neuron compile cache: neuron_parallel_compile runs the training command far enough to see each of its graphs.
+"""Fills the Neuron compile cache with the graphs of the training.
 
-It collects the graphs of a few steps without computing anything, then compiles them side by side. What decides which graphs
-there are is written down, so that train can tell, before it starts, when it would have to compile again.
+neuron_parallel_compile runs the training command for a few steps, collects its graphs without
+computing anything, and then compiles them in parallel. The key of the graphs is recorded, so that
+train can say before it starts when it would have to compile again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from stages.backends.neuron.arguments import environment, training_command
 from stages.backends.neuron.compile_inference import compile_problems
 from stages.backends.neuron.compile_report import CompileReport, read_compile_report
 from stages.backends.neuron.graph_key import graph_key
-from stages.backends.neuron.parallel_sizes import device_name
+from stages.backends.neuron.hardware import device_name
 from stages.backends.neuron.train import prepare
 from stages.model.base import base_config, base_model_folder
 from stages.run.errors import InputError, StageFailure
@@ -25,104 +26,114 @@ from stages.run.layout import PRECOMPILE_FILE
 from stages.run.publish import StageResult
 from stages.run.settings import Settings
 
-# NeuronTrainer reduces the loss where it logs, in a graph of its own: a run has to come past that boundary.
+# Where NeuronTrainer logs, it reduces the loss in a separate graph: the run must pass that step.
 STEPS_PAST_LOGGING = 5
 
 
 def precompile(settings: Settings, data: Path, work: Path) -> StageResult:
-    """Run the command of train in a throw-away folder below `work`; leaves precompile.json, what was compiled and for what.
+    """Run the command of train in a temporary folder inside `work`.
 
-    Raises StageFailure, naming the graphs, when one could not be compiled.
+    Writes precompile.json: what was compiled, and for which graphs. Raises StageFailure, with the
+    names of the graphs, when one could not be compiled.
     """
     prepare(settings, data)
     if problems := list(compile_problems(settings, base_config(settings))):
         raise InputError(problems)
     url = settings.neuron_compile_cache_url
-    before = cache.names(url)
-    throw_away = work / "throw-away"
-    shutil.rmtree(throw_away, ignore_errors=True)
-    throw_away.mkdir()
-    printed: list[str] = []
-    try:
-        launch(
-            precompile_command(settings, data, throw_away),
-            environment(settings),
-            throw_away / "error",
-            on_line=printed.append,
-        )
-    except StageFailure:
-        if read_compile_report(printed).failed:  # its exit status is their number
-            require_all_compiled(read_compile_report(printed), cache.entries(url), url)
-        raise
-    finally:
-        shutil.rmtree(throw_away)
-    found = read_compile_report(printed)
-    entries = cache.entries(url)
-    require_all_compiled(found, entries, url)
-    done = {entry.name for entry in entries if entry.state == "done"}
-    report: dict[str, int | None] = {"graphs": found.graphs, "compile_cache_hits": len(found.hits)}
-    looked = cache.folder_of(url) is not None  # else in S3
-    report |= {
-        "compile_cache_misses": len(done - before) if looked else found.succeeded,
-        "compile_cache_entries": len(done) if looked else None,
-        **{
-            f"compile_cache_{state}": sum(e.state == state for e in entries) if looked else None
-            for state in ("poisoned", "locked")
-        },
+    compiled_before = cache.names(url)
+    report = _compile(settings, data, work / "rehearsal")
+    graphs = cache.entries(url)
+    require_all_compiled(report, graphs, url)
+    compiled = {entry.name for entry in graphs if entry.state == "done"}
+    new = compiled - compiled_before
+    metrics: dict[str, int | None] = {
+        "graphs": report.graphs,
+        "compile_cache_hits": len(report.hits),
     }
+    if cache.folder_of(url):
+        metrics |= {
+            "compile_cache_misses": len(new),
+            "compile_cache_entries": len(compiled),
+            "compile_cache_poisoned": sum(entry.state == "poisoned" for entry in graphs),
+            "compile_cache_locked": sum(entry.state == "locked" for entry in graphs),
+        }
+    else:  # in S3, whose entries are not read
+        metrics |= {
+            "compile_cache_misses": report.succeeded,
+            "compile_cache_entries": None,
+            "compile_cache_poisoned": None,
+            "compile_cache_locked": None,
+        }
     write_json(
         work / PRECOMPILE_FILE,
         {
-            **report,
+            **metrics,
             "graph_key": graph_key(settings),
-            "graph_names": sorted(found.hits | (done - before)),
+            "graph_names": sorted(report.hits | new),
         },
     )
-    print(
-        ", ".join(
-            f"{name.replace('_', ' ')} {number}"
-            for name, number in report.items()
-            if number is not None
-        ),
-        flush=True,
-    )
-    return StageResult(device=device_name(), metrics=report, unkeyed=(PRECOMPILE_FILE,))
+    counts = [
+        f"{name.replace('_', ' ')} {number}"
+        for name, number in metrics.items()
+        if number is not None
+    ]
+    print(", ".join(counts), flush=True)
+    return StageResult(device=device_name(), metrics=metrics, unkeyed=(PRECOMPILE_FILE,))
 
 
-def precompile_command(settings: Settings, data: Path, throw_away: Path) -> list[str]:
-    """neuron_parallel_compile and the very command of train, but for the number of steps, the folder and that nothing is saved."""
-    few = replace(settings, save_steps=0)
+def _compile(settings: Settings, data: Path, rehearsal: Path) -> CompileReport:
+    """Run neuron_parallel_compile in the folder `rehearsal`, which is removed afterwards."""
+    shutil.rmtree(rehearsal, ignore_errors=True)
+    rehearsal.mkdir()
+    printed: list[str] = []
+    try:
+        launch(
+            precompile_command(settings, data, rehearsal),
+            environment(settings),
+            rehearsal / "error",
+            on_line=printed.append,
+        )
+    except StageFailure:
+        report, url = read_compile_report(printed), settings.neuron_compile_cache_url
+        if report.failed:  # the exit status is the number of graphs that failed
+            require_all_compiled(report, cache.entries(url), url)
+        raise
+    finally:
+        shutil.rmtree(rehearsal)
+    return read_compile_report(printed)
+
+
+def precompile_command(settings: Settings, data: Path, rehearsal: Path) -> list[str]:
+    """neuron_parallel_compile and the command of train.
+
+    Only the number of steps and the folder differ from train's, and nothing is saved.
+    """
     command = training_command(
-        few,
+        replace(settings, save_steps=0),
         base_model_folder(settings),
         data,
-        throw_away,
+        rehearsal,
         steps=settings.logging_steps + STEPS_PAST_LOGGING,
     )
-    # Its own folder is one for all of a user's runs, and is emptied at each start.
+    # The default folder is the same for all runs of a user, and is emptied at each start.
     return [
         "neuron_parallel_compile",
         "--parallel_compile_workdir",
-        str(throw_away.absolute() / "compile"),
+        str(rehearsal.absolute() / "compile"),
         *command,
     ]
 
 
-def require_all_compiled(found: CompileReport, entries: list[cache.Entry], url: str) -> None:
-    """Raise StageFailure when a graph failed to compile, or when the compiler never came to its summary."""
-    if found.failed is None:
+def require_all_compiled(report: CompileReport, graphs: list[cache.Entry], url: str) -> None:
+    """Raise StageFailure when a graph failed to compile, or when there is no summary."""
+    if report.failed is None:
         raise StageFailure(
-            "neuron_parallel_compile ended without its summary (`Total failed compilations`): what it printed is above."
+            "neuron_parallel_compile ended without its summary (`Total failed compilations`). Its "
+            "output is above."
         )
-    failed = sorted(found.failed_graphs | found.failed_hits)
-    if found.failed or failed:
-        count = max(found.failed, len(failed))
+    failed = sorted(report.failed_graphs | report.failed_hits)
+    if report.failed or failed:
+        count = max(report.failed, len(failed))
         names = "".join(f"\n  {name}" for name in failed) or " It does not say which."
-        raise StageFailure(
-            "\n".join(
-                [
-                    f"{count} of {found.graphs} graphs did not compile:{names}",
-                    *cache.blocked(entries, url),
-                ]
-            )
-        )
+        message = f"{count} of {report.graphs} graphs did not compile:{names}"
+        raise StageFailure("\n".join([message, *cache.blocked(graphs, url)]))

@@ -1,6 +1,7 @@
-"""Training on Neuron: what is checked before it starts, the processes that do it, and what they leave.
+"""Training on Neuron: the checks before it starts, its processes, and what they write.
 
-A training cannot resume here (NeuronTrainer refuses); `interrupted` says what can be had of one that was killed.
+A training cannot resume here, because NeuronTrainer refuses; resume.py says what can be kept of one
+that was killed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from stages.backends.metrics import last_line
 from stages.backends.neuron import cache
 from stages.backends.neuron.arguments import attention_implementation, environment, training_command
 from stages.backends.neuron.graph_key import recompilations
-from stages.backends.neuron.parallel_sizes import device_name, topology_problems
+from stages.backends.neuron.hardware import device_name
+from stages.backends.neuron.parallel_sizes import topology_problems
 from stages.backends.neuron.resume import (
     INTERRUPTED,
     RESUMED,
@@ -36,16 +38,18 @@ from stages.run.layout import CHECKPOINTS_FOLDER, MANIFEST_FILE, METRICS_FILE, S
 from stages.run.publish import StageResult
 from stages.run.settings import Settings
 
-START = "start.json"  # the step from which the training began: not 0 when RESUME=weights went on
+# The step at which the training began: above 0 after RESUME=weights.
+START = "start.json"
 
 
 def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> StageResult:
-    """Train on the rows in `data`; leaves shards, metrics.jsonl, config, tokenizer and prompt in `work`.
+    """Train on the sequences in `data`.
 
-    `precompiled` is what precompile published: what of it no longer holds is said before the training starts.
+    Writes shards, metrics.jsonl, config, tokenizer and prompt to `work`. `precompiled` is what
+    precompile published; where it no longer fits the training, a note says so before it starts.
     """
     steps = total_steps(settings, prepare(settings, data))
-    before = cache.names(settings.neuron_compile_cache_url)
+    compiled_before = cache.names(settings.neuron_compile_cache_url)
     if not finished(work):
         start = choose_start(settings, work, steps)
         (work / START).write_text(json.dumps({"step": start.step}) + "\n", encoding="utf-8")
@@ -69,7 +73,8 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Stag
     copy_config(base_model_folder(settings), data, work)
     first = json.loads((work / START).read_text(encoding="utf-8"))["step"]
     url = settings.neuron_compile_cache_url
-    compiled = len(cache.names(url) - before) if cache.folder_of(url) else None  # None: in S3
+    # None for a cache in S3, whose entries are not read.
+    compiled = len(cache.names(url) - compiled_before) if cache.folder_of(url) else None
     metrics = {
         **last_line(work / METRICS_FILE),
         "first_step": first,
@@ -82,52 +87,61 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Stag
 
 
 def prepare(settings: Settings, data: Path) -> int:
-    """Check that the training can run, print what follows from the settings; returns the number of training rows."""
-    figures = json.loads((data / MANIFEST_FILE).read_bytes())["metrics"]
-    check(settings, base_config(settings), figures["vocabulary"])
-    rows = figures["train"]["rows"]
+    """Check that the training can run, and print what follows from the settings.
+
+    Returns the number of sequences to train on.
+    """
+    metrics = json.loads((data / MANIFEST_FILE).read_bytes())["metrics"]
+    check(settings, base_config(settings), metrics["vocabulary"])
+    sequences = metrics["train"]["rows"]
     lines = [
         f"device           {device_name()}",
-        *derivation(settings, rows),
-        f"attention        {attention_implementation(settings.max_length)}; documents in a row see each other (no mask but the causal one)",
+        *derivation(settings, sequences),
+        f"attention        {attention_implementation(settings.max_length)}; documents in a "
+        "sequence attend to each other (no mask but the causal one)",
     ]
     if not settings.zero_1:
         lines.append(
-            "ZERO_1=0         the library then keeps neither weights nor accumulated gradients in float32"
+            "ZERO_1=0         optimum-neuron then keeps neither weights nor accumulated gradients "
+            "in float32"
         )
     if settings.lora_r:
         lines.append(
-            f"LoRA             rank {settings.lora_r}, alpha {settings.lora_alpha}, on {settings.lora_target_modules}"
+            f"LoRA             rank {settings.lora_r}, alpha {settings.lora_alpha}, on "
+            f"{settings.lora_target_modules}"
         )
     print("\n".join(lines), flush=True)
-    return rows
+    return sequences
 
 
 def check(settings: Settings, config: Any, vocabulary: int) -> None:
-    """Raise InputError with everything that keeps this model from being trained with these settings on this machine."""
+    """Raise InputError with all that keeps this model from being trained here with `settings`."""
     problems = [*topology_problems(settings, config), *fit_problems(settings, config, vocabulary)]
     if not settings.bf16:
-        problems.append(
-            "BF16=0: the Neuron backend trains and compiles bfloat16 alone. Leave BF16=1."
-        )
+        problems.append("BF16=0: the neuron backend trains and compiles only bfloat16. Set BF16=1.")
     if settings.torch_compile:
         problems.append(
-            "TORCH_COMPILE=1: on Neuron neuronx-cc compiles, not inductor. Leave TORCH_COMPILE=0."
+            "TORCH_COMPILE=1: on Neuron neuronx-cc compiles, not inductor. Set TORCH_COMPILE=0."
         )
     if problems:
         raise InputError(problems)
 
 
 def _keep_shards(settings: Settings, work: Path) -> None:
-    """Take the shards out of what the trainer saved: adapters' with their config, else the model's."""
+    """Move the shards out of what the trainer saved.
+
+    With LoRA those are the adapters' shards and their config, else the model's.
+    """
     shards = saved_shards(work / "saved")
     if not is_whole(shards):
         raise StageFailure(
-            f"The training ended, but {shards} is not whole: its last save was cut off. Give the same command again."
+            f"The training ended, but {shards} is not complete: its last save was cut off. Run the "
+            "same command again."
         )
     if settings.lora_r:
         config = json.loads((shards.parent / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        # A path of this machine, and a set, whose order changes from run to run: the same training is to be the same content.
+        # Otherwise a path of this machine and a set, whose order changes from run to run: the same
+        # training must publish the same content.
         config |= {
             "base_model_name_or_path": None,
             "target_modules": sorted(config["target_modules"]),

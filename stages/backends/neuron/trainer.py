@@ -1,4 +1,8 @@
-"""optimum-neuron's NeuronTrainer, given the order of rows that every backend uses, with what of it does not hold mended."""
+"""optimum-neuron's NeuronTrainer with the order of sequences of every backend, and with fixes.
+
+What is fixed are errors of optimum-neuron 0.4.5; tests/backends/neuron/test_worker.py shows each
+and fails without the fix.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,9 @@ from transformers import TrainerCallback, default_data_collator
 
 
 def make_trainer(
-    model: Any, arguments: Any, rows: torch.utils.data.Dataset[Any], first_step: int
+    model: Any, arguments: Any, sequences: torch.utils.data.Dataset[Any], first_step: int
 ) -> Any:
-    """A NeuronTrainer for `rows` in their order, with the learning rates from step `first_step` on.
-
-    What it mends was found in optimum-neuron 0.4.5 and shown by tests/backends/neuron/test_worker.py, which fails without.
-    """
+    """A NeuronTrainer for `sequences` in order, with the learning rates from `first_step` on."""
     from optimum.neuron import NeuronTrainer
 
     class OrderedTrainer(NeuronTrainer):
@@ -30,28 +31,31 @@ def make_trainer(
             for _ in range(first_step):
                 self.lr_scheduler.step()
 
-        def setup_training(self, *given: Any, **named: Any) -> None:
-            super().setup_training(*given, **named)
-            # Steps are counted from the base model on: checkpoints, logs and the last step are named by it.
+        def setup_training(self, *args: Any, **kwargs: Any) -> None:
+            super().setup_training(*args, **kwargs)
+            # Steps are counted from the base model: they name checkpoints, logs and the last step.
             self.state.global_step = self.global_step_last_logged = first_step
             self.state.max_steps += first_step
-            # ZeRO-1's optimizer trains copies of the parameter groups: accelerate has it load its own state once. The scheduler
-            # would go on changing the originals, and the learning rate would stay that of step 0.
+            # ZeRO-1's optimizer trains copies of the parameter groups, which accelerate makes when
+            # it has the optimizer load its own state. Without this line the scheduler would change
+            # the originals, and the learning rate would stay that of step 0.
             self.lr_scheduler.optimizer = self.optimizer
             if self.trn_config.sequence_parallel_enabled:
                 mark_sequence_parallel(self.model)
 
     trainer = OrderedTrainer(
-        model=model, args=arguments, train_dataset=rows, data_collator=default_data_collator
+        model=model, args=arguments, train_dataset=sequences, data_collator=default_data_collator
     )
     trainer.add_callback(SumsMainGradients)
     return trainer
 
 
 def mark_sequence_parallel(model: torch.nn.Module) -> None:
-    """Mark what every tensor-parallel rank holds whole and trains on its slice of the sequence: its gradients are to be summed.
+    """Mark the parameters whose gradients must be summed over the tensor-parallel ranks.
 
-    The norms are marked by their class; LoRA's replicated matrices are not, and would drift apart from rank to rank.
+    Those are the ones that every rank has complete and trains on its slice of the sequence. The
+    norms are marked by their class; LoRA's replicated matrices are not, and would diverge between
+    ranks.
     """
     for parameter in model.parameters():
         if parameter.requires_grad and not getattr(parameter, "tensor_model_parallel", False):
@@ -59,16 +63,17 @@ def mark_sequence_parallel(model: torch.nn.Module) -> None:
 
 
 class SumsMainGradients(TrainerCallback):
-    """Sums the marked parameters' gradients over the tensor-parallel ranks where they are accumulated in float32.
+    """Sums the marked parameters' float32 gradients over the tensor-parallel ranks.
 
-    That is in `main_grad`, under ZeRO-1, where optimum-neuron's sum does not look (accelerate/optimizer.py); neuronx-distributed's
-    does. Without ZeRO-1 the first is enough.
+    Under ZeRO-1 they are accumulated in `main_grad`, which optimum-neuron's sum does not include
+    (accelerate/optimizer.py); neuronx-distributed's does. Without ZeRO-1 optimum-neuron's sum is
+    enough.
     """
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         if args.zero_1 and args.trn_config.sequence_parallel_enabled:
             from neuronx_distributed.parallel_layers.grads import (
                 allreduce_sequence_parallel_gradients,
             )
 
-            allreduce_sequence_parallel_gradients(given["optimizer"].optimizer)
+            allreduce_sequence_parallel_gradients(objects["optimizer"].optimizer)

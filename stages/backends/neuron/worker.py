@@ -1,10 +1,12 @@
-"""One process of a training on Neuron: `torchrun ... -m stages.backends.neuron.worker`, started by train and precompile.
+"""One process of a training on Neuron: `torchrun ... -m stages.backends.neuron.worker`.
 
-Builds optimum-neuron's training model, gives NeuronTrainer the packed rows in the order that every backend uses, and leaves in
-the work folder checkpoints, metrics.jsonl and, when it ends, the sharded weights. Under neuron_parallel_compile the same process
-only has its graphs collected: it computes nothing, so no figure of it means anything.
+train and precompile start it. It builds optimum-neuron's training model, gives NeuronTrainer the
+packed sequences in the order of every backend, and writes checkpoints, metrics.jsonl and, at the
+end, the sharded weights to the work folder. Under neuron_parallel_compile only the graphs of the
+process are collected: it computes nothing, so its metrics have no meaning.
 
-Documents in a row see each other here: Neuron's attention takes no mask but the causal one (recompute_causal_mask).
+Documents in a sequence attend to each other here: Neuron's attention takes no mask but the causal
+one (recompute_causal_mask).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import traceback
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -34,77 +36,90 @@ from stages.run.layout import IGNORED_LABEL, TRAIN_SPLIT
 
 @dataclass
 class WorkerArguments:
-    """The worker's own arguments; the rest of its command line are NeuronTrainingArguments. It takes no setting from elsewhere."""
+    """The worker's own arguments; the rest of its command line are NeuronTrainingArguments.
+
+    The worker reads no settings from the environment.
+    """
 
     base: str  # model folder: config.json and safetensors
     data: str  # folder that the data stage published
     work: str  # folder for checkpoints, metrics and, at the end, saved/
     first_step: int = 0  # steps that an interrupted training had done
-    lora_r: int = 0  # rank of adapters; 0 = all weights are trained
+    lora_r: int = 0  # rank of the adapters; 0 trains all weights
     lora_alpha: int = 16
     lora_dropout: float = 0.0
     lora_target_modules: str = ""  # separated by spaces
 
 
 def main() -> None:
-    """Train as the command line says; the exit status is 0, that of an InputError or StageFailure, or 1 with a traceback."""
+    """Train as the command line says.
+
+    The exit status is 0, or that of an InputError or StageFailure, or 1 with a traceback.
+    """
     die_with_parent()
-    # Of the scheduler, whose optimizer is another one than it was made for: trainer.py says why.
+    # Warnings about the scheduler, because its optimizer is replaced: trainer.py says why.
     warnings.filterwarnings(
         "ignore", "Seems like `optimizer.step|Detected call of `lr_scheduler.step"
     )
     from optimum.neuron import NeuronTrainingArguments
 
     dataclasses: Any = (WorkerArguments, NeuronTrainingArguments)
-    # Upstream warns at every start of what it does on purpose. The flag is not in the command: neuron_parallel_compile has one like it.
-    given = [*sys.argv[1:], "--log_level", "error"]
-    own, arguments = HfArgumentParser(dataclasses).parse_args_into_dataclasses(given)
+    # Upstream warns at every start about what it does on purpose. The flag is added here, because
+    # neuron_parallel_compile has an option of that name.
+    command_line = [*sys.argv[1:], "--log_level", "error"]
+    own, arguments = HfArgumentParser(dataclasses).parse_args_into_dataclasses(command_line)
     try:
         train(own, arguments)
     except (InputError, StageFailure) as error:
         report_error(error, Path(own.work) / "error")
-        _leave(error.exit_status)
+        _exit(error.exit_status)
     except Exception as error:
         if full := disk_failure(error, Path(own.work)):
             report_error(full, Path(own.work) / "error")
         else:
             traceback.print_exc()
-        _leave(1)
+        _exit(1)
 
 
 def train(own: WorkerArguments, arguments: Any) -> None:
     """Train for `arguments.max_steps` steps and save the shards to `saved/` in the work folder."""
     set_seed(arguments.seed)
-    rows = OrderedSequences(
+    work = Path(own.work)
+    sequences = OrderedSequences(
         Path(own.data),
         own.first_step,
         arguments.max_steps,
         sequences_per_step=sequences_per_step(arguments),
         seed=arguments.seed,
     )
-    trainer = make_trainer(
-        build_model(own, arguments, rows.length), arguments, rows, own.first_step
-    )
-    trainer.remove_callback(
-        PrinterCallback
-    )  # prints every log as a dict; MetricsCallback says it in a line
+    model = build_model(own, arguments, sequences.length)
+    trainer = make_trainer(model, arguments, sequences, own.first_step)
+    # It prints every log as a dict; MetricsCallback prints one line.
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(
         MetricsCallback(
-            Path(own.work), own.first_step, rows.count, rows.sequences_per_step, rows.length
+            work,
+            own.first_step,
+            sequences.count,
+            sequences.sequences_per_step,
+            sequences.length,
         )
     )
     trainer.train()
-    trainer.save_model(str(Path(own.work) / "saved"))
+    trainer.save_model(str(work / "saved"))
 
 
 def sequences_per_step(arguments: Any) -> int:
-    """Rows in the global batch of one optimizer step. (In a pipeline the library folds the accumulation into the batch.)"""
+    """Sequences in the global batch of one optimizer step.
+
+    In a pipeline optimum-neuron folds the accumulation into the batch; the product is the same.
+    """
     per_rank = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     return per_rank * arguments.trn_config.data_parallel_size
 
 
 def build_model(own: WorkerArguments, arguments: Any, length: int) -> Any:
-    """The training model on this rank's NeuronCore, its weights frozen below adapters where they alone are trained."""
+    """The training model on this rank's NeuronCore; with LoRA its weights are frozen."""
     from optimum.neuron.models.training import NeuronModelForCausalLM
 
     attention = attention_implementation(length)
@@ -121,7 +136,8 @@ def build_model(own: WorkerArguments, arguments: Any, length: int) -> Any:
     from peft import LoraConfig
 
     if arguments.gradient_checkpointing:
-        model.enable_input_require_grads()  # else nothing that is recomputed has a gradient
+        # Without it nothing that is recomputed has a gradient.
+        model.enable_input_require_grads()
     adapters = LoraConfig(
         r=own.lora_r,
         lora_alpha=own.lora_alpha,
@@ -134,10 +150,11 @@ def build_model(own: WorkerArguments, arguments: Any, length: int) -> Any:
 
 
 class OrderedSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """The packed rows of steps `first` to `first + steps` one after another: rank r of n data-parallel ranks takes every n-th.
+    """The packed sequences of steps `first` to `first + steps` (exclusive), one after another.
 
-    An item: int64 `input_ids`, `attention_mask`, `labels`, [length] each. The labels are those of the torch backend's loss: the
-    first token of a document is predicted by nothing.
+    Rank r of n data-parallel ranks takes every n-th. An item has int64 `input_ids`,
+    `attention_mask` and `labels`, each [length]. The labels are those of the torch backend's loss:
+    no position predicts the first token of a document.
     """
 
     def __init__(self, data: Path, first: int, steps: int, *, sequences_per_step: int, seed: int):
@@ -155,20 +172,19 @@ class OrderedSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = {
-            name: column[0]
-            for name, column in self._table.batch(self.order[[index]], torch.device("cpu")).items()
-        }
-        labels = row["labels"].masked_fill(row["position_ids"] == 0, IGNORED_LABEL)
+        batch = self._table.batch(self.order[[index]], torch.device("cpu"))
+        sequence = {name: column[0] for name, column in batch.items()}
+        first_tokens = sequence["position_ids"] == 0
         return {
-            "input_ids": row["input_ids"],
-            "attention_mask": torch.ones_like(row["input_ids"]),
-            "labels": labels,
+            "input_ids": sequence["input_ids"],
+            "attention_mask": torch.ones_like(sequence["input_ids"]),
+            "labels": sequence["labels"].masked_fill(first_tokens, IGNORED_LABEL),
         }
 
 
-def _leave(status: int) -> None:
-    # Not sys.exit: at exit neuronx-distributed waits for the other ranks, which wait for this one. torchrun ends them.
+def _exit(status: int) -> NoReturn:
+    # Not sys.exit: at exit neuronx-distributed waits for the other ranks, which wait for this one.
+    # torchrun ends them.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

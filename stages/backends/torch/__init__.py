@@ -1,1 +1,1 @@
-"""PyTorch itself, on a CPU or on CUDA GPUs."""
+"""The torch backend: PyTorch itself, on CPUs or on CUDA GPUs."""

@@ -1,4 +1,4 @@
-"""What the stages need of a machine without Neuron devices: PyTorch, a C++ compiler, and as many GPUs as processes."""
+"""Checks of a machine without Neuron devices: PyTorch, its devices, a C++ compiler, training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stages.run.settings import Settings
 def torch_build(settings: Settings) -> Iterator[CheckResult]:
     import torch
 
-    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs alone"
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs only"
     yield CheckResult("PyTorch", f"{torch.__version__}, {cuda}, {torch.get_num_threads()} threads")
 
 
@@ -27,7 +27,8 @@ def devices(settings: Settings) -> Iterator[CheckResult]:
     if not torch.cuda.is_available():
         yield CheckResult(
             "devices",
-            f"no CUDA device; {os.cpu_count()} CPU cores for NPROC_PER_NODE={settings.nproc_per_node}",
+            f"no CUDA device; {os.cpu_count()} CPU cores for "
+            f"NPROC_PER_NODE={settings.nproc_per_node}",
         )
         return
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -37,27 +38,32 @@ def devices(settings: Settings) -> Iterator[CheckResult]:
 
 
 def compiler(settings: Settings) -> Iterator[CheckResult]:
-    """compile-inference, and training with TORCH_COMPILE, have inductor call a C++ compiler."""
+    """The C++ compiler: compile-inference needs it, and so does training with TORCH_COMPILE."""
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     tool = shutil.which(name)
     if tool is None:
         yield fail(
             "C++ compiler",
-            f"{name} is not on the PATH. Install it (Debian, Ubuntu: apt install g++), or name another in CXX.",
+            f"{name} is not on the PATH. Install it (Debian, Ubuntu: apt install g++) or name "
+            "another in CXX.",
         )
         return
-    said = subprocess.run([tool, "--version"], capture_output=True, text=True)
-    if said.returncode:
+    version = subprocess.run([tool, "--version"], capture_output=True, text=True)
+    if version.returncode:
         yield fail(
             "C++ compiler",
-            f"{tool} --version ends with {said.returncode}. Install it again, or name another in CXX.",
+            f"{tool} --version ends with status {version.returncode}. Install it again or name "
+            "another in CXX.",
         )
     else:
-        yield CheckResult("C++ compiler", said.stdout.partition("\n")[0])
+        yield CheckResult("C++ compiler", version.stdout.partition("\n")[0])
 
 
 def training(settings: Settings) -> Iterator[CheckResult]:
-    """What train would refuse before it starts; the tokenizer's size is not known before the data stage ran."""
+    """What train refuses before it starts, except for the tokenizer's size.
+
+    That is known only after the data stage has run.
+    """
     from stages.backends.torch.train import check
     from stages.model.base import base_config
 

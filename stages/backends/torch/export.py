@@ -1,9 +1,10 @@
-"""The two graphs that generation runs, as torch.export sees them: prefill of whole prompts, decode of one token each.
+"""The two graphs of generation, as torch.export sees them: prefill reads prompts, decode one token.
 
-Both are Llama's layers from transformers with the attention spelled out, because here the keys and values live in
-tensors that the caller owns and that are written in place: a layer's two are [batch, kv heads, sequence length, head
-dim]. Prompts are padded on the right and every row keeps its own positions, so a batch holds prompts of any lengths:
-causality hides the padding from the prompt, and decode overwrites it before its mask lets anyone see it.
+Both are Llama's layers from transformers with the attention spelled out, because the keys and
+values are in tensors that the caller owns and that the graphs write in place: two per layer, each
+[batch, kv heads, sequence length, head dim]. Prompts are padded on the right and every slot has its
+own positions, so a batch takes prompts of any lengths: causality hides the padding from the prompt,
+and decode overwrites the padding before its mask includes it.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class LlamaStep(torch.nn.Module):
-    """Holds the parts of a LlamaForCausalLM under their own names: its parameters and buffers are a package's constants.
+    """The parts of a LlamaForCausalLM under their own names.
 
-    Tied embeddings are held once, so that they are one constant and one tensor in the weights' file.
+    Its parameters and buffers are the constants of a package. Tied embeddings are registered once,
+    so that they are one constant and one tensor in the file of weights.
     """
 
     def __init__(self, llama: Any):
@@ -37,7 +39,10 @@ class LlamaStep(torch.nn.Module):
     def hidden_states(
         self, ids: torch.Tensor, positions: torch.Tensor, attend: Attend
     ) -> torch.Tensor:
-        """ids [batch, tokens], positions broadcastable to them -> normalised hidden states [batch, tokens, hidden]."""
+        """Normalised hidden states [batch, tokens, hidden] of ids [batch, tokens].
+
+        `positions` can be broadcast to the shape of `ids`.
+        """
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
         hidden = self.model.embed_tokens(ids)
@@ -65,12 +70,15 @@ class LlamaStep(torch.nn.Module):
 
 
 class Prefill(LlamaStep):
-    """Reads whole prompts into an empty cache; only each prompt's last token asks for logits."""
+    """Reads prompts into an empty cache; computes logits only for each prompt's last token."""
 
     def forward(
         self, ids: torch.Tensor, lengths: torch.Tensor, cache: list[torch.Tensor]
     ) -> torch.Tensor:
-        """ids [batch, longest prompt] padded on the right, lengths [batch] >= 1 (int64) -> logits [batch, vocab]."""
+        """ids [batch, longest prompt], padded on the right -> logits [batch, vocab].
+
+        `lengths` [batch] are the prompts' lengths, at least 1 (int64).
+        """
         batch, longest = ids.shape
 
         def attend(
@@ -78,38 +86,42 @@ class Prefill(LlamaStep):
         ) -> torch.Tensor:
             cache[2 * layer][:, :, :longest] = keys
             cache[2 * layer + 1][:, :, :longest] = values
-            # The cache was empty: these are all the keys there are, so no mask need be made.
+            # The cache was empty: these are all the keys, so no mask is needed.
             return functional.scaled_dot_product_attention(
                 queries, keys, values, is_causal=True, enable_gqa=True
             )
 
         positions = torch.arange(longest, device=ids.device).unsqueeze(0)
         hidden = self.hidden_states(ids, positions, attend)
-        rows = torch.arange(batch, device=ids.device)
-        return self.logits(hidden[rows, lengths - 1])
+        slots = torch.arange(batch, device=ids.device)
+        return self.logits(hidden[slots, lengths - 1])
 
 
 class Decode(LlamaStep):
-    """Reads one token per row at that row's own position."""
+    """Reads one token per slot, at that slot's position."""
 
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, cache: list[torch.Tensor]
     ) -> torch.Tensor:
-        """ids [batch], positions [batch] < sequence length (int64) -> logits of the next token [batch, vocab]."""
+        """ids [batch] -> logits of the next token [batch, vocab].
+
+        `positions` [batch] are below the sequence length (int64).
+        """
         batch, kv_heads, sequence_length, head_dim = cache[0].shape
-        rows = torch.arange(batch, device=ids.device)
-        seen = torch.arange(sequence_length, device=ids.device) <= positions.unsqueeze(1)
+        slots = torch.arange(batch, device=ids.device)
+        mask = torch.arange(sequence_length, device=ids.device) <= positions.unsqueeze(1)
 
         def attend(
             layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
         ) -> torch.Tensor:
             past_keys, past_values = cache[2 * layer], cache[2 * layer + 1]
-            past_keys[rows, :, positions] = keys[:, :, 0]
-            past_values[rows, :, positions] = values[:, :, 0]
-            # The query heads that share a KV head stand in its queries' place: grouped attention without repeating the cache.
+            past_keys[slots, :, positions] = keys[:, :, 0]
+            past_values[slots, :, positions] = values[:, :, 0]
+            # The query heads that share a KV head become its queries: grouped attention that does
+            # not repeat the cache.
             grouped = queries.reshape(batch, kv_heads, -1, head_dim)
             context = functional.scaled_dot_product_attention(
-                grouped, past_keys, past_values, attn_mask=seen[:, None, None]
+                grouped, past_keys, past_values, attn_mask=mask[:, None, None]
             )
             return context.reshape(queries.shape)
 
@@ -120,10 +132,11 @@ class Decode(LlamaStep):
 def export_step(
     step: StepName, llama: Any, batch_size: int, sequence_length: int
 ) -> torch.export.ExportedProgram:
-    """The graph of one step at a fixed batch and cache; prefill's prompt length is dynamic, 2 to sequence_length - 1.
+    """The graph of one step, at a fixed batch size and cache size.
 
-    torch.export gives lengths 0 and 1 graphs of their own, so prefill starts at 2 and a lone token is padded. It ends one
-    short of the cache because a prompt that fills it leaves no room for an answer.
+    Only prefill's prompt length is dynamic, from 2 to sequence_length - 1. torch.export gives
+    lengths 0 and 1 separate graphs, so prefill starts at 2 and a single token is padded. It
+    ends one short of the cache because a prompt that fills it leaves no room for an answer.
     """
     config, device = llama.config, llama.device
     cache = empty_cache(

@@ -1,7 +1,8 @@
-"""Generation from a compiled model: two AOTInductor packages and one set of weights that both share.
+"""Generation with a compiled model: two AOTInductor packages that share one set of weights.
 
-Needs torch and safetensors alone. A fresh process answers in about a second, because neither transformers nor torch's
-compiler is imported. `load` refuses what this machine cannot run; `CompiledModel.generate` (decoding.py) streams ids.
+Imports only torch and safetensors: a fresh process answers in about a second, because neither
+transformers nor torch's compiler is imported. `load` refuses what this machine cannot run;
+`CompiledModel.generate` (decoding.py) streams ids.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from stages.run.manifest import manifest_of
 
 COMPILED_INFO, WEIGHTS = "compiled.json", "weights.safetensors"
 
-# run(ids, lengths or positions, cache) -> logits [batch, vocab]
+# step(ids, lengths or positions, cache) -> logits [batch, vocab]
 Step = Callable[[torch.Tensor, torch.Tensor, list[torch.Tensor]], torch.Tensor]
 
 
 class CompiledModel(Decoder):
     """The two packages as one model.
 
-    `bos_token_id`, `eos_token_id` (an id, or a list of them) and `pad_token_id` are the model's, `dtype` that of the weights and
-    the cache.
+    `bos_token_id`, `eos_token_id` (an id, or a list of them) and `pad_token_id` are the model's;
+    `dtype` is that of the weights and of the cache.
     """
 
     def __init__(
@@ -49,18 +50,16 @@ class CompiledModel(Decoder):
         self.dtype: torch.dtype = getattr(torch, description["dtype"])
         self._layers: int = description["layers"]
         self._cache_shape: tuple[int, ...] = tuple(description["cache_shape"])
-        self._weights = (
-            weights  # the packages hold pointers into these tensors and do not keep them alive
-        )
+        # Kept alive here: the packages have only pointers into these tensors.
+        self._weights = weights
         self._prefill, self._decode = prefill, decode
 
     def prefill(
         self, prompts: list[list[int]], cache: list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read the prompts into an empty cache; the logits of what follows each [batch, vocab], and its position [batch]."""
-        # 2 is the shortest length the graph takes.
+        # 2 is the shortest length that the graph takes.
         ids, lengths = right_padded(
-            prompts, rows=self.batch_size, length=max(2, *map(len, prompts))
+            prompts, slots=self.batch_size, length=max(2, *map(len, prompts))
         )
         lengths = lengths.to(self.device)
         return self._prefill(ids.to(self.device), lengths, cache), lengths
@@ -68,11 +67,9 @@ class CompiledModel(Decoder):
     def decode_one_token(
         self, ids: torch.Tensor, positions: torch.Tensor, cache: list[torch.Tensor]
     ) -> torch.Tensor:
-        """Read one token per row, ids [batch] at positions [batch]; the logits of what follows it [batch, vocab]."""
         return self._decode(ids, positions, cache)
 
     def new_cache(self) -> list[torch.Tensor]:
-        """An empty KV cache for `prefill`."""
         return empty_cache(
             layers=self._layers, shape=self._cache_shape, dtype=self.dtype, device=self.device
         )
@@ -81,9 +78,10 @@ class CompiledModel(Decoder):
 def empty_cache(
     *, layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
 ) -> list[torch.Tensor]:
-    """Keys and values of each layer in turn, `shape` = [batch, kv heads, sequence length, head dim].
+    """Keys and values of each layer in turn.
 
-    Zeros, not uninitialised memory: a masked position has weight 0, and 0 times a stray NaN is NaN.
+    `shape` is [batch, kv heads, sequence length, head dim]. Zeros, not uninitialised
+    memory: a masked position has weight 0, and 0 times a stray NaN is NaN.
     """
     return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
 
@@ -91,16 +89,18 @@ def empty_cache(
 def load(compiled: Path) -> CompiledModel:
     """Load what compile_inference wrote.
 
-    Raises InputError when `compiled` is no compiled model, was compiled for another device, instruction set or torch, or
-    when a weight differs from what the packages were compiled for in name, dtype or shape: the packages trust the bytes
-    that they are given, and would answer with nonsense. Or when a package is not the one that was published.
+    Raises InputError when `compiled` has no compiled model; when it was compiled for another
+    device, instruction set or torch; when a package is not the one that was published; or when a
+    weight differs in name, dtype or shape from what the packages were compiled for. The packages
+    do not check the bytes they get and would answer with nonsense.
     """
     if not (compiled / COMPILED_INFO).is_file():
         raise InputError(
-            f"{compiled} holds no compiled model ({COMPILED_INFO} is missing): run `make compile-inference` first"
+            f"{compiled} has no compiled model: {COMPILED_INFO} is missing. "
+            "Run `make compile-inference` first."
         )
     description = json.loads((compiled / COMPILED_INFO).read_text(encoding="utf-8"))
-    _refuse_another_machines(compiled, description)
+    _refuse_other_machine(compiled, description)
     _refuse_other_code(compiled)
     weights = _read_weights(compiled, description)
     return CompiledModel(
@@ -112,19 +112,18 @@ def load(compiled: Path) -> CompiledModel:
 
 
 def _refuse_other_code(compiled: Path) -> None:
-    """A package is machine code that runs in this process: it is loaded as it was published, or not at all."""
-    published = manifest_of(
-        compiled
-    )  # None while the stage itself checks what it has just compiled
-    for name, facts in (published or {"outputs": {}})["outputs"].items():
-        if name.endswith(".pt2") and file_digest(compiled / name) != facts["sha256"]:
+    """Refuse a package that is not as it was published: it is machine code for this process."""
+    # None while the stage itself checks what it has just compiled.
+    manifest = manifest_of(compiled)
+    for name, entry in (manifest or {"outputs": {}})["outputs"].items():
+        if name.endswith(".pt2") and file_digest(compiled / name) != entry["sha256"]:
             raise InputError(
-                f"{compiled / name} is not what was published. Remove {compiled} and run `make compile-inference`: it compiles again "
-                "from the consolidated model."
+                f"{compiled / name} is not what was published. Remove {compiled} and run "
+                "`make compile-inference`: it compiles again from the consolidated model."
             )
 
 
-def _refuse_another_machines(compiled: Path, description: dict[str, Any]) -> None:
+def _refuse_other_machine(compiled: Path, description: dict[str, Any]) -> None:
     device = description["device"]
     if device == "cuda" and not torch.cuda.is_available():
         problems = ["it was compiled for device cuda, this machine has only cpu"]
@@ -135,7 +134,10 @@ def _refuse_another_machines(compiled: Path, description: dict[str, Any]) -> Non
             f"it was compiled with torch {description['torch']}, this is torch {torch.__version__}"
         )
     if problems:
-        remedy = f"Remove {compiled} and run `make compile-inference` on this machine: it compiles again from the consolidated model."
+        remedy = (
+            f"Remove {compiled} and run `make compile-inference` on this machine: it compiles "
+            "again from the consolidated model."
+        )
         raise InputError(
             [
                 f"The compiled model in {compiled} cannot run here: {problem}."
@@ -149,47 +151,42 @@ def _read_weights(compiled: Path, description: dict[str, Any]) -> dict[str, torc
     from safetensors.torch import load_file
 
     weights = load_file(compiled / WEIGHTS, device=description["device"])
-    expected, found = (
-        description["constants"],
-        {name: constant_facts(tensor) for name, tensor in weights.items()},
-    )
-    wrong = sorted(
-        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
-    )
-    if wrong:
+    expected = description["constants"]
+    actual = {name: constant_type(tensor) for name, tensor in weights.items()}
+    names = expected.keys() | actual.keys()
+    different = sorted(name for name in names if expected.get(name) != actual.get(name))
+    if different:
         problems = [
-            f"{compiled / WEIGHTS} is not what was compiled: {len(wrong)} of {len(expected.keys() | found.keys())} tensors differ."
+            f"{compiled / WEIGHTS} is not what was compiled: {len(different)} of {len(names)} "
+            "tensors differ."
         ]
         problems += [
-            f"  {name}: compiled {expected.get(name, 'nothing')}, the file has {found.get(name, 'nothing')}"
-            for name in wrong[:5]
+            f"  {name}: compiled {expected.get(name, 'nothing')}, "
+            f"the file has {actual.get(name, 'nothing')}"
+            for name in different[:5]
         ]
-        problems += [f"  and {len(wrong) - 5} more"] if len(wrong) > 5 else []
+        problems += [f"  and {len(different) - 5} more"] if len(different) > 5 else []
         raise InputError([*problems, f"Remove {compiled} and run `make compile-inference` again."])
     return weights
 
 
-def constant_facts(tensor: torch.Tensor) -> str:
-    """Dtype and shape in one comparable piece of text: `float32 [2048, 256]`."""
+def constant_type(tensor: torch.Tensor) -> str:
+    """Dtype and shape as text that can be compared: `float32 [2048, 256]`."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _load_step(package: Path, weights: dict[str, torch.Tensor]) -> Step:
     """Open one package and point its constants at `weights`, without a copy."""
     try:
-        # What aoti_load_package wraps. The public way imports the compiler first, which takes 2 s; this takes 2 ms.
+        # What aoti_load_package wraps. The public function imports the compiler first, which takes
+        # 2 s; this takes 2 ms.
         loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
     except (AttributeError, TypeError):  # private, so a later torch may move or change it
         return _load_step_publicly(package, weights)
     constants = _constants_of(package, loader.get_constant_fqns(), weights)
-    loader.load_constants(
-        constants, False, True, True
-    )  # use_inactive, check_full_update, user_managed
-
-    def run(ids: torch.Tensor, counts: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
-        return loader.run([ids, counts, *cache])[0]
-
-    return run
+    # use_inactive=False, check_full_update=True, user_managed=True
+    loader.load_constants(constants, False, True, True)
+    return lambda ids, counts, cache: loader.run([ids, counts, *cache])[0]
 
 
 def _load_step_publicly(package: Path, weights: dict[str, torch.Tensor]) -> Step:
@@ -204,9 +201,14 @@ def _load_step_publicly(package: Path, weights: dict[str, torch.Tensor]) -> Step
 def _constants_of(
     package: Path, names: list[str], weights: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The weights that a package asks for: all, but for vectors of up to 8 numbers, which inductor writes into the code."""
+    """The weights that a package asks for.
+
+    That is all but vectors of up to 8 numbers, which inductor writes into the code.
+    """
     if missing := sorted(set(names) - set(weights)):
         raise InputError(
-            f"{package} and {WEIGHTS} beside it were not made together: the weights lack {', '.join(missing[:5])}"
+            f"{package} and {WEIGHTS} do not belong together: the weights lack "
+            f"{', '.join(missing[:5])}. Remove {package.parent} and run `make compile-inference` "
+            "again."
         )
     return {name: weights[name] for name in names}

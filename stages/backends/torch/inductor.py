@@ -1,6 +1,7 @@
-"""Where inductor, torch's compiler, keeps its files, and how it copes with a path that has a space.
+"""Where inductor, torch's compiler, keeps its files, and how it works in a path with a space.
 
-It calls the C++ compiler without quoting paths, so neither torch nor its cache may lie below a folder with a space.
+It calls the C++ compiler without quoting paths, so neither torch nor inductor's cache may be in a
+folder whose path has a space.
 """
 
 from __future__ import annotations
@@ -14,33 +15,34 @@ from pathlib import Path
 
 import torch
 
-# The kernels of a training that is compiled: filled by precompile, read by train, shared by all runs.
+# The kernels of a compiled training: precompile fills it, train reads it, all runs share it.
 COMPILE_CACHE = Path("outputs/.cache/inductor")
 
 
 def unusable_path() -> str | None:
-    """The path that keeps inductor from working with its cache in the project, if any."""
+    """The path that keeps inductor from working with its cache in the project, if there is one."""
     return next(
         (path for path in (torch.__file__, str(COMPILE_CACHE.absolute())) if " " in path), None
     )
 
 
 @contextmanager
-def scratch_space(beside: Path) -> Iterator[None]:
-    """Within it, processes that multiprocessing spawns compile in a folder that goes when it ends.
+def scratch_space(folder: Path) -> Iterator[None]:
+    """Inside this context, spawned processes compile in a temporary folder inside `folder`.
 
-    The folder is in `beside`, or the system's temporary one where that path has a space; torch is then found through a
-    link in it.
+    The temporary folder is in the system's one if the path of `folder` has a space. If torch's path
+    has a space, spawned processes import torch through a link in the temporary folder.
     """
-    usable = " " not in str(beside.absolute())
+    usable = " " not in str(folder.absolute())
     with tempfile.TemporaryDirectory(
-        prefix="inductor-", dir=beside.absolute() if usable else None
-    ) as folder:
-        link = Path(folder) / "site-packages"
+        prefix="inductor-", dir=folder.absolute() if usable else None
+    ) as scratch:
+        link = Path(scratch) / "site-packages"
         link.symlink_to(Path(torch.__file__).parents[1])
-        before = dict(os.environ)
-        # Set whatever it is: torch itself writes its default, a folder in /tmp, into this process's environment.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/cache"
+        environment = dict(os.environ)
+        # Set even where it is set already: torch itself writes its default, a folder in /tmp, into
+        # the environment of this process.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{scratch}/cache"
         sys.path[:0] = [str(link)] if " " in torch.__file__ else []
         try:
             yield
@@ -48,4 +50,4 @@ def scratch_space(beside: Path) -> Iterator[None]:
             if str(link) in sys.path:
                 sys.path.remove(str(link))
             os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
-            os.environ.update(before)
+            os.environ.update(environment)

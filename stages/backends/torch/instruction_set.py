@@ -1,8 +1,9 @@
-"""Which instructions compiled code may use: what an artifact was compiled for, and whether this machine has it.
+"""The instructions that compiled code uses, and whether this machine has them.
 
-AOTInductor passes -march=native to the C++ compiler and compiles its GPU kernels for one compute capability. On another
-machine such code dies of an illegal instruction, in the middle of an answer and without a message. So the instruction
-set is recorded when a model is compiled and compared before one is loaded.
+AOTInductor passes -march=native to the C++ compiler and compiles its GPU kernels for one compute
+capability. On another machine such code dies of an illegal instruction, in the middle of an answer
+and without a message. So the instruction set is recorded when a model is compiled and compared
+before it is loaded.
 """
 
 from __future__ import annotations
@@ -14,16 +15,21 @@ from typing import NamedTuple
 
 import torch
 
-# Of /proc/cpuinfo's flags, those that name instructions a compiler chooses by itself. The rest (hypervisor, tsc, ...)
-# differ between kernels and hypervisors and mean nothing to compiled code. Arm's "Features" are instructions, all of them.
+# The flags in /proc/cpuinfo that name instructions which a compiler chooses by itself. The others
+# (hypervisor, tsc, ...) differ between kernels and hypervisors and do not affect compiled code.
+# Arm's "Features" are all instructions.
 _X86_INSTRUCTIONS = re.compile(
-    r"(sse|ssse|avx|amx|fma|bmi|f16c|abm|lzcnt|popcnt|movbe|adx|gfni|aes|vaes|pclmul|vpclmul|sha_ni|xop|tbm)"
+    r"(sse|ssse|avx|amx|fma|bmi|f16c|abm|lzcnt|popcnt|movbe|adx|gfni|aes|vaes|pclmul|vpclmul|sha_ni"
+    r"|xop|tbm)"
 )
 _CPUINFO = Path("/proc/cpuinfo")
 
 
 class InstructionSet(NamedTuple):
-    """`name` is the family ("x86_64 AVX512", "sm_90"); `features` its extensions, empty where the system does not tell."""
+    """`name` is the family ("x86_64 AVX512", "sm_90"), `features` are its extensions.
+
+    `features` is empty where the system does not list them.
+    """
 
     name: str
     features: tuple[str, ...]
@@ -32,23 +38,31 @@ class InstructionSet(NamedTuple):
         return {"name": self.name, "features": " ".join(self.features)}
 
     def problems_with(self, compiled_for: dict[str, str]) -> list[str]:
-        """Why code that was compiled for `compiled_for` (the form of `as_json`) cannot run here; empty when it can."""
+        """Why code compiled for `compiled_for` (as `as_json` returns it) cannot run here.
+
+        Empty if it can.
+        """
         if compiled_for["name"] != self.name:
             return [
-                f"it was compiled for the instruction set {compiled_for['name']}, this machine has {self.name}"
+                f"it was compiled for the instruction set {compiled_for['name']}, "
+                f"this machine has {self.name}"
             ]
         missing = [
             feature for feature in compiled_for["features"].split() if feature not in self.features
         ]
         if missing:
             return [
-                f"it was compiled for {self.name} with {', '.join(missing)}, which this machine's {self.name} lacks"
+                f"it was compiled for {self.name} with {', '.join(missing)}, "
+                f"which this machine's {self.name} lacks"
             ]
         return []
 
 
 def instruction_set(device: str) -> InstructionSet:
-    """The instruction set of this machine's `device` ("cpu" or "cuda"), as torch and the kernel report it."""
+    """The instruction set of this machine's `device` ("cpu" or "cuda").
+
+    As torch and the kernel report it.
+    """
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         return InstructionSet(f"sm_{major}{minor}", ())

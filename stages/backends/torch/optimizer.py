@@ -10,12 +10,12 @@ from stages.run.settings import Settings
 
 
 def adamw(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """AdamW over the model's parameters; weight decay on matrices alone, not on norms and biases."""
+    """AdamW over the model's parameters; weight decay only on matrices, not on norms and biases."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -27,9 +27,10 @@ def adamw(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, total: int, settings: Settings) -> float:
-    """The rate of optimizer step `step` (from 0) of `total`: a line up over WARMUP_STEPS, then LR_SCHEDULER_TYPE.
+    """The learning rate of optimizer step `step` (from 0) of `total`.
 
-    The shapes are those of transformers' schedules of the same names.
+    It rises linearly over WARMUP_STEPS, then follows LR_SCHEDULER_TYPE. The shapes are those of
+    transformers' schedules of the same names.
     """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / (settings.warmup_steps + 1)

@@ -1,9 +1,10 @@
-"""A Llama over processes: tensor and sequence parallelism inside a group, FSDP2 across the groups.
+"""Distributes a Llama over ranks: tensor and sequence parallelism, and FSDP2 for data parallelism.
 
-Ranks form a mesh of data parallel x tensor parallel. Within a tensor-parallel group every matrix is split by columns
-or rows and activations between them by sequence; across groups FSDP2 keeps float32 master weights, gradients and
-optimizer state in equal shards (ZeRO-1's twin: weights stay gathered between forward and backward) and computes in
-bfloat16. One process is the mesh of 1 x 1: the same code, nothing to exchange.
+The ranks form a mesh of data parallel x tensor parallel. Inside a tensor-parallel group every
+matrix is split by columns or rows, and the activations between them by sequence. Across the groups
+FSDP2 keeps float32 master weights, gradients and optimizer state in equal shards and computes in
+bfloat16; like ZeRO-1, weights stay gathered between forward and backward. One process is a mesh of
+1 x 1: the same code, without communication.
 """
 
 from __future__ import annotations
@@ -30,12 +31,15 @@ from stages.backends.schedule import data_parallel_size
 from stages.model.check import pretrained_config, tied_weights
 from stages.run.settings import Settings
 
-# Architectures whose modules have the names below.
+# The model types whose modules have the names below.
 SUPPORTED = ("llama",)
 
 
 def mesh_of(settings: Settings, device: torch.device) -> DeviceMesh:
-    """The ranks as [data parallel, tensor parallel]; neighbours, which share the fastest links, share a layer."""
+    """The ranks as [data parallel, tensor parallel].
+
+    Neighbouring ranks, which have the fastest links, share a layer.
+    """
     shape = (data_parallel_size(settings), settings.tensor_parallel_size)
     return init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))
 
@@ -43,21 +47,23 @@ def mesh_of(settings: Settings, device: torch.device) -> DeviceMesh:
 def build_model(
     base: Path, settings: Settings, mesh: DeviceMesh, device: torch.device
 ) -> torch.nn.Module:
-    """The base model, parallelised over `mesh`, with its weights read from `base`: each rank reads its part alone."""
+    """The base model, parallelised over `mesh`; each rank reads only its part of the weights."""
     from transformers import AutoModelForCausalLM
 
     config = pretrained_config(base)
-    with torch.device("meta"):  # no rank ever holds the whole model
+    with torch.device("meta"):  # no rank ever has the complete model
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
         )
     model.train()
     if settings.tensor_parallel_size > 1:
         _split_layers(model, mesh["tensor"])
-        model.tie_weights()  # splitting replaced the parameter that input and output embeddings share
+        # Splitting replaced the parameter that the input and output embeddings share.
+        model.tie_weights()
     if settings.torch_compile:
         for layer in model.model.layers:
-            # The layer itself carries the hook that scatters the sequence; compiling that would lose the embedding's gradient.
+            # Not the layer itself: it has the hook that scatters the sequence, and compiling that
+            # hook would lose the embedding's gradient.
             layer.forward = torch.compile(layer.forward)
     if settings.gradient_checkpointing:
         for index, layer in enumerate(model.model.layers):
@@ -71,14 +77,15 @@ def build_model(
         fully_shard(layer, mesh=mesh["data"], mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh["data"], mp_policy=policy, reshard_after_forward=False)
     model.to_empty(device=device)
-    # The rotary frequencies are no weights: they are computed when the module is made, which on "meta" left nothing.
+    # The rotary frequencies are not weights. The module computes them when it is created, which on
+    # "meta" gives no values.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config, device=device)
     _read_weights(model, base)
     return model
 
 
 def _split_layers(model: Any, mesh: DeviceMesh) -> None:
-    """Tensor parallelism with sequence parallelism between the matrices, for Hugging Face's Llama."""
+    """Tensor parallelism, with sequence parallelism between the matrices."""
     layer_plan = {
         "input_layernorm": SequenceParallel(),
         "self_attn": PrepareModuleInput(
@@ -95,8 +102,8 @@ def _split_layers(model: Any, mesh: DeviceMesh) -> None:
         "mlp.up_proj": ColwiseParallel(),
         "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
     }
-    # The sequence is scattered at the first layer, not at the embedding: the mask and the rotary embedding are made
-    # from the whole length.
+    # The sequence is scattered at the first layer, not at the embedding: the mask and the rotary
+    # embedding need the full length.
     scatter = PrepareModuleInput(
         input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),), use_local_output=True
     )
@@ -116,7 +123,10 @@ def _split_layers(model: Any, mesh: DeviceMesh) -> None:
 
 
 def _read_weights(model: torch.nn.Module, base: Path) -> None:
-    """Fill the (sharded) parameters from safetensors; raises what DCP raises for a missing or misshapen tensor."""
+    """Fill the sharded parameters from safetensors.
+
+    Raises what DCP raises for a tensor that is missing or has another shape.
+    """
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     state = get_model_state_dict(model)

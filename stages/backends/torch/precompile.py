@@ -1,7 +1,7 @@
-"""The training command for a few steps, so that train finds its kernels compiled and one knows what a step costs.
+"""Runs the training command for a few steps, to compile train's kernels and measure a step.
 
-Without TORCH_COMPILE there is nothing to compile; the few steps are then a rehearsal: the model loads, it fits, it
-learns, and the time of a step foretells the training's.
+Without TORCH_COMPILE there is nothing to compile, and the steps are only a rehearsal: the model
+loads, fits in memory and learns, and the time of a step gives an estimate for the training.
 """
 
 from __future__ import annotations
@@ -27,38 +27,42 @@ STEPS = 4
 
 
 def precompile(settings: Settings, data: Path, work: Path) -> StageResult:
-    """Run STEPS steps in a throw-away folder below `work`; leaves precompile.json, what was cached and measured."""
-    rows = prepare(settings, data)
-    before = _cached()
-    throw_away = work / "throw-away"
-    shutil.rmtree(throw_away, ignore_errors=True)
-    throw_away.mkdir()
+    """Run STEPS steps in a temporary folder inside `work`.
+
+    Writes precompile.json: what was cached and measured.
+    """
+    sequences = prepare(settings, data)
+    before = _cached_files()
+    rehearsal = work / "rehearsal"
+    shutil.rmtree(rehearsal, ignore_errors=True)
+    rehearsal.mkdir()
     try:
         command = training_command(
-            settings, base_model_folder(settings), data, throw_away, max_steps=STEPS
+            settings, base_model_folder(settings), data, rehearsal, max_steps=STEPS
         )
         with disk_guard(
-            "the rehearsal's shards", throw_away, training_bytes(settings, "torch", steps=1)
+            "the rehearsal's shards", rehearsal, training_bytes(settings, "torch", steps=1)
         ):
             launch(
                 command,
                 {**environment(settings), "LOGGING_STEPS": "1", "EVAL_STEPS": "0"},
-                throw_away / "error",
+                rehearsal / "error",
             )
         lines = [
             json.loads(line)
-            for line in (throw_away / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+            for line in (rehearsal / METRICS_FILE).read_text(encoding="utf-8").splitlines()
         ]
     finally:
-        shutil.rmtree(throw_away)
-    cached = _cached()
+        shutil.rmtree(rehearsal)
+    cached = _cached_files()
     seconds = median(
         sequences_per_step(settings) * settings.max_length / line["tokens_per_second"]
         for line in lines[1:]
     )
-    steps = total_steps(settings, rows)
+    steps = total_steps(settings, sequences)
     print(
-        f"a step takes {seconds:.3g} s after the first: {steps:,} steps about {duration(steps * seconds)}",
+        f"a step takes {seconds:.3g} s after the first: {steps:,} steps take about "
+        f"{duration(steps * seconds)}",
         flush=True,
     )
     report = {
@@ -71,7 +75,7 @@ def precompile(settings: Settings, data: Path, work: Path) -> StageResult:
     return StageResult(device=device_name(), metrics=report, unkeyed=(PRECOMPILE_FILE,))
 
 
-def _cached() -> set[Path]:
+def _cached_files() -> set[Path]:
     from stages.backends.torch.inductor import COMPILE_CACHE
 
     return {path for path in COMPILE_CACHE.rglob("*") if path.is_file()}

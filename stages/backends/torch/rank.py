@@ -1,4 +1,4 @@
-"""The life of one rank: its device, its process group, what it reports, and how it ends."""
+"""Runs the work of one rank: its device, its process group, its errors and its exit status."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from stages.run.launch import report_error
 
 
 def run_rank(work: Callable[[torch.device], None], error_file: Path) -> NoReturn:
-    """Call `work` with this rank's device, in a process group of all that torchrun started, and end the process.
+    """Call `work` with this rank's device, in the process group of torchrun's ranks, then exit.
 
-    The exit status is 0, that of an InputError or StageFailure (handed to the stage through `error_file`), or 1 with a
-    traceback.
+    The exit status is 0, or that of an InputError or StageFailure (reported to the stage through
+    `error_file`), or 1 with a traceback.
     """
     die_with_parent()
     device, status = _device(), 0
@@ -39,8 +39,9 @@ def run_rank(work: Callable[[torch.device], None], error_file: Path) -> NoReturn
             report_error(full, error_file)
         else:
             traceback.print_exc()
-    # Not sys.exit: gloo's threads outlive the group while a mesh or a module holds on to it. One that drops its last tensor
-    # while the interpreter is being taken down asks for the GIL, is unwound by CPython, and std::terminate aborts the rank.
+    # Not sys.exit: gloo's threads outlive the group while a mesh or a module refers to it. A thread
+    # that drops its last tensor while the interpreter shuts down asks for the GIL, is unwound by
+    # CPython, and std::terminate aborts the rank.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Shards that optimum-neuron's own classes wrote, once for all tests."""
+"""Shards that optimum-neuron's own classes wrote, once for all tests, and a compile cache."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from stages.run.fingerprint import ROOT
+from tests.fakes.neuron_cache import COMPILER, graph
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +34,16 @@ def output(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Path:
+    """One graph in each state, and the other files of a cache."""
+    root = tmp_path / "cache"
+    graph(root, "1+aa", model_neff="compiled", model_done="")
+    graph(root, "2+aa", model_log="out of memory")
+    graph(root, "3+aa", model_hlo_module_pb_lock="")
+    graph(root, "4+aa")
+    (root / "0_REGISTRY").mkdir()
+    (root / COMPILER / "a file").touch()
+    return root

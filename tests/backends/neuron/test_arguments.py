@@ -16,8 +16,9 @@ from stages.backends.neuron.arguments import (
     training_arguments,
     training_command,
 )
-from stages.backends.neuron.graph_key import REPORT, graph_key, recompilations
+from stages.backends.neuron.graph_key import graph_key, recompilations
 from stages.backends.neuron.precompile import precompile_command
+from stages.run.layout import PRECOMPILE_FILE
 from stages.run.settings import Settings
 from tests.conftest import ROOT
 
@@ -45,11 +46,11 @@ def base(monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_precompile_runs_the_command_of_train_for_fewer_steps_and_saves_nothing(base: Path) -> None:
     data = Path("outputs/run/data")
     train = training_command(LLAMA, base, data, Path("work"), steps=72)
-    precompile = precompile_command(LLAMA, data, Path("throw-away"))
+    precompile = precompile_command(LLAMA, data, Path("rehearsal"))
     assert precompile[:3] == [
         "neuron_parallel_compile",
         "--parallel_compile_workdir",
-        str(Path("throw-away/compile").absolute()),
+        str(Path("rehearsal/compile").absolute()),
     ]
     assert (
         precompile[3 : precompile.index("-m") + 2] == train[: train.index("-m") + 2]
@@ -59,8 +60,8 @@ def test_precompile_runs_the_command_of_train_for_fewer_steps_and_saves_nothing(
     assert {
         name: (before[name], after[name]) for name in before if before[name] != after[name]
     } == {
-        "--work": ("work", "throw-away"),
-        "--output_dir": ("work/checkpoints", "throw-away/checkpoints"),
+        "--work": ("work", "rehearsal"),
+        "--output_dir": ("work/checkpoints", "rehearsal/checkpoints"),
         "--max_steps": ("72", "15"),  # LOGGING_STEPS + 5
         "--save_strategy": ("steps", "no"),
         "--save_steps": ("100", "1"),
@@ -85,7 +86,7 @@ OPTIONS_OF_THE_TOOL = (
 
 def test_neuron_parallel_compile_takes_no_flag_of_the_workers_for_its_own(base: Path) -> None:
     emitted = flags(
-        precompile_command(replace(LLAMA, lora_r=8), Path("data"), Path("throw-away"))[3:]
+        precompile_command(replace(LLAMA, lora_r=8), Path("data"), Path("rehearsal"))[3:]
     )
     assert not [
         (flag, option)
@@ -186,7 +187,7 @@ def published(folder: Path, settings: Settings, cache: Path, graphs: list[str]) 
         (cache / graph).mkdir(parents=True)
         (cache / graph / "model.neff").write_bytes(b"neff")
         (cache / graph / "model.done").touch()
-    (folder / REPORT).write_text(
+    (folder / PRECOMPILE_FILE).write_text(
         json.dumps({"graph_key": graph_key(settings), "graph_names": graphs})
     )
     return folder

@@ -32,7 +32,7 @@ def test_a_gap_between_the_devices_is_named(fake_machine: FakeMachine) -> None:
     for number in (0, 3):
         (fake_machine.dev / f"neuron{number}").unlink()
     assert any(
-        "neuron{0,3} not there" in finding.text and finding.state == "FAIL"
+        "neuron{0,3} missing" in finding.text and finding.state == "FAIL"
         for finding in neuron.devices(Settings())
     )
 

@@ -17,6 +17,7 @@ import torch
 from stages.backends.neuron import compiled
 from stages.backends.neuron.compile_inference import SUPPORTED, TARGETS, compile_model, environment
 from stages.run.errors import InputError, StageFailure
+from stages.run.layout import CONFIG_FILE
 from stages.run.settings import Settings
 from tests.fakes.neuron_compile import FAKES, LENGTH, save_llama
 
@@ -89,7 +90,7 @@ def test_nothing_but_the_compiled_model_is_left_in_the_folder_and_the_scratch_sp
     compile_model(model_dir, output, settings=settings())
     found = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
     assert found == {
-        compiled.CONFIG,
+        CONFIG_FILE,
         compiled.NEURON_CONFIG,
         compiled.PROGRAM,
         *compiled.weight_files(1),
@@ -158,9 +159,9 @@ def test_everything_that_cannot_be_compiled_is_refused_together(model_dir, tmp_p
     )
     expected = [
         '"mamba"; the neuron backend compiles granite, llama, qwen3',
-        "dtype float32: the neuron backend compiles bfloat16. Set BF16=1",
+        "dtype float32; the neuron backend compiles bfloat16. Set BF16=1",
         'RoPE is of type "dynamic"',
-        f"INFERENCE_SEQUENCE_LENGTH={LENGTH} tokens is above the model's 32 positions",
+        f"INFERENCE_SEQUENCE_LENGTH={LENGTH} is above the model's 32 positions",
         "INFERENCE_TENSOR_PARALLEL_SIZE=48 is above the 32 NeuronCores of the largest trn1n",
         "INFERENCE_TENSOR_PARALLEL_SIZE=48 does not divide the model's 127 vocabulary entries",
     ]
@@ -188,7 +189,7 @@ def test_heads_of_another_width_than_the_hidden_size_gives_are_refused_for_llama
 def test_a_project_in_a_path_with_a_space_is_refused(model_dir, tmp_path, monkeypatch):
     (tmp_path / "my project").mkdir()
     monkeypatch.chdir(tmp_path / "my project")
-    assert "taken apart at ' '" in refusal(model_dir, tmp_path / "compiled")[0]
+    assert "split at ' '" in refusal(model_dir, tmp_path / "compiled")[0]
 
 
 def test_a_machine_without_the_compiler_is_told_what_is_missing_and_that_no_device_is_needed(
@@ -203,7 +204,7 @@ def test_a_machine_without_the_compiler_is_told_what_is_missing_and_that_no_devi
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    assert "run `make consolidate` first" in refusal(tmp_path, tmp_path / "compiled")[0]
+    assert "Run `make consolidate` first" in refusal(tmp_path, tmp_path / "compiled")[0]
 
 
 # What is relied on in optimum-neuron, one test a name: a release that changes it fails by that

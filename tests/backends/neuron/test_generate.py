@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from stages.backends.neuron.compiled import Machine, missing_files, problems_on
+from stages.backends.neuron.compiled import Runtime, missing_files, problems_on
 from stages.backends.neuron.generate import load
 from stages.run.errors import InputError
 from tests.fakes.neuron_compile import LENGTH, VOCAB, compile_on_cpu, python_with_fakes, save_llama
@@ -193,9 +193,9 @@ def test_two_answers_at_once_are_refused_instead_of_mixed(results):
 @pytest.mark.parametrize(
     ("call", "numbers"),
     [
-        ("too long", [f"prompt 2 of 2 has {LENGTH} tokens", f"at most {LENGTH - 1}"]),
+        ("too long", [f"Prompt 2 of 2 has {LENGTH} tokens", f"at most {LENGTH - 1}"]),
         ("too many", [f"{BATCH + 1} prompts", f"1 to {BATCH}"]),
-        ("empty", ["prompt 2 of 2 has no tokens"]),
+        ("empty", ["Prompt 2 of 2 has no tokens"]),
         ("unknown id", [f"ids from 7 to {VOCAB}", f"0 to {VOCAB - 1}"]),
     ],
 )
@@ -220,7 +220,7 @@ def test_a_model_of_other_versions_another_target_and_more_cores_is_refused_with
         "optimum-neuron 0.4.4, this is optimum-neuron 0.4.5",
         "neuronx-cc 2.20.1.0, this is neuronx-cc 2.21.33363.0+stand.in",
         "compiled for trn2, this machine is a trn1",
-        "runs on 4 NeuronCores (INFERENCE_TENSOR_PARALLEL_SIZE), this machine gives 2",
+        "runs on 4 NeuronCores (INFERENCE_TENSOR_PARALLEL_SIZE), this machine has 2",
         "lacks checkpoint/weights/tp1_sharded_checkpoint.safetensors",
         "make compile-inference",
     ):
@@ -241,7 +241,7 @@ def test_the_files_of_a_compiled_model_are_those_that_the_export_writes(compiled
 
 
 def test_a_machine_without_devices_is_named_as_such():
-    machine = Machine("0.4.5", "2.21", None, 0)
+    machine = Runtime("0.4.5", "2.21", None, 0)
     compiled_here = {
         "optimum_neuron_version": "0.4.5",
         "neuronxcc_version": "2.21",
@@ -251,7 +251,7 @@ def test_a_machine_without_devices_is_named_as_such():
     assert list(problems_on(machine, compiled_here)) == [
         "it was compiled for trn1, and there is no Neuron device here"
     ]
-    assert list(problems_on(Machine("0.4.5", "2.21", "trn1", 2), compiled_here)) == []
+    assert list(problems_on(Runtime("0.4.5", "2.21", "trn1", 2), compiled_here)) == []
 
 
 def test_a_folder_that_holds_no_compiled_model_is_refused(tmp_path):

@@ -13,11 +13,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GraniteConfig, LlamaConfig, Qwen3Config
 
-from stages.backends.neuron.hardware import INSTANCES, Machine
+from stages.backends.neuron.hardware import INSTANCES, Hardware, neuron_cores
 from stages.backends.neuron.parallel_sizes import (
     Sizes,
     nearest,
-    neuron_cores,
     size_problems,
     topology_problems,
 )
@@ -219,7 +218,7 @@ REFUSED = [
         "trn1.32xlarge",
         "of uneven heads",
         {"NPROC_PER_NODE": 2},
-        "hidden size 1000 is no multiple of its 16",
+        "hidden size 1000 is not a multiple of its 16",
         1,
     ),
     (
@@ -359,7 +358,7 @@ def test_the_remedy_is_the_nearest_that_works(
 
 
 @st.composite
-def trainings(draw: st.DrawFn) -> tuple[Settings, Any, Machine]:
+def trainings(draw: st.DrawFn) -> tuple[Settings, Any, Hardware]:
     """Settings that `Settings` itself accepts, a model of odd sizes, and a machine."""
     heads = draw(st.sampled_from([1, 3, 8, 12, 24, 32, 40]))
     kv_heads = draw(
@@ -385,7 +384,7 @@ def trainings(draw: st.DrawFn) -> tuple[Settings, Any, Machine]:
     return (
         settings,
         config,
-        Machine(
+        Hardware(
             draw(st.sampled_from([0, INSTANCES[name].cores])),
             name,
             "trn2" if name.startswith("trn2") else "trn1",
@@ -395,7 +394,7 @@ def trainings(draw: st.DrawFn) -> tuple[Settings, Any, Machine]:
 
 @hypothesis_settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(trainings())
-def test_every_remedy_works_when_it_is_applied(training: tuple[Settings, Any, Machine]) -> None:
+def test_every_remedy_works_when_it_is_applied(training: tuple[Settings, Any, Hardware]) -> None:
     settings, config, machine = training
     sizes = Sizes.of(settings)
     found = list(size_problems(sizes, machine, config))

@@ -17,6 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from stages.backends.torch import compile_inference, generate
+from stages.backends.torch.check_compiled import (
+    CHECKED_STEPS,
+    check_compiled,
+    eager_logits,
+    random_probe,
+)
 from stages.backends.torch.generate import CompiledModel, load
 from stages.run.errors import InputError, StageFailure
 from stages.run.fingerprint import ROOT
@@ -187,9 +193,9 @@ def test_two_answers_in_progress_do_not_disturb_each_other(model):
 @pytest.mark.parametrize(
     ("prompts", "numbers"),
     [
-        ([[7], [9] * LENGTH], [f"prompt 2 of 2 has {LENGTH} tokens", f"at most {LENGTH - 1}"]),
+        ([[7], [9] * LENGTH], [f"Prompt 2 of 2 has {LENGTH} tokens", f"at most {LENGTH - 1}"]),
         ([[7]] * (BATCH + 1), [f"{BATCH + 1} prompts", f"1 to {BATCH}"]),
-        ([[7], []], ["prompt 2 of 2 has no tokens"]),
+        ([[7], []], ["Prompt 2 of 2 has no tokens"]),
         ([[7, VOCAB]], [f"ids from 7 to {VOCAB}", f"0 to {VOCAB - 1}"]),
     ],
     ids=["too long", "too many", "empty", "outside the vocabulary"],
@@ -263,11 +269,11 @@ def test_a_package_and_weights_that_were_not_made_together_are_refused(copy):
     describe(
         copy,
         "constants",
-        {name: generate.constant_facts(tensor) for name, tensor in weights.items()},
+        {name: generate.constant_type(tensor) for name, tensor in weights.items()},
     )
     with pytest.raises(
         InputError,
-        match=r"prefill\.pt2 .* were not made together: the weights lack model\.norm\.weight",
+        match=r"prefill\.pt2 and weights\.safetensors do not belong .* lack model\.norm\.weight",
     ):
         load(copy)
 
@@ -314,18 +320,14 @@ def test_a_model_compiled_for_instructions_that_this_machine_lacks_is_refused_by
 
 
 def test_a_folder_without_a_compiled_model_is_refused(tmp_path):
-    with pytest.raises(InputError, match="holds no compiled model"):
+    with pytest.raises(InputError, match=r"has no compiled model: compiled\.json is missing"):
         load(tmp_path)
 
 
 def test_compiling_reports_agreement_with_the_eager_model(facts_and_folder):
     facts, _ = facts_and_folder
     assert facts["max_logits_difference"] <= 1e-4 * facts["largest_logit"]
-    assert (
-        facts["greedy_ids_equal"]
-        == facts["greedy_ids_compared"]
-        == BATCH * (compile_inference.CHECKED_STEPS + 1)
-    )
+    assert facts["greedy_ids_equal"] == facts["greedy_ids_compared"] == BATCH * (CHECKED_STEPS + 1)
 
 
 def test_the_compiled_folder_holds_what_eval_needs_and_nothing_else(compiled):
@@ -334,25 +336,27 @@ def test_the_compiled_folder_holds_what_eval_needs_and_nothing_else(compiled):
 
 
 @pytest.mark.parametrize("value", [1.5, float("nan")])
-def test_a_compiled_model_whose_logits_differ_is_not_handed_on(copy, value):
-    work = compile_inference.Compilation(copy, copy, "cpu", BATCH, LENGTH)
-    (copy / "config.json").write_text(json.dumps({"vocab_size": VOCAB}), encoding="utf-8")
-    probe = compile_inference._random_probe(work)
-    expected = compile_inference._eager_logits(llama(), probe)
-    compile_inference._check(copy, probe, expected)
+def test_a_compiled_model_whose_logits_differ_is_refused(copy, value):
+    probe = random_probe(vocab_size=VOCAB, batch_size=BATCH, sequence_length=LENGTH)
+    expected = eager_logits(llama(), probe)
+    check_compiled(copy, probe, expected)
     weights = load_file(copy / generate.WEIGHTS)
     weights["model.norm.weight"][5] = value
     save_file(weights, copy / generate.WEIGHTS)
     with pytest.raises(StageFailure, match=r"largest difference of a logit (\d|nan)"):
-        compile_inference._check(copy, probe, expected)
+        check_compiled(copy, probe, expected)
 
 
 @pytest.mark.parametrize(
     ("config", "sequence_length", "told"),
     [
         ({"model_type": "mistral"}, LENGTH, ["mistral", '"llama" only']),
-        ({"model_type": "llama", "max_position_embeddings": 64}, 65, ["65 tokens", "64 positions"]),
-        ({"model_type": "llama"}, 8, ["8 tokens", "at least 16"]),
+        (
+            {"model_type": "llama", "max_position_embeddings": 64},
+            65,
+            ["INFERENCE_SEQUENCE_LENGTH=65", "64 positions"],
+        ),
+        ({"model_type": "llama"}, 8, ["INFERENCE_SEQUENCE_LENGTH=8 tokens", "at least 16"]),
         (
             {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
             LENGTH,

@@ -144,7 +144,7 @@ def test_tied_embeddings_are_published_and_written_once(tmp_path, output, one_ra
 
 def test_weights_above_the_size_of_a_file_are_published_in_several(
     tmp_path, output, one_rank, monkeypatch
-):  # noqa: F811
+):
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 20_000)
     model = tiny_llama()
     checkpoint.save_shards(tmp_path / "shards", model, {})
