@@ -68,7 +68,8 @@ def join(settings: Settings, train: Path, work: Path) -> StageResult:
     require_undamaged(shards, train, joined["shards"])
     checked = check_model_folder(work)
     print(
-        f"{checked['parameters']:,} parameters in {checked['dtype']}, {show_size(checked['bytes'])}: as config.json says",
+        f"{checked['parameters']:,} parameters in {checked['dtype']}, "
+        f"{show_size(checked['bytes'])}: as config.json says",
         flush=True,
     )
     return StageResult(
@@ -116,7 +117,8 @@ def _require_none(problems: list[str], train: Path) -> None:
         raise StageFailure(
             "\n".join(
                 [
-                    f"{train} is not what was published. Run `make train VERIFY=1`, which makes it again.",
+                    f"{train} is not what was published. Run `make train VERIFY=1`, which makes "
+                    "it again.",
                     *problems[:5],
                 ]
             )

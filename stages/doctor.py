@@ -67,7 +67,8 @@ def make_version(settings: Settings) -> Iterator[CheckResult]:
         found = match[0] if match else f"{tool} is not GNU make" if tool else "not on the PATH"
         yield fail(
             "make",
-            f"{found}. Install GNU make {_dotted(OLDEST_MAKE)} or newer (Debian, Ubuntu: apt install make).",
+            f"{found}. Install GNU make {_dotted(OLDEST_MAKE)} or newer (Debian, Ubuntu: apt "
+            "install make).",
         )
 
 
@@ -91,7 +92,8 @@ def packages(settings: Settings) -> Iterator[CheckResult]:
             wrong += 1
             yield fail(
                 name,
-                f"{found or 'not installed'}, pinned is {pinned}. Install {file} (make does, into .venv).",
+                f"{found or 'not installed'}, pinned is {pinned}. Install {file} (make does, into "
+                ".venv).",
             )
     if not wrong:
         yield CheckResult("packages", f"{len(pins)} as pinned for {file}")
@@ -144,7 +146,8 @@ def memory(settings: Settings) -> Iterator[CheckResult]:
     else:
         yield note(
             "host memory",
-            f"{found}. A stage that loads all of it would be killed: take a larger machine or a smaller model.",
+            f"{found}. A stage that loads all of it would be killed: take a larger machine or a "
+            "smaller model.",
         )
 
 
@@ -196,13 +199,23 @@ def prompts_source(settings: Settings) -> Iterator[CheckResult]:
     else:
         yield fail(
             "PROMPTS",
-            f"{settings.prompts} is no file here. Name one of JSON lines with the dataset's columns.",
+            f"{settings.prompts} is no file here. Name one of JSON lines with the dataset's "
+            "columns.",
         )
 
 
 CHECKS: list[Check] = [
-    python_version, make_version, backend_choice, packages, writable, model_source, dataset_source, prompts_source, disk, memory,
-]  # fmt: skip
+    python_version,
+    make_version,
+    backend_choice,
+    packages,
+    writable,
+    model_source,
+    dataset_source,
+    prompts_source,
+    disk,
+    memory,
+]
 
 
 def examine(settings: Settings) -> list[CheckResult]:

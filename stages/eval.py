@@ -100,7 +100,8 @@ def compare_losses(settings: Settings, data: Path, tuned: Path) -> dict[str, dic
     print(f"\nheld-out rows      {'base':>10} {'fine-tuned':>12}")
     print(f"  loss (nats)      {losses['base']:>10.4f} {losses['fine_tuned']:>12.4f}")
     print(
-        f"  perplexity       {perplexity(losses['base']):>10.2f} {perplexity(losses['fine_tuned']):>12.2f}",
+        f"  perplexity       {perplexity(losses['base']):>10.2f} "
+        f"{perplexity(losses['fine_tuned']):>12.2f}",
         flush=True,
     )
     return {name: {"loss": loss, "perplexity": perplexity(loss)} for name, loss in losses.items()}

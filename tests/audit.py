@@ -70,10 +70,28 @@ def _ask(versions: dict[str, str]) -> dict[Pin, list[dict]]:
         file.flush()
         # The versions as they are: nothing is resolved, downloaded or installed.
         done = subprocess.run(
-            [sys.executable, "-m", "pip_audit", "--requirement", file.name, "--no-deps", "--disable-pip", "--format", "json",
-             "--vulnerability-service", "osv", "--osv-url", OSV, "--desc", "off", "--progress-spinner", "off"],
-            capture_output=True, text=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "pip_audit",
+                "--requirement",
+                file.name,
+                "--no-deps",
+                "--disable-pip",
+                "--format",
+                "json",
+                "--vulnerability-service",
+                "osv",
+                "--osv-url",
+                OSV,
+                "--desc",
+                "off",
+                "--progress-spinner",
+                "off",
+            ],
+            capture_output=True,
+            text=True,
+        )
     try:
         checked = [one for one in json.loads(done.stdout)["dependencies"] if "vulns" in one]
     except ValueError:  # it ends with a traceback and status 1, the status of something found
@@ -102,7 +120,8 @@ def main() -> int:
         }
     except ConnectionError as error:
         print(
-            f"audit: nothing was checked. {OSV} has to answer for every version; repeat it with a network.\n{error}",
+            f"audit: nothing was checked. {OSV} has to answer for every version; repeat it with a "
+            f"network.\n{error}",
             file=sys.stderr,
         )
         return 2
@@ -110,13 +129,16 @@ def main() -> int:
         for one in vulnerabilities:
             mended = " or ".join(one["fix_versions"]) or "no version yet"
             print(
-                f"{name:<24} {version:<12} {one['id']:<22} fixed in {mended:<16} {', '.join(places[name, version])}"
+                f"{name:<24} {version:<12} {one['id']:<22} fixed in {mended:<16} "
+                f"{', '.join(places[name, version])}"
             )
     print(
-        f"audit: {len(places) - len(left_out)} versions checked, something is known of {len(found)}."
+        f"audit: {len(places) - len(left_out)} versions checked, something is known of "
+        f"{len(found)}."
     )
     print(
-        f"Not checked, since they are AWS's alone: {', '.join(f'{name} {version}' for name, version in sorted(left_out))}."
+        "Not checked, since they are AWS's alone: "
+        f"{', '.join(f'{name} {version}' for name, version in sorted(left_out))}."
     )
     return 1 if found else 0
 

@@ -40,16 +40,31 @@ def test_one_question_is_answered_on_the_terminal(demo: Project) -> None:
 
 
 def test_an_answer_needs_neither_transformers_nor_datasets(demo: Project) -> None:
-    block = "import sys; sys.modules.update(transformers=None, datasets=None, pandas=None); from stages.eval import main; main(sys.argv[1:])"
+    block = (
+        "import sys; sys.modules.update(transformers=None, datasets=None, pandas=None); from "
+        "stages.eval import main; main(sys.argv[1:])"
+    )
     folders = [
         word
         for name in ("data", "consolidate", "compile-inference")
         for word in (f"--{name}", f"outputs/demo/{name}")
     ]
     done = subprocess.run(
-        [sys.executable, "-c", block, "--prompt", "What is the KV cache?", *folders, "--output", "outputs/demo/eval"],
-        cwd=demo.folder, env=clean_environment(), capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            block,
+            "--prompt",
+            "What is the KV cache?",
+            *folders,
+            "--output",
+            "outputs/demo/eval",
+        ],
+        cwd=demo.folder,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 

@@ -186,7 +186,8 @@ def test_a_folder_that_may_not_be_written_is_refused(tmp_path: Path) -> None:
 
 def llama_7b(folder: Path) -> Settings:
     (folder / "config.json").write_text(
-        '{"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,'
+        '{"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": '
+        '11008, "num_hidden_layers": 32,'
         ' "num_attention_heads": 32}'
     )
     return Settings(model_id=str(folder), backend="neuron")

@@ -221,7 +221,10 @@ def test_a_bad_recipe_or_run_is_refused(project: Project, argument: str) -> None
 
 # Values arrive as typed.
 
-AWKWARD = "It costs $5, $(shell touch pwned) `touch pwned`; \"double\" 'single' # not a comment\nand a second line \\ % $$"
+AWKWARD = (
+    "It costs $5, $(shell touch pwned) `touch pwned`; \"double\" 'single' # not a "
+    "comment\nand a second line \\ % $$"
+)
 
 
 @pytest.mark.parametrize("by", ["command line", "environment"])
@@ -235,7 +238,8 @@ def test_a_prompt_arrives_as_typed(built_once: Project, by: str) -> None:
     # VENV= runs the stages with PYTHON itself; plan.py needs the real one, so the spy passes on
     # what is not a stage.
     spy.write_text(
-        f'#!/bin/bash\n[[ $* == *stages.* ]] && printf %s "$PROMPT" > "$0.out" || exec {shutil.which("python3")} "$@"\n'
+        '#!/bin/bash\n[[ $* == *stages.* ]] && printf %s "$PROMPT" > "$0.out" || exec '
+        f'{shutil.which("python3")} "$@"\n'
     )
     built_once.make("eval", *TINY, "VENV=", "PYTHON=./spy", *arguments, **environment)
     assert (built_once.folder / "spy.out").read_text() == AWKWARD

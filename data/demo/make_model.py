@@ -1,8 +1,10 @@
-"""Makes data/demo/model again: a tokenizer trained on the demo's text, and the config of a tiny Llama without weights.
+"""Makes data/demo/model again: a tokenizer trained on the demo's text, and the config of a tiny
+Llama without weights.
 
     .venv/bin/python data/demo/make_model.py
 
-The folder ships with the project, so that the demo starts at once; it changes only when demo.jsonl does.
+The folder ships with the project, so that the demo starts at once; it changes only when demo.jsonl
+does.
 """
 
 from __future__ import annotations

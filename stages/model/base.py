@@ -86,10 +86,14 @@ def _from_pickles(settings: Settings, folder: Path) -> Path:
     if not settings.allow_pickle:
         if any(folder.glob(PICKLED_WEIGHTS)) or (folder / PICKLE_INDEX).is_file():
             raise InputError(
-                f"{model} has weights as pickles (.bin) alone, which can run code when opened. Set ALLOW_PICKLE=1 to have the tensors read "
+                f"{model} has weights as pickles (.bin) alone, which can run code when opened. "
+                "Set ALLOW_PICKLE=1 to have the tensors read "
                 "from them and nothing else, or convert them to safetensors."
             )
-        remedy = "Name another model, or set INIT_WEIGHTS=random; ALLOW_PICKLE=1 looks for pickled weights too"
+        remedy = (
+            "Name another model, or set INIT_WEIGHTS=random; ALLOW_PICKLE=1 looks for "
+            "pickled weights too"
+        )
         raise InputError(f"{model} holds no weights (.safetensors). {remedy}.")
     if local_model(settings.model_id) is None:
         folder = download_files(

@@ -89,7 +89,8 @@ def base_model_problems(folder: Path) -> list[str]:
     """
     if (folder / "adapter_config.json").is_file():
         return [
-            f"{folder} has an adapter_config.json: loaders would take it for an adapter on another model. Merge it, or remove the file."
+            f"{folder} has an adapter_config.json: loaders would take it for an adapter on "
+            "another model. Merge it, or remove the file."
         ]
     headers = read_headers(folder)
     if headers.problems:
@@ -100,7 +101,8 @@ def base_model_problems(folder: Path) -> list[str]:
         return [str(failure)]
     if getattr(model.config, "quantization_config", None):
         return [
-            f"{folder}: its config.json says that the weights are quantised. Name the model that they were made from."
+            f"{folder}: its config.json says that the weights are quantised. Name the model that "
+            "they were made from."
         ]
     expected, tied = _expected_tensors(model), _tied(model)
     found = {
@@ -114,7 +116,10 @@ def base_model_problems(folder: Path) -> list[str]:
         if {spec.dtype, wanted.dtype} - {*FLOATING}
     )
     differences = [*_differences(found, expected), *listed("not of a floating dtype", wrong)]
-    heading = f"{folder}: the weights are not those of the model that its config.json describes. Fetch both again from one place."
+    heading = (
+        f"{folder}: the weights are not those of the model that its config.json describes. "
+        "Fetch both again from one place."
+    )
     return ["\n".join([heading, *differences])] if differences else []
 
 
@@ -148,7 +153,8 @@ def pretrained_config(folder: Path) -> Any:
         kind = described["model_type"]
         if kind not in CONFIG_MAPPING and "auto_map" in described:
             raise StageFailure(
-                f"{path}: {kind!r} is a model with code of its own (auto_map), which is never run. Choose another model."
+                f"{path}: {kind!r} is a model with code of its own (auto_map), which is never "
+                "run. Choose another model."
             )
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except StageFailure:
@@ -237,4 +243,7 @@ def _size_problems(index: Path, size: int) -> Iterator[str]:
         yield f"{index} is not an index of weights: {error!r}."
         return
     if total != size:
-        yield f"{index} does not match the files beside it.\ntotal_size is {total}, the tensors have {size} bytes"
+        yield (
+            f"{index} does not match the files beside it.\ntotal_size is {total}, the tensors "
+            f"have {size} bytes"
+        )

@@ -21,7 +21,8 @@ def fit_problems(settings: Settings, config: Any, vocabulary: int) -> Iterator[s
     """
     if vocabulary > config.vocab_size:
         yield (
-            f"MODEL_ID={settings.model_id}: the tokenizer gives ids up to {vocabulary - 1}, the model has {config.vocab_size} embeddings. "
+            f"MODEL_ID={settings.model_id}: the tokenizer gives ids up to {vocabulary - 1}, the "
+            f"model has {config.vocab_size} embeddings. "
             f"They do not belong together."
         )
     yield from length_problems(settings, config)
@@ -60,7 +61,10 @@ def division_problems(settings: Settings, config: Any) -> Iterator[str]:
     """A message when the layers cannot be shared out among the processes of tensor parallelism."""
     size = settings.tensor_parallel_size
     if whole := not_divisible(size, config):
-        yield f"TENSOR_PARALLEL_SIZE={size} does not divide the model's {', '.join(whole)}. Set a divisor of each."
+        yield (
+            f"TENSOR_PARALLEL_SIZE={size} does not divide the model's {', '.join(whole)}. Set a "
+            "divisor of each."
+        )
 
 
 def not_divisible(tensor_parallel_size: int, config: Any) -> list[str]:

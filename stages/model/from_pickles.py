@@ -43,7 +43,8 @@ def pickled_files(folder: Path) -> list[Path]:
             raise StageFailure(str(error)) from None
         if missing := sorted(path.name for path in named - set(found)):
             raise StageFailure(
-                f"{folder / PICKLE_INDEX} names {missing[0]}, and {folder} has no such {PICKLED_WEIGHTS}."
+                f"{folder / PICKLE_INDEX} names {missing[0]}, and {folder} has no such "
+                f"{PICKLED_WEIGHTS}."
             )
         return sorted(named)
     if [path.name for path in found] != ["pytorch_model.bin"]:
@@ -105,7 +106,8 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     strange = [name for name, value in state.items() if not _is_plain(value)]
     if strange:
         raise StageFailure(
-            f"{path}: {strange[0]} and {len(strange) - 1} more of {len(state)} entries are no tensors of a known dtype."
+            f"{path}: {strange[0]} and {len(strange) - 1} more of {len(state)} entries are no "
+            "tensors of a known dtype."
         )
     return state
 

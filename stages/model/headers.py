@@ -80,7 +80,10 @@ def _index_problems(folder: Path, headers: Headers) -> Iterator[str]:
     if not path.exists():
         files = set(headers.files.values())
         if files != {SINGLE_FILE}:
-            yield f"{folder} holds {sorted(files) or 'no weights'} and no {INDEX_FILE}: loaders look for {SINGLE_FILE}."
+            yield (
+                f"{folder} holds {sorted(files) or 'no weights'} and no {INDEX_FILE}: loaders "
+                f"look for {SINGLE_FILE}."
+            )
         return
     try:
         places = weight_map(path)

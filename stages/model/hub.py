@@ -87,7 +87,8 @@ def from_hub(kind: str, name: str, revision: str, call: Callable[[], T]) -> T:
                 raise InputError(refusal.words) from error
             pause = max(PAUSES[tries], refusal.pause)
             print(
-                f"the Hub {refusal.brief}: trying again in {pause:g} s, {tries + 2} of {len(PAUSES) + 1}",
+                f"the Hub {refusal.brief}: trying again in {pause:g} s, {tries + 2} of "
+                f"{len(PAUSES) + 1}",
                 flush=True,
             )
             time.sleep(pause)
@@ -153,7 +154,8 @@ def _refusal(kind: str, name: str, revision: str, error: BaseException) -> Refus
     offline = "OfflineModeIsEnabled" in classes
     setting = "DATASET" if kind == "dataset" else "MODEL_ID"
     which = f"{setting.removesuffix('_ID')}_REVISION"
-    page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{'datasets/' if kind == 'dataset' else ''}{name}"
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    page = f"{endpoint}/{'datasets/' if kind == 'dataset' else ''}{name}"
     sign_in = "`hf auth login`, or set HF_TOKEN"
     it = f"{setting}={name}"
     if isinstance(error, FileNotFoundError) and "not in the cache" in str(error):
@@ -168,7 +170,10 @@ def _refusal(kind: str, name: str, revision: str, error: BaseException) -> Refus
             not offline,
         )
     if "GatedRepoError" in classes or "is a gated" in str(error):
-        remedy = f"Accept its licence at {page}, then {sign_in} to a token of the account that accepted it."
+        remedy = (
+            f"Accept its licence at {page}, then {sign_in} to a token of the account that "
+            "accepted it."
+        )
         return Refusal("refuses", f"{it} is gated. {remedy}")
     if "RevisionNotFoundError" in classes:
         return Refusal(
@@ -181,7 +186,8 @@ def _refusal(kind: str, name: str, revision: str, error: BaseException) -> Refus
     if status == 403:
         return Refusal(
             "refuses",
-            f"{it}: the Hub refuses access (403). Ask for it at {page}, then {sign_in} to a token that may read it.",
+            f"{it}: the Hub refuses access (403). Ask for it at {page}, then {sign_in} to a token "
+            "that may read it.",
         )
     if status in (401, 404) or classes & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
         remedy = f"Check the name (OWNER/NAME) at {page}; if it is private, {sign_in}."
@@ -189,7 +195,10 @@ def _refusal(kind: str, name: str, revision: str, error: BaseException) -> Refus
     if status == 429:
         asked = _asked_pause(headers)
         wait = f"Wait {asked:.0f} seconds" if asked else "Wait some minutes"
-        words = f"{it}: the Hub limits requests from here (429). {wait}; {sign_in}: the limit is higher then."
+        words = (
+            f"{it}: the Hub limits requests from here (429). {wait}; {sign_in}: the limit is "
+            "higher then."
+        )
         return Refusal("limits requests (429)", words, asked <= LONGEST_PAUSE, asked)
     if status >= 500:
         words = (
@@ -199,13 +208,19 @@ def _refusal(kind: str, name: str, revision: str, error: BaseException) -> Refus
             f"is out of order ({status})", words, True, min(_asked_pause(headers), LONGEST_PAUSE)
         )
     if status == 416 or "WrongContent" in classes or "Consistency check failed" in str(error):
-        words = f"{it}: a file of it arrives with another content than the Hub says. Check the proxy between, or try again later."
+        words = (
+            f"{it}: a file of it arrives with another content than the Hub says. Check the "
+            "proxy between, or try again later."
+        )
         return Refusal(f"sent a wrong file{' (416)' if status == 416 else ''}", words, True)
     if classes & {
         "EmptyDatasetError",
         "DataFilesNotFoundError",
     }:  # also when the Hub refuses the listing alone
-        words = f"{it}: the Hub shows no file of it that `datasets` reads (.parquet, .json, .jsonl, .csv ...). Check {page}."
+        words = (
+            f"{it}: the Hub shows no file of it that `datasets` reads (.parquet, .json, "
+            f".jsonl, .csv ...). Check {page}."
+        )
         return Refusal("shows no data file", words, True)
     if classes & {"InvalidJSONError", "FileMetadataError", "TooManyRedirects", "RecursionError"}:
         remedy = (
@@ -225,7 +240,10 @@ def _refusal(kind: str, name: str, revision: str, error: BaseException) -> Refus
         "ChunkedEncodingError",
         "LocalEntryNotFoundError",
     }:
-        remedy = "Check the network and HF_ENDPOINT, or name a local path: once fetched, it is read from the cache without a network."
+        remedy = (
+            "Check the network and HF_ENDPOINT, or name a local path: once fetched, it is "
+            "read from the cache without a network."
+        )
         return Refusal(
             "cannot be reached",
             f"{it}: the Hub cannot be reached and the cache does not hold it. {remedy}",

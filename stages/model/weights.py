@@ -99,7 +99,8 @@ def write_safetensors(
     unwritable = sorted({dtype or "float32", *(spec.dtype for spec, _ in tensors)} - set(DTYPES))
     if unwritable:
         raise StageFailure(
-            f"Weights of dtype {', '.join(unwritable)} cannot be written; known are {', '.join(DTYPES)}."
+            f"Weights of dtype {', '.join(unwritable)} cannot be written; known are "
+            f"{', '.join(DTYPES)}."
         )
     written = [
         (replace(spec, dtype=dtype) if dtype and spec.dtype in FLOATING else spec, read)
@@ -225,9 +226,13 @@ def _file_bytes(contents: list[tuple[TensorSpec, ReadTensor]]) -> Iterator[bytes
             if read:
                 raise StageFailure(f"{spec.name}: {read} of {spec.elements} values are not finite.")
             if written:
-                too_large = f"{written} of {spec.elements} values are beyond {torch.finfo(values.dtype).max:.4g}"
+                too_large = (
+                    f"{written} of {spec.elements} values are beyond "
+                    f"{torch.finfo(values.dtype).max:.4g}"
+                )
                 raise StageFailure(
-                    f"{spec.name}: {too_large}, the largest number in {spec.dtype}. Use bfloat16 or float32."
+                    f"{spec.name}: {too_large}, the largest number in {spec.dtype}. Use bfloat16 "
+                    "or float32."
                 )
 
 
@@ -246,7 +251,8 @@ def _pieces(contents: list[tuple[TensorSpec, ReadTensor]]) -> Pieces:
             del tensor, flat, piece
         if elements != spec.elements:
             raise StageFailure(
-                f"{spec.name}: {elements} values were read, its shape {list(spec.shape)} has {spec.elements}."
+                f"{spec.name}: {elements} values were read, its shape {list(spec.shape)} has "
+                f"{spec.elements}."
             )
 
 

@@ -120,7 +120,8 @@ def read_questions(path: Path, settings: Settings) -> list[Question]:
     """
     if not path.is_file():
         raise InputError(
-            f"PROMPTS={path} is not a file. Name a file of JSON lines with {settings.instruction_column!r} in each."
+            f"PROMPTS={path} is not a file. Name a file of JSON lines with "
+            f"{settings.instruction_column!r} in each."
         )
     from stages.text.examples import PROBLEMS_SHOWN
     from stages.text.formats import json_lines

@@ -153,7 +153,10 @@ def _fit(documents: Documents, layout: Layout, account: Accounting) -> np.ndarra
     account.over_long = int(over.sum())
     if layout.packing == "concat" or not over.any():
         return np.arange(len(lengths))
-    longest = f"{account.over_long:,} of {len(lengths):,} documents are longer than MAX_LENGTH={limit:,}, the longest {lengths.max():,} tokens"
+    longest = (
+        f"{account.over_long:,} of {len(lengths):,} documents are longer than "
+        f"MAX_LENGTH={limit:,}, the longest {lengths.max():,} tokens"
+    )
     if layout.overlong == "error":
         raise InputError(f"{longest}. Raise MAX_LENGTH, or set OVERLONG to truncate or drop.")
     lost = over.copy()

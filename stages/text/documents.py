@@ -52,7 +52,10 @@ def encode(rows: list[Example], tokenizer: TextTokenizer, template: PromptTempla
         row.place for row, *parts in zip(rows, prompts, responses, strict=True) if None in parts
     ]
     if failed:
-        reason = "this tokenizer cannot encode the text without its control tokens, or the response apart from the prompt. Take the row out."
+        reason = (
+            "this tokenizer cannot encode the text without its control tokens, or the "
+            "response apart from the prompt. Take the row out."
+        )
         raise InputError([f"{place}: {reason}" for place in failed[:10]])
     eos = (tokenizer.eos,)
     parts = [
@@ -79,7 +82,8 @@ def _check_controls(ids: np.ndarray, lengths: np.ndarray, tokenizer: TextTokeniz
     )
     if not framed or np.count_nonzero(lookup[ids]) != len(lengths) * (len(tokenizer.bos) + 1):
         raise StageFailure(
-            "A document does not have exactly one BOS and one EOS. The tokenizer's tokenizer.json contradicts itself."
+            "A document does not have exactly one BOS and one EOS. The tokenizer's tokenizer.json "
+            "contradicts itself."
         )
 
 

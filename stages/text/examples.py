@@ -114,7 +114,8 @@ def _batches(source: Source, columns: Columns) -> Iterator[list[Example]]:
         )
     if not context_seen:
         raise InputError(
-            f"{source.name}: no row has the column {columns.context!r}. Set CONTEXT_COLUMN to its name, or to nothing if there is none."
+            f"{source.name}: no row has the column {columns.context!r}. Set CONTEXT_COLUMN to its "
+            "name, or to nothing if there is none."
         )
     if batch:
         yield batch
@@ -148,7 +149,8 @@ def _require(
             )
             none = ", or to nothing if there is none" if name == context else ""
             problems.append(
-                f"{place}: there is no column {name!r}; {have}.{hint} Set {setting} to its name{none}."
+                f"{place}: there is no column {name!r}; {have}.{hint} Set {setting} to its "
+                f"name{none}."
             )
         elif name and there.count(name) > 1:
             problems.append(
@@ -187,11 +189,17 @@ def fault(text: object, present: bool) -> str:
         return "is null: every row needs a text here." if present else "is missing."
     if not isinstance(text, str):
         shown = repr(text)
-        return f"is {shown if len(shown) <= 40 else shown[:40] + '...'}, of type {type(text).__name__}: it must be text."
+        return (
+            f"is {shown if len(shown) <= 40 else shown[:40] + '...'}, of type "
+            f"{type(text).__name__}: it must be text."
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        half = f"character {error.start + 1} is U+{ord(text[error.start]):04X}, half of a surrogate pair"
+        half = (
+            f"character {error.start + 1} is U+{ord(text[error.start]):04X}, half of a "
+            "surrogate pair"
+        )
         return f"is not text: {half}. Write the character itself."
     return ""
 

@@ -72,7 +72,8 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, str | Problem]]:
             yield (
                 number,
                 Problem(
-                    f"is not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}. Save the file as UTF-8."
+                    f"is not UTF-8: byte {error.start + 1} of the line is "
+                    f"0x{line[error.start]:02x}. Save the file as UTF-8."
                 ),
             )
 
@@ -153,7 +154,8 @@ def json_array(file: BinaryIO) -> Iterator[tuple[int, Record]]:
         yield (
             number + 1,
             Problem(
-                f"is not UTF-8: byte 0x{error.object[error.start]:02x} at or after it. Save the file as UTF-8."
+                f"is not UTF-8: byte 0x{error.object[error.start]:02x} at or after it. Save the "
+                "file as UTF-8."
             ),
         )
 
@@ -211,7 +213,8 @@ def _csv_rows(lines: _CsvLines, reader: Any, header: list[str]) -> Iterator[tupl
             yield (
                 number,
                 Problem(
-                    f"has {len(fields)} fields where the header has {len(header)}. Check its quotes and separators."
+                    f"has {len(fields)} fields where the header has {len(header)}. Check its "
+                    "quotes and separators."
                 ),
             )
         else:
@@ -292,6 +295,7 @@ def table_records(tables: Iterable[Any], columns: list[str]) -> Iterator[tuple[i
         yield (
             number + 1,
             Problem(
-                f"or one of the {_BATCH_ROWS} after it cannot be read ({reason}). The file seems damaged."
+                f"or one of the {_BATCH_ROWS} after it cannot be read ({reason}). The file seems "
+                "damaged."
             ),
         )

@@ -61,7 +61,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Packing:
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
         raise ValueError(
-            f"documents of {lengths.min()} to {lengths.max()} tokens do not all fit a row of {capacity}"
+            f"documents of {lengths.min()} to {lengths.max()} tokens do not all fit a row of "
+            f"{capacity}"
         )
     row_of = _assign(lengths, capacity)
     # Number rows by first appearance in document order.

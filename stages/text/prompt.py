@@ -59,7 +59,8 @@ class PromptTemplate:
             or not all(isinstance(text, str) for text in saved.values())
         ):
             raise InputError(
-                f"{file}: not a prompt's template: it must hold the texts {', '.join(sorted(names))} and nothing else."
+                f"{file}: not a prompt's template: it must hold the texts "
+                f"{', '.join(sorted(names))} and nothing else."
             )
         return cls(**saved)
 

@@ -48,13 +48,20 @@ def open_s3(dataset: str, split: str, wanted: list[str]) -> Source:
 def _remedy(error: str) -> str:
     """What to do about an error of pyarrow's S3 client, which tells its kinds by words alone."""
     if "NETWORK_CONNECTION" in error:
-        return "Check the network and AWS_ENDPOINT_URL, or copy the dataset to this machine and name it there."
+        return (
+            "Check the network and AWS_ENDPOINT_URL, or copy the dataset to this machine and "
+            "name it there."
+        )
     if "HTTP status 5" in error or "SLOW_DOWN" in error:
-        return f"S3 is out of order or asks for fewer requests, {_TRIES} times in a row: try again later."
+        return (
+            f"S3 is out of order or asks for fewer requests, {_TRIES} times in a row: try "
+            "again later."
+        )
     if "HTTP status 301" in error or "HTTP status 307" in error:
         return "The bucket is in another region: set AWS_REGION to it."
     return (
-        "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN (or AWS_PROFILE), which may have expired, AWS_REGION, "
+        "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN (or AWS_PROFILE), "
+        "which may have expired, AWS_REGION, "
         "and s3:GetObject and s3:ListBucket rights."
     )
 
@@ -122,5 +129,6 @@ def _check_commit(dataset: str, revision: str, data: Any) -> None:
         held = ", ".join(sorted(found))
         remedy = f"Run it once with the Hub in reach, or set DATASET_REVISION={held}."
         raise InputError(
-            f"DATASET={dataset}: the cache holds commit {held} and not DATASET_REVISION={revision or 'main'}. {remedy}"
+            f"DATASET={dataset}: the cache holds commit {held} and not "
+            f"DATASET_REVISION={revision or 'main'}. {remedy}"
         )

@@ -110,7 +110,8 @@ def open_saved(folder: str, opened: Callable[[str], Any], split: str, wanted: li
     except FileNotFoundError:
         remedy = f"Name a file ({', '.join(FORMATS)}) or a folder made by save_to_disk."
         raise InputError(
-            f"{folder} is a folder without state.json, so no dataset that `datasets` saved. {remedy}"
+            f"{folder} is a folder without state.json, so no dataset that `datasets` saved. "
+            f"{remedy}"
         ) from None
     except _NOT_SAVED as error:
         raise InputError(

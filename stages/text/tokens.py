@@ -45,7 +45,8 @@ class TextTokenizer:
         if eos is None:
             raise InputError(
                 "The tokenizer has no end-of-sequence token, so an answer would have no end. "
-                'Name one of its tokens as "eos_token" in tokenizer_config.json, or choose another MODEL_ID.'
+                'Name one of its tokens as "eos_token" in tokenizer_config.json, or choose '
+                "another MODEL_ID."
             )
         self.eos: int = eos
         pad = self._named(settings, "pad_token")
@@ -61,7 +62,8 @@ class TextTokenizer:
         spellings = {id: tokenizer.id_to_token(id) for id in self.controls}
         if not all(spellings.values()):
             raise InputError(
-                "The tokenizer puts tokens around a text that its vocabulary lacks. Correct its tokenizer.json."
+                "The tokenizer puts tokens around a text that its vocabulary lacks. Correct its "
+                "tokenizer.json."
             )
         self._mark_spaces = _marks_spaces(tokenizer)
         if self._mark_spaces:
@@ -81,7 +83,8 @@ class TextTokenizer:
         }
         if "tokenizer.json" not in files:
             raise InputError(
-                f"{folder} has no tokenizer.json. Name a model's folder, or run the data stage again."
+                f"{folder} has no tokenizer.json. Name a model's folder, or run the data stage "
+                "again."
             )
         with _refused(f"{folder}/tokenizer.json cannot be read"):
             tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
@@ -122,7 +125,8 @@ class TextTokenizer:
         [ids] = self.encode_prompts([prompt])
         if ids is None:
             raise InputError(
-                "The prompt holds a control token's spelling that this tokenizer cannot encode as text. Take it out."
+                "The prompt holds a control token's spelling that this tokenizer cannot encode as "
+                "text. Take it out."
             )
         return ids
 
@@ -214,7 +218,8 @@ class TextTokenizer:
             id = None
         if id is None:
             raise InputError(
-                f"The tokenizer's {role} {str(content)[:60]!r} is not in its vocabulary. Correct tokenizer_config.json."
+                f"The tokenizer's {role} {str(content)[:60]!r} is not in its vocabulary. Correct "
+                "tokenizer_config.json."
             )
         return id
 
@@ -282,7 +287,8 @@ def find_tokenizer(model: str, revision: str = "") -> TextTokenizer:
         tokenizer = TextTokenizer.load(folder)
         if tokenizer.vocab_size > _MOST_IDS:
             raise InputError(
-                f"MODEL_ID={model}: its tokenizer.json has ids up to {tokenizer.vocab_size - 1:,}. Name another model."
+                f"MODEL_ID={model}: its tokenizer.json has ids up to "
+                f"{tokenizer.vocab_size - 1:,}. Name another model."
             )
         return tokenizer
     from transformers import AutoTokenizer
@@ -297,5 +303,6 @@ def find_tokenizer(model: str, revision: str = "") -> TextTokenizer:
             reason = str(error).partition("\n")[0]  # the rest advises to run what exists
             remedy = "Name a model whose folder has tokenizer.json."
             raise InputError(
-                f"MODEL_ID={model}: no tokenizer could be made of what is there ({reason}). {remedy}"
+                f"MODEL_ID={model}: no tokenizer could be made of what is there ({reason}). "
+                f"{remedy}"
             ) from None

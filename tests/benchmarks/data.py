@@ -140,7 +140,8 @@ def main(dataset: str, model: str, rounds: int, only: str | None, output: Path) 
     for recipe in RECIPES:
         print(f"{recipe:10}{work[recipe]:10.2f}{process[recipe]:10.2f}")
     print(
-        f"{'ratio':10}{work['tutorial'] / work['stage']:9.2f}x{process['tutorial'] / process['stage']:9.2f}x"
+        f"{'ratio':10}{work['tutorial'] / work['stage']:9.2f}x"
+        f"{process['tutorial'] / process['stage']:9.2f}x"
     )
 
 

@@ -32,7 +32,10 @@ CACHE = "/tmp/trn-tune-test-cache"
 def missing() -> str:
     """Why nothing can be tested here; empty when it can."""
     if "TEST_IMAGE" not in os.environ:
-        return "TEST_IMAGE names no built image of the project (make image; TEST_IMAGE=trn-tune make test)"
+        return (
+            "TEST_IMAGE names no built image of the project (make image; TEST_IMAGE=trn-tune "
+            "make test)"
+        )
     if not shutil.which(ENGINE):
         return f"the container engine {ENGINE} is not installed (DOCKER names another)"
     found = subprocess.run(

@@ -363,7 +363,8 @@ def test_a_missing_engine_is_an_error_that_names_another(project: Project) -> No
     assert done.returncode == 2
     assert (
         done.stderr
-        == "error: no-such-engine is not on the PATH. Install it, or name another engine: DOCKER=podman.\n"
+        == "error: no-such-engine is not on the PATH. Install it, or name another engine: "
+        "DOCKER=podman.\n"
     )
 
 

@@ -4,8 +4,10 @@ reader makes of them.
 One process plays each rank in turn: `python -m tests.fakes.nxd_shards FOLDER`. For each layout,
 FOLDER/NAME/ then holds
 
-    original/    the model's folder, before it was sharded     adapter/    the adapter, before it was sharded
-    shards/      what train publishes                          library.pt  what optimum-neuron's reader gives for shards/, or its error
+    original/    the model's folder before it was sharded
+    adapter/     the adapter before it was sharded
+    shards/      what train publishes
+    library.pt   what optimum-neuron's reader returns for shards/, or its error
 
 and FOLDER/ queries.json (the library's order of query heads for many sizes) and survivors.json (the
 names that its writer leaves).

@@ -74,7 +74,8 @@ class Door:
         fault = self.fault_of(request)
         if fault in ERRORS:
             status, code, message = ERRORS[fault]
-            content = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+            error = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+            content = f"<?xml version='1.0'?>{error}".encode()
             region = [("x-amz-bucket-region", "eu-west-3")] if fault == "elsewhere" else []
             start_response(
                 status,

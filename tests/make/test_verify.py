@@ -59,7 +59,8 @@ def test_what_is_damaged_is_named_with_the_remedy(output: Path) -> None:
     assert done.returncode == 1
     assert (
         done.stdout
-        == "              data  DAMAGED: part/weights has other bytes than were published; more was not published\n"
+        == "              data  DAMAGED: part/weights has other bytes than were published; more "
+        "was not published\n"
     )
     assert done.stderr == "1 of 1 stages damaged. `make all VERIFY=1` makes them again.\n"
 
@@ -122,7 +123,10 @@ def test_with_VERIFY_a_file_of_the_same_size_with_other_bytes_is_a_reason_to_run
 
 def test_progress_needs_no_installed_package(output: Path) -> None:
     """make's own Python may have none; on a terminal a bar would be drawn where tqdm is there."""
-    show = "import sys; sys.path.insert(0, '.'); sys.stderr.isatty = lambda: True; from stages.run.progress import Progress\n"
+    show = (
+        "import sys; sys.path.insert(0, '.'); sys.stderr.isatty = lambda: True; from "
+        "stages.run.progress import Progress\n"
+    )
     show += "with Progress('reading', 2, 'bytes') as bar: bar.update(1, line=True)"
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", show], cwd=ROOT, capture_output=True, text=True

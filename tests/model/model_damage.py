@@ -108,7 +108,10 @@ def and_then(*damages: Damage) -> Damage:
     return damage
 
 
-DIFFERS = r"the weights are not those of the model that its config\.json describes\. Fetch both again from one place\.\n"
+DIFFERS = (
+    r"the weights are not those of the model that its config\.json describes\. Fetch both "
+    r"again from one place\.\n"
+)
 
 
 def train(folder: Path | str, vocabulary: int = 67, **changes: Any) -> None:

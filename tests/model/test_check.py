@@ -141,7 +141,8 @@ def test_a_stray_file_with_the_same_tensor_is_refused(folder):
     save_file({"model.norm.weight": torch.ones(32)}, folder / "model-00001-of-00002.safetensors")
     with pytest.raises(
         StageFailure,
-        match=r"model\.norm\.weight is in model-00001-of-00002\.safetensors and in model\.safetensors",
+        match=r"model\.norm\.weight is in model-00001-of-00002\.safetensors and in "
+        r"model\.safetensors",
     ):
         check_model_folder(folder)
 

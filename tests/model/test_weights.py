@@ -223,7 +223,10 @@ def test_one_tensor_that_is_larger_than_a_piece_is_in_memory_at_a_time(tmp_path,
 
 
 def test_importing_the_module_does_not_import_torch():
-    command = "import sys, stages.model.weights; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    command = (
+        "import sys, stages.model.weights; sys.exit('torch' in sys.modules or 'numpy' in "
+        "sys.modules)"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", command], cwd=Path(__file__).parents[2], check=False

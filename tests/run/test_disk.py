@@ -31,7 +31,8 @@ FULL = [
     CheckpointException("RuntimeError: unexpected pos 704 vs 598", {1: (TORCH, None)}),
     raised(ValueError("no kernel"), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
     RuntimeError(
-        "C++ compile error: /tmp/a.s: Fatal error: can't write 3887 bytes to section .debug_str: 'No space left on device'"
+        "C++ compile error: /tmp/a.s: Fatal error: can't write 3887 bytes to section .debug_str: "
+        "'No space left on device'"
     ),
 ]
 

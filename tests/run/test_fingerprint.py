@@ -97,7 +97,10 @@ def test_every_module_is_fingerprinted_or_listed_as_unable_to_shape_an_output() 
     ],
 )
 def test_what_is_only_said_to_the_user_means_nothing(edit: tuple[str, str]) -> None:
-    text = 'def f(a):\n    """Adds."""\n    print("done")\n    if a:\n        raise InputError("bad")\n'
+    text = (
+        'def f(a):\n    """Adds."""\n    print("done")\n    if a:\n        raise '
+        'InputError("bad")\n'
+    )
     assert edit[0] in text
     assert meaning(text) == meaning(text.replace(*edit))
 

@@ -19,13 +19,17 @@ from stages.run.guard import kill_marked
 STAGE = """
 import signal, subprocess, sys
 from stages.run.guard import guard_stage
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in the background
+# A shell that starts the tests in the background ignores SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 guard_stage()
 subprocess.call([sys.executable, "-c", *sys.argv[1:]], start_new_session=True)
 """
 # A program with a session of its own that starts another, as torchrun, compilers and their drivers
 # do.
-PROGRAM = "import subprocess, sys; subprocess.call([sys.executable, '-c', *sys.argv[1:]], start_new_session=True)"
+PROGRAM = (
+    "import subprocess, sys; subprocess.call([sys.executable, '-c', *sys.argv[1:]], "
+    "start_new_session=True)"
+)
 WORKER = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
 
 

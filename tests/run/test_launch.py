@@ -59,7 +59,10 @@ def test_the_first_of_several_ranks_is_heard(tmp_path: Path) -> None:
 
 
 def test_what_a_launcher_leaves_behind_is_ended(tmp_path: Path) -> None:
-    leaves = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); open(sys.argv[1], 'w').write(str(p.pid)); sys.exit(1)"
+    leaves = (
+        "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); open(sys.argv[1], "
+        "'w').write(str(p.pid)); sys.exit(1)"
+    )
     with pytest.raises(StageFailure):
         launch([*python(leaves), str(tmp_path / "pid")], {}, tmp_path / "error")
     left = Path("/proc") / (tmp_path / "pid").read_text()

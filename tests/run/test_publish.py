@@ -224,10 +224,18 @@ def test_a_part_that_is_removed_is_written_down_as_removed(tmp_path: Path) -> No
 
 
 def test_a_second_stage_waits_and_says_for_whom(tmp_path: Path) -> None:
-    wait = "from pathlib import Path; import sys; from stages.run.lock import locked\nwith locked(Path(sys.argv[1]), 'eval'): print('in')"
+    wait = (
+        "from pathlib import Path; import sys; from stages.run.lock import locked\nwith "
+        "locked(Path(sys.argv[1]), 'eval'): print('in')"
+    )
     with locked(tmp_path, "train"):
-        second = subprocess.Popen([sys.executable, "-c", wait, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                  text=True)  # fmt: skip
+        second = subprocess.Popen(
+            [sys.executable, "-c", wait, str(tmp_path)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         said = second.stderr.readline()
         assert f"waiting for train (process {os.getpid()}" in said
         assert second.poll() is None

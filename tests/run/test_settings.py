@@ -62,9 +62,14 @@ def test_all_problems_are_reported_together() -> None:
     }
     with pytest.raises(InputError) as refused:
         Settings.read(wrong)
-    assert [next(name for name in wrong if name in problem) for problem in refused.value.problems] == [
-        "LEARNING_RATE", "TOP_P", "NPROC_PER_NODE", "CONTEXT",
-    ]  # fmt: skip
+    assert [
+        next(name for name in wrong if name in problem) for problem in refused.value.problems
+    ] == [
+        "LEARNING_RATE",
+        "TOP_P",
+        "NPROC_PER_NODE",
+        "CONTEXT",
+    ]
 
 
 def test_a_misspelt_name_is_refused_with_the_nearest() -> None:

@@ -32,10 +32,18 @@ WRONG: list[tuple[str, dict[str, str], list[str]]] = [
     (TYPED, {"BF16": "maybe"}, ["BF16='maybe' is neither 1 nor 0"]),
     (TYPED, {"ZERO_1": "2"}, ["ZERO_1='2' is neither 1 nor 0"]),
     (TYPED, {"MAX_SHARD_SIZE": "five"}, ["MAX_SHARD_SIZE: 'five' is not a size"]),
-    (TYPED, {"PACKING": "bestfit"}, ["PACKING='bestfit' is none of best_fit, concat. Did you mean best_fit?"]),
+    (
+        TYPED,
+        {"PACKING": "bestfit"},
+        ["PACKING='bestfit' is none of best_fit, concat. Did you mean best_fit?"],
+    ),
     (EXPORTED, {"BACKEND": "TORCH"}, ["BACKEND='TORCH' is none of auto, torch, neuron"]),
     (TYPED, {"RESUME": "weights "}, ["RESUME='weights ' is none of", "Did you mean weights?"]),
-    (TYPED, {"NEURON_COMPILE_CACHE_URL": "relative/path"}, ["'relative/path' cannot hold compiled graphs"]),
+    (
+        TYPED,
+        {"NEURON_COMPILE_CACHE_URL": "relative/path"},
+        ["'relative/path' cannot hold compiled graphs"],
+    ),
     # Out of range.
     (TYPED, {"LEARNING_RATE": "-1"}, ["LEARNING_RATE=-1 must be above 0"]),
     (TYPED, {"LEARNING_RATE": "0"}, ["LEARNING_RATE=0 must be above 0"]),
@@ -44,31 +52,63 @@ WRONG: list[tuple[str, dict[str, str], list[str]]] = [
     (TYPED, {"LEARNING_RATE": "nan"}, ["LEARNING_RATE=nan must be"]),
     (TYPED, {"WEIGHT_DECAY": "-inf"}, ["WEIGHT_DECAY=-inf must be at least 0"]),
     (TYPED, {"MAX_GRAD_NORM": "inf"}, ["MAX_GRAD_NORM=inf must be finite"]),
-    (TYPED, {"PER_DEVICE_TRAIN_BATCH_SIZE": "0"}, ["PER_DEVICE_TRAIN_BATCH_SIZE=0 sequences must be at least 1"]),
-    (TYPED, {"GRADIENT_ACCUMULATION_STEPS": "0"}, ["GRADIENT_ACCUMULATION_STEPS=0 must be at least 1"]),
+    (
+        TYPED,
+        {"PER_DEVICE_TRAIN_BATCH_SIZE": "0"},
+        ["PER_DEVICE_TRAIN_BATCH_SIZE=0 sequences must be at least 1"],
+    ),
+    (
+        TYPED,
+        {"GRADIENT_ACCUMULATION_STEPS": "0"},
+        ["GRADIENT_ACCUMULATION_STEPS=0 must be at least 1"],
+    ),
     (EXPORTED, {"NUM_TRAIN_EPOCHS": "0"}, ["NUM_TRAIN_EPOCHS=0 epochs must be at least 1"]),
     (TYPED, {"MAX_LENGTH": "1"}, ["MAX_LENGTH=1 tokens must be at least 2"]),
     (TYPED, {"MAX_LENGTH": "2000000"}, ["MAX_LENGTH=2000000 tokens must be at most 1,048,576"]),
     (TYPED, {"MAX_STEPS": "-2"}, ["MAX_STEPS=-2 steps must be at least -1"]),
     (TYPED, {"SEED": "-1"}, ["SEED=-1 must be at least 0"]),
     (TYPED, {"SEED": "2147483648"}, ["SEED=2147483648 must be at most 2,147,483,647"]),
-    (EXPORTED, {"SEED": "9" * 4000}, ["SEED=9999", "(4000 characters) must be at most 2,147,483,647"]),
+    (
+        EXPORTED,
+        {"SEED": "9" * 4000},
+        ["SEED=9999", "(4000 characters) must be at most 2,147,483,647"],
+    ),
     (TYPED, {"SEED": "9" * 5000}, ["SEED='9999", "(5000 characters)' is not a whole number"]),
     (TYPED, {"NPROC_PER_NODE": "1000000000"}, ["NPROC_PER_NODE=1000000000 must be at most 4,096"]),
     (TYPED, {"VALIDATION_FRACTION": "1"}, ["VALIDATION_FRACTION=1 fraction must be below 1"]),
-    (EXPORTED, {"VALIDATION_FRACTION": "-0.1"}, ["VALIDATION_FRACTION=-0.1 fraction must be at least 0"]),
+    (
+        EXPORTED,
+        {"VALIDATION_FRACTION": "-0.1"},
+        ["VALIDATION_FRACTION=-0.1 fraction must be at least 0"],
+    ),
     (TYPED, {"TOP_P": "0"}, ["TOP_P=0 must be above 0"]),
     (TYPED, {"TOP_P": "1.1"}, ["TOP_P=1.1 must be at most 1"]),
     (TYPED, {"TEMPERATURE": "1e-300"}, ["TEMPERATURE=1e-300 must be at least 0.001"]),
     (TYPED, {"MAX_SHARD_SIZE": "0GB"}, ["MAX_SHARD_SIZE: '0GB' is less than one byte"]),
     # Contradictory, in themselves or with the model's config.json.
     (TYPED, {"MAX_STEPS": "0"}, ["MAX_STEPS=0 trains nothing"]),
-    (TYPED, {"NPROC_PER_NODE": "3", "TENSOR_PARALLEL_SIZE": "2"}, ["NPROC_PER_NODE=3 is not a multiple of TENSOR_PARALLEL_SIZE=2"]),
-    (EXPORTED, {"NPROC_PER_NODE": "4", "PIPELINE_PARALLEL_SIZE": "3"}, ["x PIPELINE_PARALLEL_SIZE=3", "a multiple of 3"]),
-    (TYPED, {"NPROC_PER_NODE": "2", "TENSOR_PARALLEL_SIZE": "2", "MAX_LENGTH": "63"}, ["MAX_LENGTH=63 is not a multiple"]),
+    (
+        TYPED,
+        {"NPROC_PER_NODE": "3", "TENSOR_PARALLEL_SIZE": "2"},
+        ["NPROC_PER_NODE=3 is not a multiple of TENSOR_PARALLEL_SIZE=2"],
+    ),
+    (
+        EXPORTED,
+        {"NPROC_PER_NODE": "4", "PIPELINE_PARALLEL_SIZE": "3"},
+        ["x PIPELINE_PARALLEL_SIZE=3", "a multiple of 3"],
+    ),
+    (
+        TYPED,
+        {"NPROC_PER_NODE": "2", "TENSOR_PARALLEL_SIZE": "2", "MAX_LENGTH": "63"},
+        ["MAX_LENGTH=63 is not a multiple"],
+    ),
     (TYPED, {"CONTEXT": "alone"}, ["CONTEXT without PROMPT"]),
     (TYPED, {"MAX_LENGTH": "514"}, ["MAX_LENGTH=514 is above the model's 512 positions"]),
-    (TYPED, {"NPROC_PER_NODE": "8", "TENSOR_PARALLEL_SIZE": "8"}, ["TENSOR_PARALLEL_SIZE=8 does not divide the model's 4 att"]),
+    (
+        TYPED,
+        {"NPROC_PER_NODE": "8", "TENSOR_PARALLEL_SIZE": "8"},
+        ["TENSOR_PARALLEL_SIZE=8 does not divide the model's 4 att"],
+    ),
     (
         EXPORTED,
         {"NPROC_PER_NODE": "3", "TENSOR_PARALLEL_SIZE": "3", "MAX_LENGTH": "600"},
@@ -82,9 +122,17 @@ WRONG: list[tuple[str, dict[str, str], list[str]]] = [
     (EXPORTED, {"INSTRUCTION_COLUMN": ""}, ["INSTRUCTION_COLUMN is empty"]),
     # Unknown.
     (TYPED, {"LEARNIG_RATE": "1"}, ["LEARNIG_RATE is not a setting. Did you mean LEARNING_RATE?"]),
-    (TYPED, {"learning_rate": "1"}, ["learning_rate is not a setting. Did you mean LEARNING_RATE?"]),
+    (
+        TYPED,
+        {"learning_rate": "1"},
+        ["learning_rate is not a setting. Did you mean LEARNING_RATE?"],
+    ),
     (TYPED, {"XYZZY": "1"}, ["XYZZY is not a setting. `make help` lists them."]),
-    (TYPED, {"LEARNING RATE": "1"}, ["'RATE=1' is not a setting: its name must not contain spaces"]),
+    (
+        TYPED,
+        {"LEARNING RATE": "1"},
+        ["'RATE=1' is not a setting: its name must not contain spaces"],
+    ),
     (TYPED, {"SEED;touch pwned;": "1"}, ["is not a setting"]),
     (TYPED, {"SÉED": "1"}, ["is not a setting. Did you mean SEED?"]),
     (TYPED, {"\x1b[2J": "1"}, ["'\\x1b[2J' is not a setting"]),
@@ -92,16 +140,36 @@ WRONG: list[tuple[str, dict[str, str], list[str]]] = [
     # Long.
     (TYPED, {"SEED": "x" * LONG}, [f"({LONG} characters)' is not a whole number"]),
     (EXPORTED, {"LEARNING_RATE": " " * LONG + "x"}, ["is not a number"]),
-    (TYPED, {"DATASET": "d" * LONG}, ["DATASET='dddd", "is too long: a path has at most 4,095 bytes"]),
+    (
+        TYPED,
+        {"DATASET": "d" * LONG},
+        ["DATASET='dddd", "is too long: a path has at most 4,095 bytes"],
+    ),
     (EXPORTED, {"MODEL_ID": "m/" + "é" * 200}, ["MODEL_ID='m/é", "each name in it 255"]),
-    (TYPED, {"PROMPT": "p" * LONG, "CONTEXT": "c" * LONG}, ["Argument list too long", "status 127"]),
+    (
+        TYPED,
+        {"PROMPT": "p" * LONG, "CONTEXT": "c" * LONG},
+        ["Argument list too long", "status 127"],
+    ),
     (TYPED, {"RUN": "r" * 30_000}, ["RUN has 30,000 characters. Choose a name of at most 200."]),
     # What a shell, make or a terminal would read.
     (TYPED, {"SEED": "$(touch pwned)"}, ["SEED='$(touch pwned)' is not a whole number"]),
-    (EXPORTED, {"SEED": "$(shell touch pwned)"}, ["SEED='$(shell touch pwned)' is not a whole number"]),
+    (
+        EXPORTED,
+        {"SEED": "$(shell touch pwned)"},
+        ["SEED='$(shell touch pwned)' is not a whole number"],
+    ),
     (TYPED, {"OVERLONG": "`touch pwned`"}, ["OVERLONG='`touch pwned`' is none of"]),
-    (TYPED, {"LEARNING_RATE": "1e-4; touch pwned"}, ["LEARNING_RATE='1e-4; touch pwned' is not a number"]),
-    (EXPORTED, {"LEARNING_RATE": "1e-4 | touch pwned"}, ["LEARNING_RATE='1e-4 | touch pwned' is not a number"]),
+    (
+        TYPED,
+        {"LEARNING_RATE": "1e-4; touch pwned"},
+        ["LEARNING_RATE='1e-4; touch pwned' is not a number"],
+    ),
+    (
+        EXPORTED,
+        {"LEARNING_RATE": "1e-4 | touch pwned"},
+        ["LEARNING_RATE='1e-4 | touch pwned' is not a number"],
+    ),
     (TYPED, {"TOP_K": "& touch pwned &"}, ["TOP_K='& touch pwned &' is not a whole number"]),
     (TYPED, {"SEED": "'; touch pwned; '"}, ["is not a whole number"]),
     (TYPED, {"SEED": '"; touch pwned; "'}, ["is not a whole number"]),
@@ -123,17 +191,30 @@ WRONG: list[tuple[str, dict[str, str], list[str]]] = [
     (
         TYPED,
         {
-            "LEARNING_RATE": "-1", "TOP_P": "2", "LEARNIG_RATE": "1", "PACKING": "none", "SEED": "$(touch pwned)", "MAX_STEPS": "0",
+            "LEARNING_RATE": "-1",
+            "TOP_P": "2",
+            "LEARNIG_RATE": "1",
+            "PACKING": "none",
+            "SEED": "$(touch pwned)",
+            "MAX_STEPS": "0",
             "CONTEXT": "c",
         },
-        ["LEARNING_RATE=-1", "TOP_P=2", "LEARNIG_RATE is", "PACKING='none'", "SEED='$(touch", "MAX_STEPS=0", "CONTEXT without"],
+        [
+            "LEARNING_RATE=-1",
+            "TOP_P=2",
+            "LEARNIG_RATE is",
+            "PACKING='none'",
+            "SEED='$(touch",
+            "MAX_STEPS=0",
+            "CONTEXT without",
+        ],
     ),
     (
         EXPORTED,
         {"BF16": "2", "EVAL_STEPS": "-1", "TOP_K": "many", "MODEL_ID": ""},
         ["BF16='2'", "EVAL_STEPS=-1", "TOP_K='many'", "MODEL_ID is empty"],
     ),
-]  # fmt: skip
+]
 
 
 def refused(project: Project, *arguments: str, **environment: str) -> str:

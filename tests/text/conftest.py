@@ -19,7 +19,8 @@ from tokenizers import (
 from stages.text.tokens import TextTokenizer
 
 CORPUS = [
-    "### Instruction What is a Trainium core? ### Context A chip has two cores. ### Answer It is an accelerator.",
+    "### Instruction What is a Trainium core? ### Context A chip has two cores. ### Answer It is "
+    "an accelerator.",
     "the cat sat on the mat and the dog sat on the log, and then they all went home",
     "When the model answers, it answers in the words that it was trained with.",
 ] * 3

@@ -395,9 +395,15 @@ def test_the_sample_is_a_training_document_that_the_seed_chooses(tokenizer, tmp_
 
 
 BALANCED = Accounting(
-    max_length=10, rows_in=4, empty=1, tokens_in=17, over_long=1, dropped=1, dropped_tokens=11,
+    max_length=10,
+    rows_in=4,
+    empty=1,
+    tokens_in=17,
+    over_long=1,
+    dropped=1,
+    dropped_tokens=11,
     train=SplitAccount(documents=2, documents_tokens=6, rows=1, packed=6, padded=4, supervised=3),
-)  # fmt: skip
+)
 
 
 def test_accounts_that_balance_are_accepted():

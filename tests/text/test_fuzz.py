@@ -262,10 +262,13 @@ def segments(folder: Path) -> list[list[tuple[int, int]]]:
 @given(
     texts=some_rows,
     layout=st.builds(
-        Layout, st.integers(16, 200), packing=st.sampled_from(["best_fit", "concat"]), overlong=st.sampled_from(["truncate", "drop"]),
+        Layout,
+        st.integers(16, 200),
+        packing=st.sampled_from(["best_fit", "concat"]),
+        overlong=st.sampled_from(["truncate", "drop"]),
         loss_on=st.sampled_from(["all", "response"]),
     ),
-)  # fmt: skip
+)
 def test_packed_rows_hold_every_token_once_in_order_with_its_label(
     tokenizers: dict[str, TextTokenizer],  # noqa: F811
     tmp_path_factory: pytest.TempPathFactory,

@@ -49,16 +49,44 @@ def written(project: Project, split: str = "train") -> list[dict[str, list[int]]
 
 COUNTED: dict[str, tuple[list[dict[str, str]], list[str], dict[str, Any]]] = {
     # rows, settings, what the manifest counts
-    "one row, half of it held out": ([SHORT], ["VALIDATION_FRACTION=0.5"], {"rows_in": 1, "train.documents": 1, "validation.rows": 0}),
-    "empty rows": ([SHORT, {**SHORT, "response": " \n"}, {**SHORT, "instruction": ""}], [], {"rows_in": 3, "empty": 2}),
+    "one row, half of it held out": (
+        [SHORT],
+        ["VALIDATION_FRACTION=0.5"],
+        {"rows_in": 1, "train.documents": 1, "validation.rows": 0},
+    ),
+    "empty rows": (
+        [SHORT, {**SHORT, "response": " \n"}, {**SHORT, "instruction": ""}],
+        [],
+        {"rows_in": 3, "empty": 2},
+    ),
     "duplicates": ([SHORT] * 5, [], {"rows_in": 5, "duplicate": 4, "train.documents": 5}),
-    "duplicates, and a part held out": ([SHORT] * 5, ["VALIDATION_FRACTION=0.5"], {"duplicate": 4, "train.documents": 5}),
-    "all rows too long, cut": ([LONG] * 3, [], {"over_long": 3, "dropped": 0, "train.documents": 3, "train.packed": 3 * 64}),
-    "all rows but one too long, dropped": ([SHORT, LONG, LONG], ["OVERLONG=drop"], {"over_long": 2, "dropped": 2, "train.documents": 1}),
-    "rows too long, joined": ([LONG] * 3, ["PACKING=concat"], {"over_long": 3, "dropped": 0, "cut_tokens": 0, "train.padded": 0}),
-    "a response that begins with white space": ([{**SHORT, "response": "\n\n x"}], [], {"rows_in": 1, "train.documents": 1}),
+    "duplicates, and a part held out": (
+        [SHORT] * 5,
+        ["VALIDATION_FRACTION=0.5"],
+        {"duplicate": 4, "train.documents": 5},
+    ),
+    "all rows too long, cut": (
+        [LONG] * 3,
+        [],
+        {"over_long": 3, "dropped": 0, "train.documents": 3, "train.packed": 3 * 64},
+    ),
+    "all rows but one too long, dropped": (
+        [SHORT, LONG, LONG],
+        ["OVERLONG=drop"],
+        {"over_long": 2, "dropped": 2, "train.documents": 1},
+    ),
+    "rows too long, joined": (
+        [LONG] * 3,
+        ["PACKING=concat"],
+        {"over_long": 3, "dropped": 0, "cut_tokens": 0, "train.padded": 0},
+    ),
+    "a response that begins with white space": (
+        [{**SHORT, "response": "\n\n x"}],
+        [],
+        {"rows_in": 1, "train.documents": 1},
+    ),
     "extra columns": ([{**SHORT, "score": "3"}], [], {"rows_in": 1, "train.documents": 1}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -84,14 +112,32 @@ def test_what_becomes_of_odd_rows_is_counted_in_the_manifest(own: Project, name:
 
 
 REFUSED = {
-    "nothing left": ([LONG] * 3, ["OVERLONG=drop"], "3 of 3 documents are longer than MAX_LENGTH=64, the longest"),
-    "too long, which is to be an error": ([SHORT, LONG], ["OVERLONG=error"], "1 of 2 documents are longer than MAX_LENGTH=64"),
-    "cut within every prompt": (
-        [{**LONG, "instruction": "why " * 100}], ["LOSS_ON=response"], "1 of 1 documents are longer than MAX_LENGTH=64",
+    "nothing left": (
+        [LONG] * 3,
+        ["OVERLONG=drop"],
+        "3 of 3 documents are longer than MAX_LENGTH=64, the longest",
     ),
-    "nothing but empty rows": ([{**SHORT, "response": ""}] * 2, [], "None of the 2 rows has both an instruction and a response"),
-    "not enough for a row": ([SHORT], ["PACKING=concat", "MAX_LENGTH=512"], "less than a row of 512"),
-}  # fmt: skip
+    "too long, which is to be an error": (
+        [SHORT, LONG],
+        ["OVERLONG=error"],
+        "1 of 2 documents are longer than MAX_LENGTH=64",
+    ),
+    "cut within every prompt": (
+        [{**LONG, "instruction": "why " * 100}],
+        ["LOSS_ON=response"],
+        "1 of 1 documents are longer than MAX_LENGTH=64",
+    ),
+    "nothing but empty rows": (
+        [{**SHORT, "response": ""}] * 2,
+        [],
+        "None of the 2 rows has both an instruction and a response",
+    ),
+    "not enough for a row": (
+        [SHORT],
+        ["PACKING=concat", "MAX_LENGTH=512"],
+        "less than a row of 512",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -185,7 +185,8 @@ from stages.text.prompt import PromptTemplate
 from stages.text.tokens import TextTokenizer
 tokenizer = TextTokenizer.load(pathlib.Path({str(folders["llama"])!r}))
 tokenizer.decode(tokenizer.encode_prompt(PromptTemplate().prompt("Why?")))
-print(sorted({{"numpy", "torch", "transformers", "datasets", "pyarrow", "huggingface_hub"}} & set(sys.modules)))
+heavy = {{"numpy", "torch", "transformers", "datasets", "pyarrow", "huggingface_hub"}}
+print(sorted(heavy & set(sys.modules)))
 """
     assert (
         subprocess.run(

@@ -142,7 +142,10 @@ class Killing:
     def told(self, problem: str) -> str:
         output = Path(self.output).read_text(errors="replace") if self.output else ""
         history = "\n".join(f"{number:3} {line}" for number, line in enumerate(self.story, 1))
-        return f"{problem}\nTORTURE_SEED={self.seed}, {' '.join(self.settings)}\n{history}\n--- the last make's output\n{output}"
+        return (
+            f"{problem}\nTORTURE_SEED={self.seed}, {' '.join(self.settings)}\n{history}\n--- "
+            f"the last make's output\n{output}"
+        )
 
     def _start(self, goal: str) -> tuple[subprocess.Popen, str]:
         mark = f"{self.run}-{len(self.story)}"

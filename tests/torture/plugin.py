@@ -131,5 +131,6 @@ def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Co
         terminalreporter.write_line(f"{kind:<22} {done[kind]:>8,} {seconds[kind]:>9.1f}  {outcome}")
     total = sum(seconds.values())
     terminalreporter.write_line(
-        f"{'in all':<22} {sum(done.values()):>8,} {total:>9.1f}  {sum(failed.values())} tests failed"
+        f"{'in all':<22} {sum(done.values()):>8,} {total:>9.1f}  {sum(failed.values())} tests "
+        "failed"
     )

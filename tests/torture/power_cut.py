@@ -5,8 +5,9 @@ operation. A moment can be laid out as a folder again (`Moment.lay_out`), as a p
 it:
 
 - the bytes of a file that was not flushed since they were written are lost, kept, or there in part;
-- a name that was made, moved or removed is certain once a folder that it concerns was flushed; before that it may have reached the
-  disk or not, by itself, but never without the operations that it builds on. A rename is one operation on both of its names, as a
+- a name that was made, moved or removed is certain once a folder that it concerns was flushed;
+  before that it may have reached the disk or not, by itself, but never without the operations
+  that it builds on. A rename is one operation on both of its names, as a
   journal has it.
 """
 

@@ -291,9 +291,15 @@ def test_a_training_goes_on_from_the_last_checkpoint_that_is_whole(
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_training_that_resumes_behind_a_damaged_checkpoint_ends_with_the_same_weights(
-    processes: int, base: Settings, data: Path, tmp_path: Path, torture: Torture, capfd, monkeypatch  # noqa: F811
-) -> None:  # fmt: skip
+def test_a_training_that_resumes_after_a_damaged_checkpoint_ends_with_the_same_weights(
+    processes: int,
+    base: Settings,  # noqa: F811
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    torture: Torture,
+    capfd,
+    monkeypatch,
+) -> None:
     if processes == 1 and not torture.long:
         pytest.skip("two processes show it too: make torture plays both")
     monkeypatch.chdir(ROOT)

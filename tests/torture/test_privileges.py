@@ -58,9 +58,13 @@ def test_nothing_of_torch_lies_where_another_user_could_have_put_it(built_once: 
 # As ANOTHER_USER, who may read what root's Python needs wherever it lies, and write what is that
 # user's alone.
 AS_ANOTHER = (
-    "setpriv", f"--reuid={ANOTHER_USER}", f"--regid={ANOTHER_USER}", "--clear-groups",
-    "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search",
-)  # fmt: skip
+    "setpriv",
+    f"--reuid={ANOTHER_USER}",
+    f"--regid={ANOTHER_USER}",
+    "--clear-groups",
+    "--inh-caps=+dac_read_search",
+    "--ambient-caps=+dac_read_search",
+)
 
 
 @pytest.mark.skipif(
@@ -167,7 +171,8 @@ def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A container engine that prints what it is given."""
     path = tmp_path_factory.mktemp("engine") / "engine"
     path.write_text(
-        f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
+        f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], "
+        "dict(os.environ)]))\n"
     )
     path.chmod(0o755)
     return path

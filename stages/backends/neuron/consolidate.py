@@ -89,7 +89,8 @@ def _tied_tensor(shards: Shards, name: str, kept: str) -> ShardedTensor | None:
     listed = shards.tensors[kept]
     if len(stored) != len(listed.parts):
         raise StageFailure(
-            f"{shards.folder}: {name} has {len(stored)} shards, {kept}, which it is tied to, has {len(listed.parts)}."
+            f"{shards.folder}: {name} has {len(stored)} shards, {kept}, which it is tied to, has "
+            f"{len(listed.parts)}."
         )
     parts = tuple(
         replace(part, stored=piece) for part, piece in zip(listed.parts, stored, strict=True)

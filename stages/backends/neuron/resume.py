@@ -44,8 +44,11 @@ def saved_shards(saved: Path) -> Path:
 
 def last_checkpoint(folder: Path) -> tuple[int, Path] | None:
     """Step and shards of the last whole checkpoint in `folder`; None where there is none."""
-    found = [(int(path.name.removeprefix("checkpoint-")), saved_shards(path)) for path in folder.glob("checkpoint-*")
-             if re.fullmatch(r"checkpoint-\d+", path.name)]  # fmt: skip
+    found = [
+        (int(path.name.removeprefix("checkpoint-")), saved_shards(path))
+        for path in folder.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", path.name)
+    ]
     whole = [(step, shards) for step, shards in found if is_whole(shards)]
     return max(whole, default=None)
 
@@ -67,23 +70,28 @@ def choose_start(settings: Settings, work: Path, total: int) -> Start:
     if settings.resume == "restart":
         if last:
             print(
-                f"an interrupted training left the weights of step {last[0]:,} of {total:,}. This one begins anew; "
-                f"RESUME=weights would go on from them; the optimizer's moments and the float32 weights are lost "
+                f"an interrupted training left the weights of step {last[0]:,} of {total:,}. This "
+                "one begins anew; "
+                "RESUME=weights would go on from them; the optimizer's moments and the float32 "
+                "weights are lost "
                 f"(NeuronTrainer cannot resume)",
                 flush=True,
             )
         return Start(base_model_folder(settings), 0)
     if settings.lora_r:
         raise InputError(
-            f"RESUME=weights: LORA_R={settings.lora_r} saves adapters, which cannot be gone on with. Set RESUME=restart."
+            f"RESUME=weights: LORA_R={settings.lora_r} saves adapters, which cannot be gone on "
+            "with. Set RESUME=restart."
         )
     last = _last_undamaged(work)
     if last is None:
         raise InputError(
-            "RESUME=weights: no interrupted training with these settings has left a whole checkpoint. Set RESUME=restart."
+            "RESUME=weights: no interrupted training with these settings has left a whole "
+            "checkpoint. Set RESUME=restart."
         )
     print(
-        f"going on from the weights of step {last[0]:,} of {total:,}, in bfloat16; the optimizer's moments begin anew",
+        f"going on from the weights of step {last[0]:,} of {total:,}, in bfloat16; the "
+        "optimizer's moments begin anew",
         flush=True,
     )
     return Start(_as_model_folder(settings, last[1], _resumed(work, last[0])), last[0])

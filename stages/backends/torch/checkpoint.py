@@ -110,7 +110,8 @@ def _load(checkpoint: Path, state: dict[str, Any]) -> None:
             {str(failure).partition("\n")[0] for failure, _ in error.failures.values()}
         )
         raise StageFailure(
-            f"{checkpoint} cannot be resumed from: {'; '.join(reasons)}. Remove it and run `make train` again."
+            f"{checkpoint} cannot be resumed from: {'; '.join(reasons)}. Remove it and run `make "
+            "train` again."
         ) from error
 
 

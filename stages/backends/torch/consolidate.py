@@ -148,7 +148,8 @@ def _require_whole(
     shards: Path, specs: Mapping[str, TensorSpec], parts: Mapping[str, list[Part]]
 ) -> None:
     problems = [
-        f"{name}: its shards ({elements} values) do not cover its shape {list(spec.shape)} exactly once."
+        f"{name}: its shards ({elements} values) do not cover its shape {list(spec.shape)} "
+        "exactly once."
         for name, spec in specs.items()
         if (elements := sum(part.elements for part in parts[name])) != spec.elements
     ]

@@ -120,19 +120,22 @@ def check(settings: Settings, config: Any, vocabulary: int) -> None:
     problems = []
     if config.model_type not in SUPPORTED:
         problems.append(
-            f"MODEL_ID={settings.model_id} is a {config.model_type}; the torch backend trains {', '.join(SUPPORTED)}."
+            f"MODEL_ID={settings.model_id} is a {config.model_type}; the torch backend trains "
+            f"{', '.join(SUPPORTED)}."
         )
     else:
         problems += division_problems(settings, config)
         if config.num_key_value_heads % settings.tensor_parallel_size:
             size, heads = settings.tensor_parallel_size, config.num_key_value_heads
             problems.append(
-                f"TENSOR_PARALLEL_SIZE={size} does not divide the model's {heads} KV heads. Set a divisor of it."
+                f"TENSOR_PARALLEL_SIZE={size} does not divide the model's {heads} KV heads. Set a "
+                "divisor of it."
             )
     problems += fit_problems(settings, config, vocabulary)
     if settings.pipeline_parallel_size > 1:
         problems.append(
-            f"PIPELINE_PARALLEL_SIZE={settings.pipeline_parallel_size}: the torch backend has no pipeline. Leave it 1."
+            f"PIPELINE_PARALLEL_SIZE={settings.pipeline_parallel_size}: the torch backend has no "
+            "pipeline. Leave it 1."
         )
     if settings.lora_r:
         problems.append(
@@ -144,12 +147,14 @@ def check(settings: Settings, config: Any, vocabulary: int) -> None:
         )
     if settings.torch_compile and unusable_path():
         problems.append(
-            f"TORCH_COMPILE=1: inductor cannot use a path with a space ({unusable_path()}). Move the project, or leave it 0."
+            f"TORCH_COMPILE=1: inductor cannot use a path with a space ({unusable_path()}). Move "
+            "the project, or leave it 0."
         )
     gpus = torch.cuda.device_count()
     if gpus and settings.nproc_per_node > gpus:
         problems.append(
-            f"NPROC_PER_NODE={settings.nproc_per_node} is above the {gpus} visible GPU(s). Lower it (CUDA_VISIBLE_DEVICES)."
+            f"NPROC_PER_NODE={settings.nproc_per_node} is above the {gpus} visible GPU(s). Lower "
+            "it (CUDA_VISIBLE_DEVICES)."
         )
     if problems:
         raise InputError(problems)

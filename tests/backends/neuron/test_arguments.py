@@ -23,9 +23,15 @@ from stages.run.settings import Settings
 from tests.conftest import ROOT
 
 LLAMA = Settings(
-    model_id=str(ROOT / "data/demo/model"), init_weights="pretrained", nproc_per_node=32, tensor_parallel_size=8, max_length=2048,
-    gradient_accumulation_steps=16, gradient_checkpointing=True, logging_steps=10,
-)  # fmt: skip
+    model_id=str(ROOT / "data/demo/model"),
+    init_weights="pretrained",
+    nproc_per_node=32,
+    tensor_parallel_size=8,
+    max_length=2048,
+    gradient_accumulation_steps=16,
+    gradient_checkpointing=True,
+    logging_steps=10,
+)
 
 
 def flags(command: list[str]) -> dict[str, str]:

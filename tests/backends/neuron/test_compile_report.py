@@ -63,10 +63,14 @@ def test_totals_hits_and_failures_are_read() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "2024-12-24 10:46:40.000063:  802786  INFO ||NEURON_PARALLEL_COMPILE||: Total failed compilations: 7",
-        "INFO: 2023-08-24 20:21:11.000895:  161136  INFO ||NEURON_PARALLEL_COMPILE||: Total failed compilations: 7",
-        "(Worker pid=1) 2024-12-24 10:46:40.000063:  2  INFO ||NEURON_PARALLEL_COMPILE||: Total failed compilations: 7\n",
-        "..2024-10-24 18:49:49.000950: INFO ||NEURON_PARALLEL_COMPILE||: Total failed compilations: 7{'loss': 2.1}",
+        "2024-12-24 10:46:40.000063:  802786  INFO ||NEURON_PARALLEL_COMPILE||: Total failed "
+        "compilations: 7",
+        "INFO: 2023-08-24 20:21:11.000895:  161136  INFO ||NEURON_PARALLEL_COMPILE||: Total "
+        "failed compilations: 7",
+        "(Worker pid=1) 2024-12-24 10:46:40.000063:  2  INFO ||NEURON_PARALLEL_COMPILE||: Total "
+        "failed compilations: 7\n",
+        "..2024-10-24 18:49:49.000950: INFO ||NEURON_PARALLEL_COMPILE||: Total failed "
+        "compilations: 7{'loss': 2.1}",
     ],
 )
 def test_a_total_is_read_whatever_stands_around_it(line: str) -> None:
@@ -96,7 +100,8 @@ NOISE = st.sampled_from(
         "> initializing tensor model parallel with size 8",
         "  1%|▌         | 1/290 [00:04<22:02,  4.58s/it]",
         "Total graphs of all runs so far: many",
-        f"INFO ||NEURON_CC_WRAPPER||: Call compiler with cmd: ['neuronx-cc', 'compile', '{CACHE}/MODULE_99+aa/model.hlo_module.pb']",
+        "INFO ||NEURON_CC_WRAPPER||: Call compiler with cmd: ['neuronx-cc', 'compile', "
+        f"'{CACHE}/MODULE_99+aa/model.hlo_module.pb']",
     ]
 )
 
@@ -119,6 +124,9 @@ def test_a_status_that_belongs_to_no_graph_is_nobodys_failure() -> None:
 
 def test_a_cache_that_holds_every_graph_is_a_report_of_none() -> None:
     """The tool then prints no totals."""
-    said = "2026-01-01 10:46:40.000063:  802786  INFO ||NEURON_PARALLEL_COMPILE||: No todo hlos found in cache or hlo_tasklist, ..."
+    said = (
+        "2026-01-01 10:46:40.000063:  802786  INFO ||NEURON_PARALLEL_COMPILE||: No todo hlos "
+        "found in cache or hlo_tasklist, ..."
+    )
     report = read_compile_report([said])
     assert (report.graphs, report.succeeded, report.failed) == (0, 0, 0)

@@ -94,8 +94,10 @@ def parsed() -> dict[str, dict[str, Any]]:
         "from optimum.neuron import NeuronTrainingArguments\n"
         "commands = json.load(sys.stdin)\n"
         "parser = HfArgumentParser(NeuronTrainingArguments)\n"
-        "plain = lambda given: {k: v if isinstance(v, (int, float, list)) else str(getattr(v, 'value', v)) for k, v in given.items()}\n"
-        "answer = {name: plain(vars(parser.parse_args(command))) for name, command in commands.items()}\n"
+        "plain = lambda given: {k: v if isinstance(v, (int, float, list)) else str(getattr(v, "
+        "'value', v)) for k, v in given.items()}\n"
+        "answer = {name: plain(vars(parser.parse_args(command))) for name, command in "
+        "commands.items()}\n"
         "whole, = parser.parse_args_into_dataclasses(next(iter(commands.values())))\n"
         "answer['whole'] = plain(vars(whole))\n"
         "print('ANSWER' + json.dumps(answer))\n"
@@ -137,10 +139,24 @@ def test_optimum_neurons_parser_understands_the_settings_as_they_are_meant(
 ) -> None:
     settings, given = RUNS[run], parsed[run]
     same = (
-        "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_steps", "weight_decay", "adam_beta1",
-        "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "bf16", "tensor_parallel_size", "pipeline_parallel_size", "zero_1",
-        "gradient_checkpointing", "logging_steps", "save_total_limit",
-    )  # fmt: skip
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "warmup_steps",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "max_grad_norm",
+        "seed",
+        "bf16",
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "zero_1",
+        "gradient_checkpointing",
+        "logging_steps",
+        "save_total_limit",
+    )
     assert {name: given[name] for name in same} == {name: getattr(settings, name) for name in same}
     assert given["max_steps"] == 30
     assert given["save_strategy"] == ("steps" if settings.save_steps else "no")
@@ -234,9 +250,10 @@ def test_what_the_worker_overrides_is_used_by_the_trainer(call: str) -> None:
 
 def test_the_training_model_is_built_as_the_worker_builds_it() -> None:
     from_pretrained = next(
-        node for node in ast.walk(classes("models/training/modeling_utils.py")["NeuronModelMixin"])
+        node
+        for node in ast.walk(classes("models/training/modeling_utils.py")["NeuronModelMixin"])
         if isinstance(node, ast.FunctionDef) and node.name == "from_pretrained"
-    )  # fmt: skip
+    )
     taken = {node.value for node in ast.walk(from_pretrained) if isinstance(node, ast.Constant)}
     assert {"attn_implementation"} <= taken and "dtype" in {
         name.id for name in ast.walk(from_pretrained) if isinstance(name, ast.Name)

@@ -116,7 +116,8 @@ def test_a_compiler_that_fails_is_quoted_and_its_logs_are_kept(model_dir, tmp_pa
     monkeypatch.setenv("STAND_IN_COMPILER_FAILS", "neuronx-cc ended with -9")
     with pytest.raises(
         StageFailure,
-        match=r"(?s)RuntimeError: neuronx-cc ended with -9.*logs are in .*graphs.*INFERENCE_SEQUENCE_LENGTH",
+        match=r"(?s)RuntimeError: neuronx-cc ended with -9.*logs are in "
+        r".*graphs.*INFERENCE_SEQUENCE_LENGTH",
     ):
         compile_model(model_dir, tmp_path / "compiled", settings=settings())
     assert (
@@ -134,7 +135,7 @@ def test_the_callers_own_target_and_compile_folder_do_not_reach_the_compiler(
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_the_path_that_the_compiler_sees_and_its_cache_are_the_same_whatever_the_run_and_the_weights(
+def test_the_compilers_path_and_cache_are_the_same_for_every_run_and_all_weights(
     tmp_path,
 ):
     given = environment(settings(neuron_compile_cache_url="s3://bucket/graphs"), tmp_path)
@@ -171,9 +172,7 @@ def test_everything_that_cannot_be_compiled_is_refused_together(model_dir, tmp_p
 
 
 @pytest.mark.usefixtures("with_compiler")
-def test_heads_of_another_width_than_the_hidden_size_gives_are_refused_for_llama_and_compiled_for_qwen3(
-    model_dir, tmp_path
-):
+def test_heads_of_another_width_are_refused_for_llama_and_compiled_for_qwen3(model_dir, tmp_path):
     config = json.loads((model_dir / "config.json").read_text())
     (model_dir / "config.json").write_text(json.dumps({**config, "head_dim": 8}))
     assert "4 heads of 8 are not its hidden size 64" in refusal(model_dir, tmp_path / "compiled")[0]

@@ -203,7 +203,7 @@ def test_prompts_that_do_not_fit_are_refused_with_both_numbers(results, call, nu
     assert all(number in results[call] for number in numbers)
 
 
-def test_a_model_of_other_versions_another_target_and_more_cores_is_refused_with_all_of_it_before_it_is_loaded(
+def test_all_that_keeps_a_compiled_model_from_running_here_is_reported_before_loading(
     compiled, tmp_path
 ):
     folder = Path(shutil.copytree(compiled, tmp_path / "copy"))

@@ -67,11 +67,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         json.dumps({**config, "num_hidden_layers": 2, "tie_word_embeddings": False})
     )
     return Settings(
-        model_id=str(folder), init_weights="random", dataset=str(folder / "rows.jsonl"), max_length=64, validation_fraction=0.2,
-        max_steps=STEPS, learning_rate=5e-3, warmup_steps=2, bf16=True, logging_steps=1, save_steps=0,
+        model_id=str(folder),
+        init_weights="random",
+        dataset=str(folder / "rows.jsonl"),
+        max_length=64,
+        validation_fraction=0.2,
+        max_steps=STEPS,
+        learning_rate=5e-3,
+        warmup_steps=2,
+        bf16=True,
+        logging_steps=1,
+        save_steps=0,
         inference_sequence_length=64,
         neuron_compile_cache_url=str(tmp_path_factory.mktemp("compile-cache")),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +255,8 @@ def rank_tensors(path: Path) -> dict[str, torch.Tensor]:
         "import sys, torch\n"
         "path, output = sys.argv[1:]\n"
         "refs = torch.load(path, weights_only=False)\n"
-        "torch.save({name: torch.load(f'{path}.tensors/tensor_{ref.tid}.pt') for name, ref in refs.items()}, output)\n"
+        "torch.save({name: torch.load(f'{path}.tensors/tensor_{ref.tid}.pt') for name, ref in "
+        "refs.items()}, output)\n"
     )
     output = path.with_suffix(".whole")
     subprocess.run(

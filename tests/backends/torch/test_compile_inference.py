@@ -214,7 +214,8 @@ import sys
 sys.modules["transformers"] = None
 from pathlib import Path
 from stages.backends.torch.generate import load
-steps = load(Path({str(compiled)!r})).generate({PROMPTS!r}, max_new_tokens=6, eos_token_id=-1, **{GREEDY!r})
+model = load(Path({str(compiled)!r}))
+steps = model.generate({PROMPTS!r}, max_new_tokens=6, eos_token_id=-1, **{GREEDY!r})
 print(list(steps), "torch._inductor" in sys.modules)
 """
     ended = subprocess.run(

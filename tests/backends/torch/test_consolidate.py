@@ -143,7 +143,10 @@ def test_tied_embeddings_are_published_and_written_once(tmp_path, output, one_ra
 
 
 def test_weights_above_the_size_of_a_file_are_published_in_several(
-    tmp_path, output, one_rank, monkeypatch
+    tmp_path,
+    output,
+    one_rank,
+    monkeypatch,
 ):
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 20_000)
     model = tiny_llama()
@@ -200,7 +203,8 @@ def test_shards_that_leave_a_hole_are_refused(sharded, output, tmp_path):
     refuse(
         shards,
         output,
-        r"model\.layers\.0\.mlp\.up_proj\.weight: its shards \(1152 values\) do not cover its shape \[48, 32\]",
+        r"model\.layers\.0\.mlp\.up_proj\.weight: its shards \(1152 values\) do not cover its "
+        r"shape \[48, 32\]",
     )
 
 

@@ -42,9 +42,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
     return Settings(
-        model_id=str(folder), init_weights="random", dataset=str(folder / "rows.jsonl"), max_length=64, validation_fraction=0.2,
-        max_steps=STEPS, learning_rate=3e-3, warmup_steps=2, bf16=False, logging_steps=1, save_steps=0, eval_steps=3,
-    )  # fmt: skip
+        model_id=str(folder),
+        init_weights="random",
+        dataset=str(folder / "rows.jsonl"),
+        max_length=64,
+        validation_fraction=0.2,
+        max_steps=STEPS,
+        learning_rate=3e-3,
+        warmup_steps=2,
+        bf16=False,
+        logging_steps=1,
+        save_steps=0,
+        eval_steps=3,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +185,16 @@ def test_every_parameter_has_a_gradient_on_every_rank(
 ) -> None:
     settings = replace(base, nproc_per_node=2, tensor_parallel_size=2, **flags)
     done = subprocess.run(
-        [*torchrun(2, "tests.backends.torch.gradients"), str(base_model_folder(settings)), str(data), str(tmp_path / "error")],
-        env={**clean_environment(), **environment(settings), "TMPDIR": str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            *torchrun(2, "tests.backends.torch.gradients"),
+            str(base_model_folder(settings)),
+            str(data),
+            str(tmp_path / "error"),
+        ],
+        env={**clean_environment(), **environment(settings), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "without gradient: []" in done.stdout
     assert not list(tmp_path.glob("torchelastic_*")), "the launcher left a folder behind"
@@ -234,8 +251,13 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing(shape: str) ->
 
 
 def test_steps_cover_every_row_as_often_as_there_are_epochs() -> None:
-    settings = Settings(num_train_epochs=3, per_device_train_batch_size=1, gradient_accumulation_steps=16, nproc_per_node=32,
-                        tensor_parallel_size=8)  # fmt: skip
+    settings = Settings(
+        num_train_epochs=3,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=16,
+        nproc_per_node=32,
+        tensor_parallel_size=8,
+    )
     assert sequences_per_step(settings) == 64
     assert total_steps(settings, 1581) == 75
 

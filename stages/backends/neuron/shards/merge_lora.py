@@ -70,7 +70,8 @@ def merged_tensors(
     """
     if base is None:
         raise StageFailure(
-            f"{shards.folder} holds an adapter, which is merged into the model that it was trained on. Name that model."
+            f"{shards.folder} holds an adapter, which is merged into the model that it was "
+            "trained on. Name that model."
         )
     scale, targets, problems = _configuration(shards.folder / ADAPTER_CONFIG)
     tensors = {
@@ -142,7 +143,8 @@ def _configuration(path: Path) -> tuple[float, list[str], list[str]]:
     for name, known in KNOWN.items():
         if config.get(name, known[0]) not in known:
             problems.append(
-                f"{path}: {name} = {config[name]!r} is not known here, only {', '.join(map(repr, known))}."
+                f"{path}: {name} = {config[name]!r} is not known here, only "
+                f"{', '.join(map(repr, known))}."
             )
     if not isinstance(targets, list):
         problems.append(f"{path}: target_modules is {targets!r}. List the modules' names.")
@@ -177,13 +179,19 @@ def _misfits(
     adapter should adapt and does not."""
     for name, (first, second) in matrices.items():
         if name not in tensors:
-            yield f"{name} has an adapter and is not in {base}: it was trained on another model, or the two are tied."
+            yield (
+                f"{name} has an adapter and is not in {base}: it was trained on another model, "
+                "or the two are tied."
+            )
             continue
         spec = tensors[name][0]
         shapes = [list(matrix.spec.shape) for matrix in (first, second)]
         fits = all(len(shape) == 2 for shape in shapes) and shapes[0][0] == shapes[1][1]
         if not fits or (shapes[1][0], shapes[0][1]) != spec.shape or spec.dtype not in FLOATING:
-            yield f"{name}: its shape is {list(spec.shape)} in {base}, its adapter has A {shapes[0]} and B {shapes[1]}."
+            yield (
+                f"{name}: its shape is {list(spec.shape)} in {base}, its adapter has A "
+                f"{shapes[0]} and B {shapes[1]}."
+            )
     for name in tensors:
         module = name.removesuffix(".weight")
         if name not in matrices and any(

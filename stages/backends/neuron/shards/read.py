@@ -1,8 +1,10 @@
 """The shards that NeuronTrainer.save_model leaves: which files belong to them, what is wrong with
 them, and the tensors that they make up.
 
-    shards/  done  mp_metadata_pp_rank_PP.json  [adapter_config.json]  model/dp_rank_00_tp_rank_TT_pp_rank_PP.pt
-             with use_xser also  model/...pt.info.pt (shapes and dtypes)  model/...pt.tensors/tensor_K.pt (one for each tensor)
+    shards/  done  mp_metadata_pp_rank_PP.json  [adapter_config.json]
+             model/dp_rank_00_tp_rank_TT_pp_rank_PP.pt
+             with use_xser also  model/...pt.info.pt (shapes and dtypes)
+                                 model/...pt.tensors/tensor_K.pt (one per tensor)
 
 Names, shapes and dtypes of all tensors are known from the metadata and from the files' descriptions
 of their tensors; the weights are read afterwards, a few rows at a time.
@@ -153,12 +155,14 @@ def read_shards(folder: Path) -> Shards:
 def _stages(folder: Path) -> tuple[list[_Stage], list[str]]:
     if not (folder / DONE).is_file():
         return [], [
-            f"{folder / DONE} is missing. It is written behind all weights, so this save was never finished."
+            f"{folder / DONE} is missing. It is written behind all weights, so this save was "
+            "never finished."
         ]
     stages, problems = [], []
     if _pipeline_size(folder) > MOST_RANKS:
         return [], [
-            f"{folder} has files of {_pipeline_size(folder)} pipeline stages; no training has more than {MOST_RANKS}."
+            f"{folder} has files of {_pipeline_size(folder)} pipeline stages; no training has "
+            f"more than {MOST_RANKS}."
         ]
     for rank in range(_pipeline_size(folder)):
         path = folder / METADATA.format(rank)
@@ -175,7 +179,8 @@ def _stages(folder: Path) -> tuple[list[_Stage], list[str]]:
         } or {1}
         if max(sizes) > MOST_RANKS:
             problems.append(
-                f"{path} gives {max(sizes)} tensor-parallel ranks; no training has more than {MOST_RANKS}."
+                f"{path} gives {max(sizes)} tensor-parallel ranks; no training has more than "
+                f"{MOST_RANKS}."
             )
             continue
         files = [
@@ -214,7 +219,8 @@ def _read_stage(stage: _Stage, shards: Shards) -> None:
         return
     if not shards.adapter and any(".lora_" in name for tensors in ranks for name in tensors):
         shards.problems.append(
-            f"{shards.folder / ADAPTER_CONFIG} is missing, and the shards hold an adapter. Copy it there."
+            f"{shards.folder / ADAPTER_CONFIG} is missing, and the shards hold an adapter. Copy "
+            "it there."
         )
         return
     for name in {name: None for tensors in ranks for name in tensors} | (
@@ -322,7 +328,8 @@ def _referred(file: Path, number: object, information: dict[Any, Any]) -> Stored
         )
         if expected != (stored.dtype, stored.shape):
             raise StageFailure(
-                f"{path} holds {stored.dtype} {stored.shape}, {file.name}.info.pt says {expected[0]} {expected[1]}."
+                f"{path} holds {stored.dtype} {stored.shape}, {file.name}.info.pt says "
+                f"{expected[0]} {expected[1]}."
             )
     return stored
 

@@ -80,7 +80,8 @@ class FusedLinearsSpec:
             or any(size % self.tp_size for size in self.original_dims)
         ):
             raise Misfit(
-                f"{self.module}.{self.fused_linear_name}: fused biases, fused inputs and uneven rows are not known here ({self})"
+                f"{self.module}.{self.fused_linear_name}: fused biases, fused inputs and uneven "
+                f"rows are not known here ({self})"
             )
         rows = [size // self.tp_size for size in self.original_dims]
         for suffix in ("weight", "lora_B.weight"):
@@ -134,7 +135,8 @@ class GQAQKVColumnParallelLinearSpec:
         )
         for suffix in ("weight", "lora_B.weight"):
             for name, letter, slices, size, start in projections:
-                parameter = f"{self.module}.{self.gqa_qkv_projection_name}.{suffix}_{'qkv' if self.fuse_qkv else letter}"
+                projection = f"{self.module}.{self.gqa_qkv_projection_name}"
+                parameter = f"{projection}.{suffix}_{'qkv' if self.fuse_qkv else letter}"
                 if parameter in shapes:
                     _expect(
                         shapes,
@@ -176,7 +178,8 @@ class GQAQKVColumnParallelLinearSpec:
         )
         if not (divides and same_head and self.q_output_size_per_partition % (heads // ranks) == 0):
             raise Misfit(
-                f"{self.module}.{self.gqa_qkv_projection_name}: heads, copies and ranks do not fit each other ({self})"
+                f"{self.module}.{self.gqa_qkv_projection_name}: heads, copies and ranks do not "
+                f"fit each other ({self})"
             )
 
     def _query_slices(self) -> list[Slice]:
@@ -266,7 +269,8 @@ def _spec(module: str, kind: str, values: Mapping[str, Any]) -> Spec:
     others = {name: value for name, value in values.items() if name != "peft_type"}
     if kind not in SPECS or set(others) != set(SPECS[kind].__dataclass_fields__) - {"module"}:
         raise Misfit(
-            f"the transformation {kind} of {module} with {sorted(others)} is not one of optimum-neuron 0.4.5 ({', '.join(SPECS)})"
+            f"the transformation {kind} of {module} with {sorted(others)} is not one of "
+            f"optimum-neuron 0.4.5 ({', '.join(SPECS)})"
         )
     if values.get("peft_type") not in (None, "lora"):
         raise Misfit(
@@ -276,7 +280,8 @@ def _spec(module: str, kind: str, values: Mapping[str, Any]) -> Spec:
     for field in fields(spec):
         if not _is(str(field.type), getattr(spec, field.name)):
             raise Misfit(
-                f"{module}: {field.name} of its transformation {kind} is not what it is in optimum-neuron 0.4.5 ({field.type})"
+                f"{module}: {field.name} of its transformation {kind} is not what it is in "
+                f"optimum-neuron 0.4.5 ({field.type})"
             )
     return spec
 
@@ -302,7 +307,8 @@ def _joined(name: str, partition: Partition | None, shapes: Sequence[Shape]) -> 
         dimension, stride = partition.dimension, partition.stride
     if stride != 1:
         raise Misfit(
-            f"{name}: its shards are interleaved (partition_stride {stride}), and no transformation says how"
+            f"{name}: its shards are interleaved (partition_stride {stride}), and no "
+            "transformation says how"
         )
     alike = {
         shape if partition is None else shape[:dimension] + shape[dimension + 1 :]
@@ -314,7 +320,8 @@ def _joined(name: str, partition: Partition | None, shapes: Sequence[Shape]) -> 
         or (partition and partition.count != len(shapes))
     ):
         raise Misfit(
-            f"{name}: shards of shapes {[list(shape) for shape in shapes]} do not join along dimension {dimension}"
+            f"{name}: shards of shapes {[list(shape) for shape in shapes]} do not join along "
+            f"dimension {dimension}"
         )
     used = shapes[:1] if partition is None else shapes
     return Original(
@@ -349,5 +356,6 @@ def _expect(shapes: Shapes, parameter: str, ranks: int, dimension: int, size: in
     ):
         expected = f"{ranks} matrices with {size} {('rows', 'columns')[dimension]}"
         raise Misfit(
-            f"{parameter}: the metadata means {expected}, the shards have shapes {[list(shape) for shape in found]}"
+            f"{parameter}: the metadata means {expected}, the shards have shapes "
+            f"{[list(shape) for shape in found]}"
         )

@@ -124,7 +124,8 @@ def refuse(shards: Path, base: Path | None, output: Path, message: str) -> None:
         ),
         (
             {"target_modules": ["q_proj", "lm_head"]},
-            r"lm_head\.weight is to be adapted \(target_modules\) and the shards hold nothing for it",
+            r"lm_head\.weight is to be adapted \(target_modules\) and the shards hold nothing for "
+            r"it",
         ),
     ],
 )
@@ -160,7 +161,8 @@ def test_an_adapter_needs_the_model_that_it_was_trained_on(written_shards, outpu
         shards,
         written_shards / "tp8_gqa" / "original",
         output,
-        r"q_proj\.weight: its shape is \[64, 64\] in .*, its adapter has A \[4, 32\] and B \[32, 4\]",
+        r"q_proj\.weight: its shape is \[64, 64\] in .*, its adapter has A \[4, 32\] and B \[32, "
+        r"4\]",
     )
 
 

@@ -113,7 +113,8 @@ SEEN_WITHOUT_READING: list[tuple[str, Damage, str]] = [
     (
         "tp2",
         remove(TENSOR),
-        r"tp_rank_01_pp_rank_00\.pt\.tensors/tensor_7\.pt is missing\. It holds model\.layers\.0\.\S+",
+        r"tp_rank_01_pp_rank_00\.pt\.tensors/tensor_7\.pt is missing\. It holds "
+        r"model\.layers\.0\.\S+",
     ),
     ("tp2", cut_short(TENSOR), r"tensor_7\.pt is damaged"),
     ("tp2", cut_short(RANK), r"tp_rank_01_pp_rank_00\.pt is damaged"),
@@ -121,7 +122,8 @@ SEEN_WITHOUT_READING: list[tuple[str, Damage, str]] = [
     (
         "tp2",
         replace_by(TENSOR, torch.ones(3)),
-        r"tensor_7\.pt holds float32 \(3,\), dp_rank_00_tp_rank_01_pp_rank_00\.pt\.info\.pt says float32 \(32,\)",
+        r"tensor_7\.pt holds float32 \(3,\), dp_rank_00_tp_rank_01_pp_rank_00\.pt\.info\.pt says "
+        r"float32 \(32,\)",
     ),
     ("tp2", replace_by(TENSOR, [torch.ones(3)]), r"tensor_7\.pt holds no tensor"),
     ("tp2", replace_by(RANK, [1, 2]), r"tp_rank_01_pp_rank_00\.pt holds no state dict"),
@@ -130,7 +132,8 @@ SEEN_WITHOUT_READING: list[tuple[str, Damage, str]] = [
     (
         "tp2",
         replace_by(RANK, COMMAND),
-        r"tp_rank_01_pp_rank_00\.pt is damaged, or asks for more than tensors, and that is never run: .*mkdir",
+        r"tp_rank_01_pp_rank_00\.pt is damaged, or asks for more than tensors, and that is never "
+        r"run: .*mkdir",
     ),
     (
         "tp2",
@@ -172,7 +175,8 @@ SEEN_WITHOUT_READING: list[tuple[str, Damage, str]] = [
     (
         "tp2",
         change_metadata(lambda metadata: first_fields(metadata).update(original_dims=[40, 40])),
-        r"gate_up_proj\.weight: the metadata means 2 matrices with 40 rows, the shards have shapes \[\[48, 32\], \[48, 32\]\]",
+        r"gate_up_proj\.weight: the metadata means 2 matrices with 40 rows, the shards have "
+        r"shapes \[\[48, 32\], \[48, 32\]\]",
     ),
     (
         "tp4_gqa",
@@ -232,7 +236,8 @@ def test_a_reference_leads_nowhere_but_to_a_numbered_file(
     replace_by(RANK, {"model.norm.weight": TensorReference(number)})(shards)
     with pytest.raises(
         StageFailure,
-        match=rf"refers to a tensor {re.escape(repr(number))}, and not by a number\. It holds model\.norm\.weight",
+        match=rf"refers to a tensor {re.escape(repr(number))}, and not by a number\. It holds "
+        r"model\.norm\.weight",
     ):
         consolidate(shards, output, dtype=None, max_shard_size=GIGABYTE)
 
@@ -242,7 +247,8 @@ def test_problems_are_reported_together(written_shards, output, tmp_path):
     remove(*(f"{RANK}.tensors/tensor_{number}.pt" for number in range(7)))(shards)
     with pytest.raises(
         StageFailure,
-        match=r"(?s)cannot be joined; use an earlier checkpoint.*tensor_0\.pt.*tensor_4\.pt.*\.\.\. and 2 more",
+        match=r"(?s)cannot be joined; use an earlier "
+        r"checkpoint.*tensor_0\.pt.*tensor_4\.pt.*\.\.\. and 2 more",
     ):
         consolidate(shards, output, dtype=None, max_shard_size=GIGABYTE)
     assert len(problems(shards)) == 7

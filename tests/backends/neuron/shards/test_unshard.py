@@ -218,7 +218,8 @@ def test_an_adapter_on_fused_layers_gives_each_the_one_matrix_a():
             {},
             [FusedLinearsSpec("mlp", "fused", ["a", "b"], False, 0, [4, 4], 2)],
             {"mlp.fused.weight": [(5, 3), (5, 3)]},
-            r"mlp\.fused\.weight: the metadata means 2 matrices with 4 rows, the shards have shapes \[\[5, 3\], \[5, 3\]\]",
+            r"mlp\.fused\.weight: the metadata means 2 matrices with 4 rows, the shards have "
+            r"shapes \[\[5, 3\], \[5, 3\]\]",
         ),
         (
             {},

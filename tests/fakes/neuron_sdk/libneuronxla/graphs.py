@@ -62,7 +62,8 @@ def compile_graph(description: list[str]) -> None:
         return
     if (entry / "model.log").exists() and "--retry_failed_compilation" not in flags:
         _say(
-            f"Got a cached failed neff at {entry / 'model.neff'}. Will skip compilation, please set --retry_failed_compilation"
+            f"Got a cached failed neff at {entry / 'model.neff'}. Will skip compilation, please "
+            "set --retry_failed_compilation"
         )
         raise RuntimeError("a graph could not be compiled")
     entry.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,8 @@ def compile_graph(description: list[str]) -> None:
     (entry / "compile_flags.json").write_text(json.dumps(flags), encoding="utf-8")
     if collecting():
         _say(
-            f"Extracting graphs ({entry / 'model.hlo_module.pb'}) for ahead-of-time parallel compilation. No compilation was done."
+            f"Extracting graphs ({entry / 'model.hlo_module.pb'}) for ahead-of-time parallel "
+            "compilation. No compilation was done."
         )
     else:
         _say(f"Call compiler with cmd: neuronx-cc compile {entry.name}")
@@ -80,7 +82,8 @@ def compile_graph(description: list[str]) -> None:
 def _say(text: str) -> None:
     now = datetime.now()
     print(
-        f"{now:%Y-%m-%d %H:%M:%S}.{now.microsecond // 1000:06d}:  {os.getpid()}  INFO ||NEURON_CC_WRAPPER||: {text}",
+        f"{now:%Y-%m-%d %H:%M:%S}.{now.microsecond // 1000:06d}:  {os.getpid()}  INFO "
+        f"||NEURON_CC_WRAPPER||: {text}",
         flush=True,
     )
 

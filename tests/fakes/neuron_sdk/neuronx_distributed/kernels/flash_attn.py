@@ -10,9 +10,17 @@ from libneuronxla.graphs import traced
 
 
 def nki_flash_attn_func(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lnc: int = 1, dropout_p: float = 0.0, softmax_scale: float | None = None,
-    causal: bool = True, mixed_precision: bool = True, transpose_nki_inputs: bool = True, **_: Any,
-) -> torch.Tensor:  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lnc: int = 1,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    mixed_precision: bool = True,
+    transpose_nki_inputs: bool = True,
+    **_: Any,
+) -> torch.Tensor:
     """Inputs [batch, heads, head size, sequence] when transposed, else [batch, heads, sequence,
     head size]; so is the result."""
     traced("flash attention")

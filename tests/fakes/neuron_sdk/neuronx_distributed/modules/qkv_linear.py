@@ -19,9 +19,17 @@ class GQAQKVColumnParallelLinear(BaseParallelLinear):
     fused, no bias."""
 
     def __init__(
-        self, input_size: int, output_sizes: list[int], bias: bool = True, gather_output: bool = True,
-        dtype: torch.dtype = torch.float32, init_method: Any = None, kv_size_multiplier: int = 1, fuse_qkv: bool = True, **given: Any,
-    ):  # fmt: skip
+        self,
+        input_size: int,
+        output_sizes: list[int],
+        bias: bool = True,
+        gather_output: bool = True,
+        dtype: torch.dtype = torch.float32,
+        init_method: Any = None,
+        kv_size_multiplier: int = 1,
+        fuse_qkv: bool = True,
+        **given: Any,
+    ):
         if bias or fuse_qkv or gather_output:
             raise NotImplementedError(
                 "the substitute has no bias, no fused projections and no gathered output"

@@ -20,10 +20,16 @@ from neuronx_distributed.parallel_layers import grads, parallel_state
 
 class NeuronZero1Optimizer(torch.optim.Optimizer):
     def __init__(
-        self, params: Any, optimizer_class: type[torch.optim.Optimizer], optimizer_dtype: torch.dtype = torch.float32,
-        grad_clipping: bool = True, max_norm: float | None = None, sharding_groups: Any = None, use_grad_acc_hook: bool = False,
+        self,
+        params: Any,
+        optimizer_class: type[torch.optim.Optimizer],
+        optimizer_dtype: torch.dtype = torch.float32,
+        grad_clipping: bool = True,
+        max_norm: float | None = None,
+        sharding_groups: Any = None,
+        use_grad_acc_hook: bool = False,
         **given: Any,
-    ):  # fmt: skip
+    ):
         super().__init__(params, {})
         self._optimizer_class, self._dtype, self._groups = (
             optimizer_class,
@@ -93,7 +99,8 @@ class NeuronZero1Optimizer(torch.optim.Optimizer):
     def _compile(self) -> None:
         """The two graphs of a training step, made when the first ends."""
         layout = [
-            f"tensor parallel {parallel_state.get_tensor_model_parallel_size()}, data parallel {parallel_state.get_data_parallel_size()}"
+            f"tensor parallel {parallel_state.get_tensor_model_parallel_size()}, data parallel "
+            f"{parallel_state.get_data_parallel_size()}"
         ]
         parameters = [p for group in self.param_groups for p in group["params"]]
         shapes = [f"{p.dtype} {list(p.shape)} trained {p.requires_grad}" for p in parameters]

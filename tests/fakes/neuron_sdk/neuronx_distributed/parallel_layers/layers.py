@@ -103,9 +103,16 @@ class ColumnParallelLinear(BaseParallelLinear):
     partition_dim = 0
 
     def __init__(
-        self, input_size: int, output_size: int, bias: bool = True, gather_output: bool = True, dtype: torch.dtype = torch.float32,
-        device: Any = None, init_method: Callable | None = None, **given: Any,
-    ):  # fmt: skip
+        self,
+        input_size: int,
+        output_size: int,
+        bias: bool = True,
+        gather_output: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: Any = None,
+        init_method: Callable | None = None,
+        **given: Any,
+    ):
         super().__init__(input_size, output_size, dtype, init_method, given)
         self.gather_output = gather_output
         self.output_size_per_partition = divide(output_size, self.ranks)
@@ -139,9 +146,16 @@ class RowParallelLinear(BaseParallelLinear):
     partition_dim = 1
 
     def __init__(
-        self, input_size: int, output_size: int, bias: bool = True, input_is_parallel: bool = False, dtype: torch.dtype = torch.float32,
-        device: Any = None, init_method: Callable | None = None, **given: Any,
-    ):  # fmt: skip
+        self,
+        input_size: int,
+        output_size: int,
+        bias: bool = True,
+        input_is_parallel: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: Any = None,
+        init_method: Callable | None = None,
+        **given: Any,
+    ):
         super().__init__(input_size, output_size, dtype, init_method, given)
         self.input_is_parallel = input_is_parallel
         self.input_size_per_partition = divide(input_size, self.ranks)
@@ -166,9 +180,16 @@ class RowParallelLinear(BaseParallelLinear):
 
 class ParallelEmbedding(nn.Module):
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, init_method: Callable = nn.init.normal_,
-        dtype: torch.dtype = torch.float32, sequence_parallel_enabled: bool = False, tensor_model_parallel_group: Any = None, **given: Any,
-    ):  # fmt: skip
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        init_method: Callable = nn.init.normal_,
+        dtype: torch.dtype = torch.float32,
+        sequence_parallel_enabled: bool = False,
+        tensor_model_parallel_group: Any = None,
+        **given: Any,
+    ):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.padding_idx, self.dtype = (
             num_embeddings,

@@ -24,9 +24,15 @@ g_iostate = None
 
 
 def save_checkpoint(
-    checkpoint_dir_str: str, tag: str, model: Any = None, optimizer: Any = None, num_workers: int = 8, use_xser: bool = False,
-    async_save: bool = False, **_: Any,
-) -> None:  # fmt: skip
+    checkpoint_dir_str: str,
+    tag: str,
+    model: Any = None,
+    optimizer: Any = None,
+    num_workers: int = 8,
+    use_xser: bool = False,
+    async_save: bool = False,
+    **_: Any,
+) -> None:
     if async_save or optimizer is not None:
         raise NotImplementedError(
             "the substitutes save no optimizer, and nothing in the background"
