@@ -29,7 +29,6 @@ from stages.run.fingerprint import ROOT
 from tests.conftest import torchrun
 from tests.saved_weights import assert_equal, written
 from tests.tiny_llama import tiny_llama
-from tests.torture.checkpoints import one_rank  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled"
@@ -131,7 +130,7 @@ def test_one_process_checkpoint_becomes_a_sharded_folder_that_transformers_loads
     assert_equal(loaded.state_dict(), model.state_dict())
 
 
-def test_tied_embeddings_are_published_and_written_once(tmp_path, output, one_rank):  # noqa: F811
+def test_tied_embeddings_are_published_and_written_once(tmp_path, output, one_rank):
     model = tiny_llama(tie_word_embeddings=True)
     model.config.save_pretrained(output)
     tied = tied_weights(output)
@@ -156,7 +155,7 @@ def test_weights_above_the_size_of_a_file_are_published_in_several(
     assert_equal(written(output), model.state_dict())
 
 
-def test_embeddings_that_training_untied_are_refused(tmp_path, output, one_rank):  # noqa: F811
+def test_embeddings_that_training_untied_are_refused(tmp_path, output, one_rank):
     model = torch.nn.ModuleDict(
         {"embed": torch.nn.Linear(4, 4, bias=False), "head": torch.nn.Linear(4, 4, bias=False)}
     )
