@@ -135,7 +135,7 @@ REFUSED = {
     "not enough for a row": (
         [SHORT],
         ["PACKING=concat", "MAX_LENGTH=512"],
-        "less than a row of 512",
+        "fewer than one sequence of 512",
     ),
 }
 
