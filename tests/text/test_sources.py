@@ -130,7 +130,7 @@ REFUSED = {
     "nothing but empty rows": (
         [{**SHORT, "response": ""}] * 2,
         [],
-        "None of the 2 rows has both an instruction and a response",
+        "None of the 2 examples has both an instruction and a response",
     ),
     "not enough for a row": (
         [SHORT],
