@@ -145,7 +145,8 @@ def pretrained_config(folder: Path) -> Any:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise StageFailure(
-            f"{folder} has no config.json, which describes the weights. Name a whole model folder."
+            f"{folder} has no config.json, which describes the weights. Name a "
+            "complete model folder."
         )
     try:
         described = json.loads(path.read_bytes())

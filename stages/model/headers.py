@@ -1,7 +1,7 @@
 """Read the headers of a model folder's safetensors files: the names, shapes, dtypes and files of
 its tensors. No weight is read.
 
-The files may come from anywhere: a damaged or false header, a link to a missing file and a wrong
+The files may come from anyone: a damaged or false header, a link to a missing file and a wrong
 index become lines in `Headers.problems`, not exceptions, because the caller knows whose fault they
 are.
 """

@@ -103,7 +103,7 @@ WORDS = {
     "unknown key": "AWS_ACCESS_KEY_ID",
     "wrong secret": "AWS_SECRET_ACCESS_KEY",
     "expired": "AWS_SESSION_TOKEN",
-    "elsewhere": "set AWS_REGION",
+    "elsewhere": "Set AWS_REGION",
 }
 
 
