@@ -1,2 +1,2 @@
-"""The six stages, a click script each; `run`, `text`, `model` and `backends` are what they stand
-on."""
+"""The six stages, one click script each. They use the packages `run`, `text`, `model` and
+`backends`."""

@@ -21,18 +21,17 @@ def main(settings: Settings, consolidate: Path, output: Path) -> None:
         settings,
         {"consolidate": consolidate},
         output,
-        lambda work: compiled(settings, consolidate, work),
+        lambda work: compile_folder(settings, consolidate, work),
     )
 
 
-def compiled(settings: Settings, model: Path, work: Path) -> StageResult:
-    """Compile the model folder into `work`, with the tokenizer and the prompt's text that it
-    carries."""
+def compile_folder(settings: Settings, model: Path, work: Path) -> StageResult:
+    """Compile the model folder into `work`, and copy its tokenizer and prompt template."""
     backend = backend_module("compile_inference", settings)
-    found = backend.compile_model(model, work, settings=settings)
+    metrics = backend.compile_model(model, work, settings=settings)
     for file in files_below(model, (*TOKENIZER_FILES, PROMPT_FILE)):
         shutil.copyfile(file, work / file.name)
-    return StageResult(device=found["device"], metrics=found)
+    return StageResult(device=metrics["device"], metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Join train's shards into a model folder that plain transformers loads: safetensors, config,
-tokenizer, prompt."""
+"""Join train's shards into a model folder that transformers loads: safetensors, config, tokenizer,
+prompt."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def main(settings: Settings, train: Path, output: Path) -> None:
 
 
 def join(settings: Settings, train: Path, work: Path) -> StageResult:
-    """Write the whole model to `work` and check it against its config.json; a model that differs is
-    not published."""
+    """Write the complete model to `work` and check it against its config.json. A model that differs
+    is not published."""
     from stages.model.base import base_model_folder
     from stages.model.check import check_model_folder, pretrained_config, tied_weights
 
@@ -58,11 +58,9 @@ def join(settings: Settings, train: Path, work: Path) -> StageResult:
             dtype=config.dtype,
             max_shard_size=parse_size(settings.max_shard_size),
             tied=tied_weights(work),
-            base=base_model_folder(settings)
-            if settings.lora_r
-            else None,  # adapters are merged into it
+            base=base_model_folder(settings) if settings.lora_r else None,  # LoRA merges into it
         )
-    except Exception:  # damaged bytes can make a join fail in any way
+    except Exception:  # damaged shards can raise anything
         require_undamaged(shards, train)
         raise
     require_undamaged(shards, train, joined["shards"])
@@ -78,13 +76,13 @@ def join(settings: Settings, train: Path, work: Path) -> StageResult:
 
 
 def published_shards(train: Path) -> dict[str, Any]:
-    """Train's manifest with only the shards as outputs. Raises StageFailure unless all exist and
-    have their sizes."""
+    """Train's manifest with only the shards as outputs. Raises StageFailure unless all exist with
+    the right sizes."""
     manifest = manifest_of(train)
     if manifest is None:
         raise StageFailure(f"{train}: {manifest_problem(train)}. Run `make train` again.")
     shards = {
-        name: facts for name, facts in manifest["outputs"].items() if name.startswith("shards/")
+        name: entry for name, entry in manifest["outputs"].items() if name.startswith("shards/")
     }
     manifest = {**manifest, "outputs": shards}
     _require_none(file_problems(manifest, train), train)
@@ -97,15 +95,15 @@ def require_undamaged(
     """Raise StageFailure unless the shards have the digests that train published, and there are no
     others.
 
-    `digests` (name -> SHA-256) are those that the join computed while it read; other files are read
-    for theirs. This comes after the join: no shard has to be read before it, and nothing is
-    published until it passes.
+    `digests` (name -> SHA-256) are those that the join computed while it read the shards; other
+    files are read again. The check comes after the join, so that the join need not wait for it, and
+    nothing is published until it passes.
     """
-    read = {f"shards/{name}": digest for name, digest in (digests or {}).items()}
+    known = {f"shards/{name}": digest for name, digest in (digests or {}).items()}
     _require_none(
         [
             line
-            for line in file_problems(shards, train, read=True, digests=read)
+            for line in file_problems(shards, train, read=True, digests=known)
             if line.startswith("shards/")
         ],
         train,
@@ -117,7 +115,7 @@ def _require_none(problems: list[str], train: Path) -> None:
         raise StageFailure(
             "\n".join(
                 [
-                    f"{train} is not what was published. Run `make train VERIFY=1`, which makes "
+                    f"{train} is not what was published. Run `make train VERIFY=1`, which builds "
                     "it again.",
                     *problems[:5],
                 ]

@@ -1,7 +1,7 @@
-"""Turn a dataset's rows into packed rows of token ids, and account for every token on the way.
+"""Turn a dataset's examples into packed sequences of token ids, and account for every token.
 
-Publishes train/ and validation/ (`datasets.load_from_disk` reads them), the tokenizer, and the
-prompt's text.
+Publishes train/ and validation/ (`datasets.load_from_disk` reads them), the tokenizer and the
+prompt template.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ def main(settings: Settings, output: Path) -> None:
 
 
 def pack(settings: Settings, work: Path) -> StageResult:
-    """Read, format, tokenise, split and pack DATASET into `work`; print the accounts and one
-    sample."""
+    """Read, tokenise, split and pack DATASET into `work`; print the accounts and a sample."""
     from stages.text.dataset import Layout, build
     from stages.text.examples import Columns, read_examples
     from stages.text.prompt import PromptTemplate
@@ -36,17 +35,16 @@ def pack(settings: Settings, work: Path) -> StageResult:
     s = settings
     template, tokenizer = PromptTemplate(), find_tokenizer(s.model_id, s.model_revision)
     columns = Columns(s.instruction_column, s.context_column, s.response_column)
-    rows = read_examples(
+    batches = read_examples(
         s.dataset,
         columns=columns,
         revision=s.dataset_revision,
         config=s.dataset_config,
         split=s.dataset_split,
     )
-    rows = counted(rows)
     layout = Layout(s.max_length, packing=s.packing, overlong=s.overlong, loss_on=s.loss_on)
     account = build(
-        rows,
+        counted(batches),
         tokenizer,
         template,
         output=work,
@@ -57,7 +55,7 @@ def pack(settings: Settings, work: Path) -> StageResult:
     tokenizer.save(work / TOKENIZER_FOLDER)
     template.save(work / PROMPT_FILE)
     print(
-        f"one sample of {account.tokens_in:,} tokens:\n\n{account.sample}\n\n{account.table()}",
+        f"a sample of {account.tokens_in:,} tokens:\n\n{account.sample}\n\n{account.table()}",
         flush=True,
     )
     return StageResult(
@@ -66,8 +64,8 @@ def pack(settings: Settings, work: Path) -> StageResult:
 
 
 def counted(batches: Iterator[list[Example]]) -> Iterator[list[Example]]:
-    """The same batches of rows, while their number is shown: how many are to come is not known."""
-    with Progress("data", None, "rows") as progress:
+    """The same batches; shows the number of examples so far. The total is not known."""
+    with Progress("data", None, "examples") as progress:
         for batch in batches:
             yield batch
             progress.update(len(batch))

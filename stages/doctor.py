@@ -1,9 +1,9 @@
-"""Can the stages run here? A line for each thing that they need: OK, or what to do.
+"""Check that the stages can run here. Prints a line for each requirement: OK, or what to do.
 
-python -m stages.doctor        exit status 1 when something would keep a stage from running
+python -m stages.doctor        exit status 1 when a stage could not run
 
-Nothing is changed or made, and nothing fetched but the model's config.json. What a backend needs is
-in its own `doctor`.
+Changes no file and fetches only the model's config.json. Each backend has a `doctor` module
+with its requirements.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-# Read when the Hub's library is imported: anyone who has no network learns it soon.
+# Read when the Hub's library is imported: without a network, the checks end soon.
 os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
 os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "5")
 
@@ -45,29 +45,29 @@ CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 def python_version(settings: Settings) -> Iterator[CheckResult]:
     oldest, newest = PYTHONS[choose(settings).name]
-    found = f"{sys.version.split()[0]}, {sys.executable}"
+    version = f"{sys.version.split()[0]}, {sys.executable}"
     if oldest <= sys.version_info[:2] <= newest:
-        yield CheckResult("Python", found)
+        yield CheckResult("Python", version)
     else:
         yield fail(
             "Python",
-            f"{found}. Use {_dotted(oldest)} to {_dotted(newest)}: remove .venv and set PYTHON.",
+            f"{version}. Use {_dotted(oldest)} to {_dotted(newest)}: remove .venv and set PYTHON.",
         )
 
 
 def make_version(settings: Settings) -> Iterator[CheckResult]:
     tool = shutil.which("make")
-    said = (
+    output = (
         subprocess.run([tool, "--version"], capture_output=True, text=True).stdout if tool else ""
     )
-    match = re.match(r"GNU Make (\d+)\.(\d+)", said)
+    match = re.match(r"GNU Make (\d+)\.(\d+)", output)
     if match and (int(match[1]), int(match[2])) >= OLDEST_MAKE:
         yield CheckResult("make", match[0])
     else:
-        found = match[0] if match else f"{tool} is not GNU make" if tool else "not on the PATH"
+        problem = match[0] if match else f"{tool} is not GNU make" if tool else "not on the PATH"
         yield fail(
             "make",
-            f"{found}. Install GNU make {_dotted(OLDEST_MAKE)} or newer (Debian, Ubuntu: apt "
+            f"{problem}. Install GNU make {_dotted(OLDEST_MAKE)} or newer (Debian, Ubuntu: apt "
             "install make).",
         )
 
@@ -82,20 +82,20 @@ def backend_choice(settings: Settings) -> Iterator[CheckResult]:
 
 
 def packages(settings: Settings) -> Iterator[CheckResult]:
-    """Installed versions against the pins of the backend's requirements; what a build adds after a
-    `+` does not count."""
+    """Compare installed versions with the pins of the backend's requirements. The suffix of a build
+    after `+` is ignored."""
     file = REQUIREMENTS[choose(settings).name]
-    pins, wrong = pinned_versions(choose(settings).name), 0
+    pins, mismatches = pinned_versions(choose(settings).name), 0
     for name, pinned in pins.items():
-        found = installed_version(name) or ""
-        if pinned != (found if "+" in pinned else found.partition("+")[0]):
-            wrong += 1
+        installed = installed_version(name) or ""
+        if pinned != (installed if "+" in pinned else installed.partition("+")[0]):
+            mismatches += 1
             yield fail(
                 name,
-                f"{found or 'not installed'}, pinned is {pinned}. Install {file} (make does, into "
-                ".venv).",
+                f"{installed or 'not installed'}, pinned is {pinned}. Install {file} (make does, "
+                "into .venv).",
             )
-    if not wrong:
+    if not mismatches:
         yield CheckResult("packages", f"{len(pins)} as pinned for {file}")
 
 
@@ -108,25 +108,25 @@ def writable(settings: Settings) -> Iterator[CheckResult]:
 
 
 def disk(settings: Settings) -> Iterator[CheckResult]:
-    """Free space against what the stages write of this model, as if nothing of it were there
+    """Compare the free space with what the stages write for this model, as if nothing were written
     yet."""
     free, count = free_space(OUTPUTS), _parameters(settings)
     if count is None:
-        yield CheckResult("disk", f"{show_size(free)} free; what the model takes is not known")
+        yield CheckResult("disk", f"{show_size(free)} free; the size of the model is not known")
         return
     sizes = bytes_written(settings, count, choose(settings).name)
     needed = sum(sizes.values())
     sums = " + ".join(f"{stage} {show_size(size)}" for stage, size in sizes.items() if size)
-    found = f"{show_size(free)} free of {show_size(needed)} that {count:,} parameters take ({sums})"
+    text = f"{show_size(free)} free of {show_size(needed)} that {count:,} parameters take ({sums})"
     if free >= needed:
-        yield CheckResult("disk", found)
+        yield CheckResult("disk", text)
     else:
-        yield fail("disk", f"{found}. {REMEDY}")
+        yield fail("disk", f"{text}. {REMEDY}")
 
 
 def memory(settings: Settings) -> Iterator[CheckResult]:
-    """Host memory against the model in float32, the most that one process holds of it: random
-    weights, or the merged model."""
+    """Compare the host memory with the model in float32, the most that one process has in memory:
+    random weights, or the merged model."""
     if not MEMINFO.exists():
         return
     match = re.search(r"MemTotal:\s*(\d+) kB", MEMINFO.read_text(encoding="utf-8"))
@@ -136,17 +136,17 @@ def memory(settings: Settings) -> Iterator[CheckResult]:
     )
     total = min(total, int(limit)) if limit.isdigit() else total
     needed = 4 * (_parameters(settings) or 0)
-    found = (
+    text = (
         f"{show_size(total)}, the model in float32 is {show_size(needed)}"
         if needed
         else show_size(total)
     )
     if total >= needed:
-        yield CheckResult("host memory", found)
+        yield CheckResult("host memory", text)
     else:
         yield note(
             "host memory",
-            f"{found}. A stage that loads all of it would be killed: take a larger machine or a "
+            f"{text}. A stage that loads all of it would be killed. Use a larger machine or a "
             "smaller model.",
         )
 
@@ -188,7 +188,7 @@ def dataset_source(settings: Settings) -> Iterator[CheckResult]:
         yield CheckResult("DATASET", f"{name}, a {'folder' if path.is_dir() else 'file'}")
     elif _offline():
         reason = "HF_HUB_OFFLINE is set, so the Hub was not asked"
-        yield note("DATASET", f"{name}: {reason}. It is read from the cache if it is there.")
+        yield note("DATASET", f"{name}: {reason}. It is read from the cache if that has it.")
     else:
         yield CheckResult("DATASET", f"{name} at {settings.dataset_revision}, {_hub()}")
 
@@ -199,7 +199,7 @@ def prompts_source(settings: Settings) -> Iterator[CheckResult]:
     else:
         yield fail(
             "PROMPTS",
-            f"{settings.prompts} is no file here. Name one of JSON lines with the dataset's "
+            f"{settings.prompts} is not a file. Name a file of JSON lines with the dataset's "
             "columns.",
         )
 
@@ -219,53 +219,52 @@ CHECKS: list[Check] = [
 
 
 def examine(settings: Settings) -> list[CheckResult]:
-    """All findings in the order of the checks, which run in parallel: some wait for the Hub, some
+    """All results in the order of the checks, which run in parallel: some wait for the Hub, some
     import PyTorch."""
     checks = list(CHECKS)
-    lost = []
+    failures = []
     try:
         checks += backend_module("doctor", settings).CHECKS
     except InputError as error:
-        lost.append(fail("backend", str(error)))
-    with suppress(ImportError):  # a check says it
-        # transformers loads a part when it is first asked for, which two threads may not do at the
-        # same time.
+        failures.append(fail("backend", str(error)))
+    with suppress(ImportError):  # a check reports it
+        # transformers imports its modules on first use, which two threads must not do at the same
+        # time.
         from transformers import AutoConfig  # noqa: F401
     with ThreadPoolExecutor(len(checks)) as pool:
-        found = list(pool.map(lambda check: _findings(check, settings), checks))
-    return [finding for findings in found for finding in findings] + lost
+        results = list(pool.map(lambda check: _results(check, settings), checks))
+    return [result for group in results for result in group] + failures
 
 
-def _findings(check: Check, settings: Settings) -> list[CheckResult]:
-    """What a check yields; that it could not look is a finding as well."""
+def _results(check: Check, settings: Settings) -> list[CheckResult]:
+    """The results of a check; an exception in it becomes a result too."""
     about = getattr(check, "__name__", "check").replace("_", " ")
     try:
         return list(check(settings))
     except InputError as error:
         return [fail(about, problem) for problem in error.problems]
-    except (
-        Exception
-    ) as error:  # a library that does not load, a tool that is broken: the other checks continue
-        return [fail(about, f"{type(error).__name__}: {error}. See to what it names.")]
+    # A library does not load or a tool is broken: the other checks continue.
+    except Exception as error:
+        return [fail(about, f"{type(error).__name__}: {error}. Fix what it names.")]
 
 
 def main() -> int:
     try:
         settings = Settings.read()
     except InputError as error:
-        findings = [fail("settings", problem) for problem in error.problems]
+        results = [fail("settings", problem) for problem in error.problems]
     else:
-        findings = examine(settings)
-    width = max(len(finding.about) for finding in findings)
-    for finding in findings:
-        print(finding.line(width))
-    stopped = sum(finding.state == FAIL for finding in findings)
+        results = examine(settings)
+    width = max(len(result.about) for result in results)
+    for result in results:
+        print(result.line(width))
+    failed = sum(result.state == FAIL for result in results)
     print(
-        f"{stopped} thing{'' if stopped == 1 else 's'} to mend"
-        if stopped
+        f"{failed} thing{'' if failed == 1 else 's'} to fix"
+        if failed
         else "every stage can run here"
     )
-    return 1 if stopped else 0
+    return 1 if failed else 0
 
 
 def _parameters(settings: Settings) -> int | None:

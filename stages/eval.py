@@ -1,7 +1,7 @@
 """Ask the compiled model, and compare the losses of the base and the fine-tuned model on the
-held-out rows.
+held-out sequences.
 
-With PROMPT it answers that alone, at once, and publishes nothing. Without, it answers the prompts
+With PROMPT it answers only that, at once, and publishes nothing. Otherwise it answers the prompts
 in PROMPTS and publishes answers.jsonl and the losses.
 """
 
@@ -18,7 +18,7 @@ from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
 from stages.text.answer import Answer, Answerer, Question, read_questions, write_answers
 
-SHOWN = 10  # answers printed; all are in answers.jsonl
+SHOWN = 10  # printed answers; answers.jsonl has all
 
 
 @stage_command(
@@ -61,7 +61,7 @@ def answer_one(settings: Settings, compiled: Path) -> None:
 
 
 def answer_all(settings: Settings, compiled: Path) -> list[Answer]:
-    """Answer every question of PROMPTS; the first few are shown."""
+    """Answer every question of PROMPTS and print the first few."""
     questions = read_questions(Path(settings.prompts), settings)
     model = backend_module("generate", settings).load(compiled)
     answers = []
@@ -79,7 +79,7 @@ def answer_all(settings: Settings, compiled: Path) -> list[Answer]:
 
 
 def exact_matches(answers: list[Answer]) -> dict[str, int]:
-    """How many answers are the expected text to the letter, of those that have one."""
+    """The number of answers that equal the expected text, and of those that have one."""
     judged = [answer for answer in answers if answer.expected is not None]
     if not judged:
         return {}
@@ -89,10 +89,9 @@ def exact_matches(answers: list[Answer]) -> dict[str, int]:
 
 
 def compare_losses(settings: Settings, data: Path, tuned: Path) -> dict[str, dict[str, float]]:
-    """Loss (nats per supervised token) and perplexity of the base and the fine-tuned model, side by
-    side."""
+    """Loss (nats per supervised token) and perplexity of the base and the fine-tuned model."""
     if not (data / VALIDATION_SPLIT).is_dir():
-        print("\nNothing is held out (VALIDATION_FRACTION=0): no validation loss.", flush=True)
+        print("\nNo document is held out (VALIDATION_FRACTION=0): no validation loss.", flush=True)
         return {}
     from stages.backends.evaluate import validation_losses
 
@@ -108,7 +107,7 @@ def compare_losses(settings: Settings, data: Path, tuned: Path) -> dict[str, dic
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); infinite where that is too large for a number."""
+    """exp(loss); infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 

@@ -1,5 +1,5 @@
-"""Run the training command for a few steps, to fill the compile cache and to estimates what
-training takes."""
+"""Run the training command for a few steps, to fill the compile cache and to estimate what training
+takes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stages.run.settings import Settings
 @stage_command("precompile", data="Folder that data published.")
 def main(settings: Settings, data: Path, output: Path) -> None:
     backend = backend_module("precompile", settings)
-    # Shapes decide what is compiled, not the rows: other data does not make this stage stale.
+    # Only shapes decide what is compiled, so other data does not make this stage stale.
     publish(
         "precompile", settings, {}, output, lambda work: backend.precompile(settings, data, work)
     )

@@ -1,7 +1,6 @@
-"""Train on the packed rows with torchrun. Publishes sharded weights and metrics.jsonl.
+"""Train on the packed sequences with torchrun. Publishes sharded weights and metrics.jsonl.
 
-A training that was interrupted continues from its last checkpoint when the same command is given
-again.
+The same command continues an interrupted training from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from stages.run.settings import Settings
 )
 def main(settings: Settings, data: Path, precompile: Path, output: Path) -> None:
     backend = backend_module("train", settings)
-    # What precompile cached makes training start sooner, and nothing else of it: it is no input.
+    # Precompile only fills a cache, which makes training start sooner, so it is not an input.
     publish(
         "train",
         settings,

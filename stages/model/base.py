@@ -1,8 +1,8 @@
-"""Where the base model comes from: a local folder, the Hub, or random weights made from a config.
+"""Provide the base model: from a local folder, from the Hub, or random weights from a config.
 
-Hands on a local folder in the Hugging Face layout with safetensors in it that fit its config.json.
-Nothing that was downloaded is executed: no code that a model brings, and no pickles but where
-ALLOW_PICKLE=1 asks for their tensors.
+Returns a local folder in the Hugging Face layout whose safetensors fit its config.json. Nothing
+that was downloaded is executed: no code of a model, and no pickles, of which ALLOW_PICKLE=1 reads
+only the tensors.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from stages.run.layout import (
 from stages.run.lock import locked
 from stages.run.settings import Settings
 
-# Base models that were made here, random or from pickles, are next to the runs that share them.
+# Base models that this module creates, random or from pickles. All runs share them.
 MADE_MODELS = Path("outputs/.cache/models")
 CONFIG_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE)
 
 
 def base_config(settings: Settings) -> Any:
-    """The `PretrainedConfig` of MODEL_ID; raises InputError where none can be read."""
+    """The `PretrainedConfig` of MODEL_ID; raises InputError where it cannot be read."""
     try:
         return pretrained_config(config_folder(settings.model_id, settings.model_revision))
     except StageFailure as failure:
@@ -46,20 +46,20 @@ def base_config(settings: Settings) -> Any:
 
 
 def config_folder(model: str, revision: str) -> Path:
-    """A local folder with the model's config.json, which is downloaded where it is on the Hub."""
+    """A local folder with the model's config.json, which is downloaded from the Hub if needed."""
     return local_model(model) or download_files(model, revision, (CONFIG_FILE,))
 
 
 def base_model_folder(settings: Settings) -> Path:
-    """A local folder with config.json and the base model's safetensors, downloaded or made where it
+    """A local folder with config.json and the base model's safetensors, downloaded or created if it
     does not exist yet.
 
-    Raises InputError for weights that do not exist, damaged, pickles, or not those of the model
-    that config.json describes.
+    Raises InputError for weights that are missing, damaged, pickles, or not those of the model that
+    config.json describes.
     """
     if settings.init_weights == "random":
         return _random_model(settings)
-    base_config(settings)  # for its refusals, before gigabytes of weights
+    base_config(settings)  # raises before gigabytes of weights are downloaded
     folder = local_model(settings.model_id) or download_files(
         settings.model_id, settings.model_revision, ("*.json", "*.safetensors")
     )
@@ -71,8 +71,8 @@ def base_model_folder(settings: Settings) -> Path:
 
 
 def copy_config(base: Path, data: Path, output: Path) -> None:
-    """Put beside trained weights in `output` what describes them: the base model's config, the
-    data's tokenizer and prompt."""
+    """Copy the base model's config, the tokenizer and the prompt template to `output`, next to the
+    trained weights."""
     for name in CONFIG_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, output / name)
@@ -81,18 +81,18 @@ def copy_config(base: Path, data: Path, output: Path) -> None:
 
 
 def _from_pickles(settings: Settings, folder: Path) -> Path:
-    """The folder with its pickled weights as safetensors, if there are such and ALLOW_PICKLE=1."""
+    """A folder with the pickled weights as safetensors; requires ALLOW_PICKLE=1."""
     model = f"MODEL_ID={settings.model_id}"
     if not settings.allow_pickle:
         if any(folder.glob(PICKLED_WEIGHTS)) or (folder / PICKLE_INDEX).is_file():
             raise InputError(
-                f"{model} has weights as pickles (.bin) alone, which can run code when opened. "
-                "Set ALLOW_PICKLE=1 to have the tensors read "
-                "from them and nothing else, or convert them to safetensors."
+                f"{model} has weights only as pickles (.bin), which can run code when opened. "
+                "Set ALLOW_PICKLE=1 to read only the tensors from them, or convert them to "
+                "safetensors."
             )
         remedy = (
-            "Name another model, or set INIT_WEIGHTS=random; ALLOW_PICKLE=1 looks for "
-            "pickled weights too"
+            "Name another model, or set INIT_WEIGHTS=random. With ALLOW_PICKLE=1, pickled weights "
+            "are accepted too"
         )
         raise InputError(f"{model} holds no weights (.safetensors). {remedy}.")
     if local_model(settings.model_id) is None:
@@ -100,59 +100,58 @@ def _from_pickles(settings: Settings, folder: Path) -> Path:
             settings.model_id, settings.model_revision, ("*.json", PICKLED_WEIGHTS)
         )
 
-    def write(made: Path) -> None:
-        print(f"{model}: its pickles as safetensors, in {MADE_MODELS}", flush=True)
-        for path in described:
-            shutil.copyfile(path, made / path.name)
-        convert(files, tied_weights(folder), made)
+    def write(output: Path) -> None:
+        print(f"{model}: converting its pickles to safetensors in {MADE_MODELS}", flush=True)
+        for path in configs:
+            shutil.copyfile(path, output / path.name)
+        convert(files, tied_weights(folder), output)
 
     try:
         files = pickled_files(folder)
-        described = [folder / name for name in CONFIG_FILES if (folder / name).is_file()]
-        return _made_once(content_of([*files, *described]), f"{model}, from pickles", write)
+        configs = [folder / name for name in CONFIG_FILES if (folder / name).is_file()]
+        return _create_once(content_of([*files, *configs]), f"{model}, from pickles", write)
     except StageFailure as failure:
         raise InputError(f"{model}: {failure}") from failure
 
 
 def _random_model(settings: Settings) -> Path:
-    """Random float32 weights: a function of the config and SEED alone, so that every stage finds
-    the same."""
+    """Random float32 weights. They depend only on the config and SEED, so every stage uses the same
+    ones."""
     import torch
     from transformers import AutoModelForCausalLM
 
     config = base_config(settings)
     digest = hashlib.sha256(f"{config.to_json_string()} {settings.seed}".encode()).hexdigest()
 
-    def write(made: Path) -> None:
+    def write(output: Path) -> None:
         torch.manual_seed(settings.seed)
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=False
         )
-        with disk_guard(f"the random base model {made}", made, 4 * model.num_parameters()):
-            model.save_pretrained(made)
+        with disk_guard(f"the random base model {output}", output, 4 * model.num_parameters()):
+            model.save_pretrained(output)
 
-    return _made_once(digest, "random base model", write)
+    return _create_once(digest, "random base model", write)
 
 
-def _made_once(digest: str, what: str, write: Callable[[Path], None]) -> Path:
-    """The folder of the model that `digest` stands for; `write` fills it where no run has yet."""
+def _create_once(digest: str, name: str, write: Callable[[Path], None]) -> Path:
+    """The folder of the model with this `digest`; `write` fills it if it does not exist yet."""
     folder = MADE_MODELS / digest[:16]
     if folder.is_dir():
         return folder
-    with locked(MADE_MODELS, what):
-        if not folder.is_dir():  # else another run made it meanwhile
-            beside = folder.with_name(f"{folder.name}.making")
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir()
+    with locked(MADE_MODELS, name):
+        if not folder.is_dir():  # else another run created it meanwhile
+            staging_dir = folder.with_name(f"{folder.name}.making")
+            shutil.rmtree(staging_dir, ignore_errors=True)
+            staging_dir.mkdir()
             try:
-                write(beside)
-                for weights in beside.glob("*.safetensors"):
-                    shutil.copymode(
-                        beside / CONFIG_FILE, weights
-                    )  # safetensors lets only the owner read
-                fsync_tree(beside)
-                beside.rename(folder)
+                write(staging_dir)
+                for weights in staging_dir.glob("*.safetensors"):
+                    # safetensors writes files that only the owner can read.
+                    shutil.copymode(staging_dir / CONFIG_FILE, weights)
+                fsync_tree(staging_dir)
+                staging_dir.rename(folder)
             except BaseException:
-                shutil.rmtree(beside, ignore_errors=True)
+                shutil.rmtree(staging_dir, ignore_errors=True)
                 raise
     return folder

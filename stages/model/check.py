@@ -1,9 +1,8 @@
-"""Is a model folder the model that its config.json describes? Names, shapes and dtypes, without
-reading a weight.
+"""Check that a model folder holds the model of its config.json: names, shapes and dtypes. No weight
+is read.
 
-Consolidation publishes a folder only when `check_model_folder` returns. A base model, which others
-wrote, is given to no training that `base_model_problems` says anything of. `tied_weights` tells
-which names are one parameter.
+Consolidation publishes a folder only when `check_model_folder` returns. Training uses a base model
+only when `base_model_problems` returns none. `tied_weights` names the parameters with two names.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from stages.run.layout import CONFIG_FILE
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Numbers of a config that the stages uses, under the names that transformers gives them
-# whatever the architecture calls them.
+# Numbers of a config that the stages use, under the names that transformers gives them for every
+# architecture.
 COUNTS = (
     *(
         "vocab_size",
@@ -34,9 +33,8 @@ COUNTS = (
     ),
     *("head_dim", "max_position_embeddings"),
 )
-MOST_LAYERS = 1000  # the modules of a layer are made one by one, on the meta device too
-# Llama 2's published weights hold this table, which no model reads: transformers passes over it as
-# well.
+MOST_LAYERS = 1000  # the modules of each layer are created, on the meta device too
+# Llama 2's published weights hold this table, which no model reads: transformers ignores it too.
 NOT_A_WEIGHT = ".rotary_emb.inv_freq"
 
 
@@ -44,12 +42,12 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     """Compare the safetensors headers in `folder` with the model of its config.json; return
     parameters, bytes (of the tensors) and dtype.
 
-    `dtype` is the one that config.json gives. Raises StageFailure that lists what is missing,
-    unexpected, of another shape or of another dtype (the first few of each, and how many), and what
-    in the index does not match the files.
+    `dtype` is that of config.json. Raises StageFailure that lists the tensors that are missing,
+    unexpected, of another shape or of another dtype (the first few of each, and their number), and
+    the entries of the index that do not match the files.
     """
     headers = read_headers(folder)
-    found, size = headers.tensors, sum(spec.nbytes for spec in headers.tensors.values())
+    actual, size = headers.tensors, sum(spec.nbytes for spec in headers.tensors.values())
     if not headers.problems and (folder / INDEX_FILE).exists():
         headers.problems += _size_problems(folder / INDEX_FILE, size)
     if headers.problems:
@@ -57,12 +55,12 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     model = described_model(folder)
     expected = _expected_tensors(model)
     problems = [
-        *_differences(found, expected),
+        *_differences(actual, expected),
         *listed(
             "of the wrong dtype",
             (
                 f"{name} {a.dtype}, not {b.dtype}"
-                for name, a, b in _both(found, expected)
+                for name, a, b in _both(actual, expected)
                 if a.dtype != b.dtype
             ),
         ),
@@ -74,22 +72,22 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
             )
         )
     return {
-        "parameters": sum(spec.elements for spec in found.values()),
+        "parameters": sum(spec.elements for spec in actual.values()),
         "bytes": size,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 
 
 def base_model_problems(folder: Path) -> list[str]:
-    """What keeps the weights in `folder` from being those of the model of its config.json; none is
-    read, only headers.
+    """Why the weights in `folder` are not those of the model of its config.json. Only headers are
+    read.
 
-    They may be in another floating dtype than config.json says, and may hold what loaders pass
-    over: parameters that are tied to others.
+    The weights may have another floating dtype than config.json says, and may include parameters
+    that loaders ignore because they are tied to others.
     """
     if (folder / "adapter_config.json").is_file():
         return [
-            f"{folder} has an adapter_config.json: loaders would take it for an adapter on "
+            f"{folder} has an adapter_config.json: loaders would treat it as an adapter of "
             "another model. Merge it, or remove the file."
         ]
     headers = read_headers(folder)
@@ -105,17 +103,20 @@ def base_model_problems(folder: Path) -> list[str]:
             "they were made from."
         ]
     expected, tied = _expected_tensors(model), _tied(model)
-    found = {
+    actual = {
         name: spec
         for name, spec in headers.tensors.items()
         if name not in tied and not name.endswith(NOT_A_WEIGHT)
     }
-    wrong = (
+    not_floating = (
         f"{name} {spec.dtype}"
-        for name, spec, wanted in _both(found, expected)
-        if {spec.dtype, wanted.dtype} - {*FLOATING}
+        for name, spec, described in _both(actual, expected)
+        if {spec.dtype, described.dtype} - {*FLOATING}
     )
-    differences = [*_differences(found, expected), *listed("not of a floating dtype", wrong)]
+    differences = [
+        *_differences(actual, expected),
+        *listed("not of a floating dtype", not_floating),
+    ]
     heading = (
         f"{folder}: the weights are not those of the model that its config.json describes. "
         "Fetch both again from one place."
@@ -124,14 +125,13 @@ def base_model_problems(folder: Path) -> list[str]:
 
 
 def tied_weights(folder: Path) -> dict[str, str]:
-    """Names that config.json makes the same parameter as an earlier name: `lm_head.weight` ->
+    """Names that config.json ties to an earlier name: `lm_head.weight` ->
     `model.embed_tokens.weight`."""
     return _tied(described_model(folder))
 
 
 def untied(name: str, kept: str) -> StageFailure:
-    """The failure for two names that are one parameter in config.json and that training made
-    different."""
+    """The failure for two names that are one parameter in config.json but differ after training."""
     return StageFailure(
         f"{name} and {kept} are one parameter in config.json but two different ones in the shards: "
         "training untied them. Set tie_word_embeddings to false, or train with them tied."
@@ -139,14 +139,14 @@ def untied(name: str, kept: str) -> StageFailure:
 
 
 def pretrained_config(folder: Path) -> Any:
-    """The `PretrainedConfig` in `folder`. Raises StageFailure where there is none, or one that no
-    model can be made from."""
+    """The `PretrainedConfig` in `folder`. Raises StageFailure where there is no valid one."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise StageFailure(
-            f"{folder} has no config.json, so nothing says what its weights should be."
+            f"{folder} has no config.json, which describes the weights. Name a "
+            "complete model folder."
         )
     try:
         described = json.loads(path.read_bytes())
@@ -159,7 +159,7 @@ def pretrained_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except StageFailure:
         raise
-    except Exception as error:  # transformers' constructors uses whatever they are given
+    except Exception as error:  # transformers' constructors raise anything for bad values
         reason = str(error).partition("\n")[0] if isinstance(error, ValueError) else repr(error)
         raise StageFailure(f"{path} cannot be used: {reason}") from error
     if problems := list(_count_problems(config)):
@@ -169,18 +169,18 @@ def pretrained_config(folder: Path) -> Any:
 
 def described_model(folder: Path) -> PreTrainedModel:
     """The model of config.json on the meta device, where tensors have shapes and dtypes but no
-    memory; StageFailure where there is none."""
+    memory. Raises StageFailure where config.json gives no model."""
     import torch
     from transformers import AutoModelForCausalLM
 
     config = pretrained_config(folder)
     try:
         with torch.device("meta"):
-            # A config can name a kernel on the Hub as its attention; here it names none.
+            # A config can name a kernel on the Hub as its attention; eager uses none.
             return AutoModelForCausalLM.from_config(
                 config, trust_remote_code=False, attn_implementation="eager"
             )
-    except Exception as error:  # as above
+    except Exception as error:  # as in pretrained_config
         raise StageFailure(
             f"{folder / 'config.json'} does not describe a causal language model: {error}"
         ) from error
@@ -190,7 +190,7 @@ def _count_problems(config: Any) -> Iterator[str]:
     for name in COUNTS:
         value = getattr(config, name, None)
         if value is not None and not (type(value) is int and value > 0):
-            yield f"{name} is {value!r}, and not a whole number above 0"
+            yield f"{name} is {value!r}, not a whole number above 0"
     layers = getattr(config, "num_hidden_layers", None)
     if type(layers) is int and layers > MOST_LAYERS:
         yield f"num_hidden_layers is {layers:,}, above {MOST_LAYERS:,}"
@@ -216,27 +216,27 @@ def _expected_tensors(model: PreTrainedModel) -> dict[str, TensorSpec]:
 
 
 def _both(
-    found: dict[str, TensorSpec], expected: dict[str, TensorSpec]
+    actual: dict[str, TensorSpec], expected: dict[str, TensorSpec]
 ) -> Iterator[tuple[str, TensorSpec, TensorSpec]]:
-    return ((name, spec, expected[name]) for name, spec in found.items() if name in expected)
+    return ((name, spec, expected[name]) for name, spec in actual.items() if name in expected)
 
 
-def _differences(found: dict[str, TensorSpec], expected: dict[str, TensorSpec]) -> list[str]:
+def _differences(actual: dict[str, TensorSpec], expected: dict[str, TensorSpec]) -> list[str]:
     shapes = (
         f"{name} {list(a.shape)}, not {list(b.shape)}"
-        for name, a, b in _both(found, expected)
+        for name, a, b in _both(actual, expected)
         if a.shape != b.shape
     )
     return [
-        *listed("missing", (name for name in expected if name not in found)),
-        *listed("unexpected", (name for name in found if name not in expected)),
+        *listed("missing", (name for name in expected if name not in actual)),
+        *listed("unexpected", (name for name in actual if name not in expected)),
         *listed("of the wrong shape", shapes),
     ]
 
 
 def _size_problems(index: Path, size: int) -> Iterator[str]:
-    """What is written here says the size of the tensors; published models' indexes count what they
-    like."""
+    """Compare the size in an index that this project wrote; the indexes of published models count
+    differently."""
     try:
         total = json.loads(index.read_bytes())["metadata"]["total_size"]
     except (KeyError, TypeError) as error:
@@ -244,6 +244,6 @@ def _size_problems(index: Path, size: int) -> Iterator[str]:
         return
     if total != size:
         yield (
-            f"{index} does not match the files beside it.\ntotal_size is {total}, the tensors "
+            f"{index} does not match the files next to it.\ntotal_size is {total}, the tensors "
             f"have {size} bytes"
         )

@@ -1,6 +1,6 @@
-"""Do a base model, the settings and the rows that it must be trained on belong together?
+"""Check that a base model, the settings and the tokenizer of the sequences fit together.
 
-Standard library only: make asks before any stage runs, with config.json as it is there.
+Standard library only: `make` calls this before any stage runs, with config.json as it exists then.
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ from typing import Any
 
 from stages.run.settings import Settings
 
-# RoPE whose frequencies depend on the length of the prompt: a compiled graph has constant ones.
+# RoPE whose frequencies depend on the length of the prompt. Those of a compiled graph are constant.
 ROPE_OF_VARYING_FREQUENCY = ("dynamic", "longrope")
 
 
 def fit_problems(settings: Settings, config: Any, vocabulary: int) -> Iterator[str]:
-    """A message for each thing in the rows that the model of `config` cannot take.
+    """A message for each property of the sequences that the model of `config` cannot take.
 
-    `vocabulary` is the number of ids that the rows' tokenizer can give.
+    `vocabulary` is the number of ids that the tokenizer can give.
     """
     if vocabulary > config.vocab_size:
         yield (
             f"MODEL_ID={settings.model_id}: the tokenizer gives ids up to {vocabulary - 1}, the "
-            f"model has {config.vocab_size} embeddings. "
-            f"They do not belong together."
+            f"model has {config.vocab_size} embeddings. Use the tokenizer of the model."
         )
     yield from length_problems(settings, config)
 
@@ -58,21 +57,21 @@ def rope_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def division_problems(settings: Settings, config: Any) -> Iterator[str]:
-    """A message when the layers cannot be shared out among the processes of tensor parallelism."""
+    """A message when tensor parallelism cannot divide the layers evenly among its processes."""
     size = settings.tensor_parallel_size
-    if whole := not_divisible(size, config):
+    if counts := not_divisible(size, config):
         yield (
-            f"TENSOR_PARALLEL_SIZE={size} does not divide the model's {', '.join(whole)}. Set a "
+            f"TENSOR_PARALLEL_SIZE={size} does not divide the model's {', '.join(counts)}. Set a "
             "divisor of each."
         )
 
 
 def not_divisible(tensor_parallel_size: int, config: Any) -> list[str]:
-    """What of a model tensor parallelism cannot share out evenly: `32 attention heads`."""
+    """The counts of a model that tensor parallelism cannot divide evenly: `32 attention heads`."""
     counts = {
         "attention heads": config.num_attention_heads,
         "intermediate columns": config.intermediate_size,
     }
-    if config.model_type != "granite":  # its embedding and head are whole in every process
+    if config.model_type != "granite":  # every process has its whole embedding and head
         counts["vocabulary entries"] = config.vocab_size
     return [f"{count} {name}" for name, count in counts.items() if count % tensor_parallel_size]

@@ -1,4 +1,4 @@
-"""Weights that a model has as pickles alone (pytorch_model.bin, or parts of it and an index), as
+"""Convert weights that exist only as pickles (pytorch_model.bin, or its parts and an index) to
 safetensors.
 
 torch's weights_only reader builds tensors and plain containers and refuses all else, so that no
@@ -33,35 +33,35 @@ def content_of(files: list[Path]) -> str:
 
 
 def pickled_files(folder: Path) -> list[Path]:
-    """The pickles that make up the model: all that an index names, or the one that there is.
+    """The pickles of the model: all files that an index names, or pytorch_model.bin. Raises
     StageFailure where one is missing."""
-    found = sorted(folder.glob(PICKLED_WEIGHTS))
+    pickles = sorted(folder.glob(PICKLED_WEIGHTS))
     if (folder / PICKLE_INDEX).is_file():
         try:
             named = {folder / name for name in weight_map(folder / PICKLE_INDEX).values()}
         except ValueError as error:
             raise StageFailure(str(error)) from None
-        if missing := sorted(path.name for path in named - set(found)):
+        if missing := sorted(path.name for path in named - set(pickles)):
             raise StageFailure(
                 f"{folder / PICKLE_INDEX} names {missing[0]}, and {folder} has no such "
                 f"{PICKLED_WEIGHTS}."
             )
         return sorted(named)
-    if [path.name for path in found] != ["pytorch_model.bin"]:
-        there = (
-            ", ".join(path.name for path in found)
+    if [path.name for path in pickles] != ["pytorch_model.bin"]:
+        contents = (
+            ", ".join(path.name for path in pickles)
             or "no weights, neither .safetensors nor pytorch_model.bin,"
         )
-        raise StageFailure(f"{folder} holds {there} and no {PICKLE_INDEX}.")
-    return found
+        raise StageFailure(f"{folder} holds {contents} and no {PICKLE_INDEX}.")
+    return pickles
 
 
 def convert(files: list[Path], tied: dict[str, str], output: Path) -> None:
     """Write the weights in `files` to `output` as safetensors. Raises StageFailure for files that
-    are damaged or hold something else than tensors, and for values that are not finite.
+    are damaged or hold anything but tensors, and for values that are not finite.
 
-    A tensor is read from its file at its turn: of files of 2020 and later, which are archives,
-    nothing else is in memory.
+    Only the tensor that is being written is in memory, if the file is an archive, as torch writes
+    them since 2020.
     """
     tensors: dict[str, torch.Tensor] = {}
     for path in files:
@@ -69,7 +69,7 @@ def convert(files: list[Path], tied: dict[str, str], output: Path) -> None:
             if name in tensors:
                 raise StageFailure(f"{path}: {name} is in another file too.")
             tensors[name] = tensor
-    # A name that is tied is kept as the one that loaders look for.
+    # A tied name is replaced by the one that loaders look for.
     kept = {tied[name]: tensor for name, tensor in tensors.items() if name in tied}
     kept |= {name: tensor for name, tensor in tensors.items() if name not in tied}
     sources = [(_spec(name, tensor), partial(_read, tensor)) for name, tensor in kept.items()]
@@ -79,9 +79,8 @@ def convert(files: list[Path], tied: dict[str, str], output: Path) -> None:
 def load_pickle(path: Path, known: Sequence[tuple[type, str]] = ()) -> Any:
     """What torch.save wrote to `path`, its tensors mapped from the file.
 
-    `known` gives classes, and the names under which the file asks for them. Raises StageFailure for
-    a file that is damaged or asks for anything else than tensors and plain containers: nothing in
-    it runs.
+    `known` are classes with the names that the file uses for them. Raises StageFailure for a file
+    that is damaged or needs anything but tensors and plain containers. No code in it runs.
     """
     import torch
 
@@ -91,11 +90,11 @@ def load_pickle(path: Path, known: Sequence[tuple[type, str]] = ()) -> Any:
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except Exception as error:  # from damaged bytes, torch and pickle raise anything
-        reason = str(error.__context__ or error).partition("\n")[0].partition(". ")[0] or repr(
-            error
-        )  # torch's own advises to run it
+        # The rest of torch's message advises to run the code.
+        message = str(error.__context__ or error).partition("\n")[0].partition(". ")[0]
+        reason = message or repr(error)
         raise StageFailure(
-            f"{path} is damaged, or asks for more than tensors, and that is never run: {reason}"
+            f"{path} is damaged, or contains more than tensors, which is never run: {reason}."
         ) from error
 
 
@@ -103,11 +102,11 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     state = load_pickle(path)
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise StageFailure(f"{path} holds no state dict (tensors by name).")
-    strange = [name for name, value in state.items() if not _is_plain(value)]
-    if strange:
+    unsupported = [name for name, value in state.items() if not _is_plain(value)]
+    if unsupported:
         raise StageFailure(
-            f"{path}: {strange[0]} and {len(strange) - 1} more of {len(state)} entries are no "
-            "tensors of a known dtype."
+            f"{path}: {unsupported[0]} and {len(unsupported) - 1} more of {len(state)} entries "
+            "are not tensors of a known dtype."
         )
     return state
 
@@ -122,7 +121,7 @@ def _is_plain(value: Any) -> bool:
         or value.is_meta
     ):
         return False
-    # One number can be announced as a tensor of any size (stride 0).
+    # With stride 0, one number can claim to be a tensor of any size.
     return (
         str(value.dtype).removeprefix("torch.") in DTYPES
         and value.untyped_storage().nbytes() >= value.nbytes

@@ -1,9 +1,9 @@
-"""What the safetensors files of a model folder say that they hold: names, shapes and dtypes, and
-where each lies. No weight is read.
+"""Read the headers of a model folder's safetensors files: the names, shapes, dtypes and files of
+its tensors. No weight is read.
 
-A file is one that somebody gave: a header that is damaged or that lies, a file that is not the
-folder's own and an index of something else become lines in `Headers.problems`, not exceptions. The
-caller knows whose fault they are.
+The files may come from anyone: a damaged or false header, a link to a missing file and a wrong
+index become lines in `Headers.problems`, not exceptions, because the caller knows whose fault they
+are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAMES_SHOWN = 5
 
 @dataclass
 class Headers:
-    """The tensors of a folder, the name of the file in which each lies, and what is wrong."""
+    """The tensors of a folder, the name of each tensor's file, and the problems."""
 
     tensors: dict[str, TensorSpec] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
@@ -39,16 +39,16 @@ def read_headers(folder: Path) -> Headers:
 
 def listed(kind: str, items: Iterable[str]) -> list[str]:
     """One line, `kind (count): first, second, ...`, or none where there are no items."""
-    every = list(items)
-    more = f", and {len(every) - NAMES_SHOWN} more" if len(every) > NAMES_SHOWN else ""
-    return [f"{kind} ({len(every)}): {', '.join(every[:NAMES_SHOWN])}{more}"] if every else []
+    names = list(items)
+    more = f", and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return [f"{kind} ({len(names)}): {', '.join(names[:NAMES_SHOWN])}{more}"] if names else []
 
 
 def _read_header(path: Path, headers: Headers) -> Iterator[str]:
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():  # a pipe would be waited for
-        yield f"{path} is not a file, or a link that leads nowhere."
+    if not path.is_file():  # opening a pipe would wait
+        yield f"{path} is not a file, or is a broken link."
         return
     unknown = []
     try:
@@ -66,13 +66,10 @@ def _read_header(path: Path, headers: Headers) -> Iterator[str]:
                     )
                 else:
                     unknown.append(f"{name} {entry.get_dtype()}")
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-    ) as error:  # also when the file is shorter or longer than its header says
+    # Also raised when the file is shorter or longer than its header says.
+    except (SafetensorError, OSError, ValueError) as error:
         yield f"{path} is damaged: {error}."
-    yield from listed(f"{path}: of a dtype that nothing here reads or writes", unknown)
+    yield from listed(f"{path}: of a dtype that is not supported", unknown)
 
 
 def _index_problems(folder: Path, headers: Headers) -> Iterator[str]:
@@ -86,37 +83,37 @@ def _index_problems(folder: Path, headers: Headers) -> Iterator[str]:
             )
         return
     try:
-        places = weight_map(path)
+        file_of = weight_map(path)
     except ValueError as error:
         yield str(error)
         return
-    wrong = [
-        f"{name} (index: {places.get(name, 'nowhere')}, file: {headers.files.get(name, 'none')})"
-        for name in {**places, **headers.files}
-        if places.get(name) != headers.files.get(name)
+    misplaced = [
+        f"{name} (index: {file_of.get(name, 'nowhere')}, file: {headers.files.get(name, 'none')})"
+        for name in {**file_of, **headers.files}
+        if file_of.get(name) != headers.files.get(name)
     ]
-    if wrong:
+    if misplaced:
         yield "\n".join(
-            [f"{path} does not match the files beside it.", *listed("misplaced", wrong)]
+            [f"{path} does not match the files next to it.", *listed("misplaced", misplaced)]
         )
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file, as an index gives them. Raises ValueError for what is no index, or names a
-    file that is not next to it."""
+    """Tensor -> file, from an index. Raises ValueError where it is not an index or names a file
+    outside its folder."""
     try:
         content = json.loads(index.read_bytes())["weight_map"]
-        places = {str(name): str(file) for name, file in content.items()}
+        files = {str(name): str(file) for name, file in content.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of weights: {error!r}.") from None
-    outside = sorted({file for file in places.values() if Path(file).name != file})
+    outside = sorted({file for file in files.values() if Path(file).name != file})
     if outside:
         raise ValueError(
             "\n".join(
                 [
-                    f"{index} names files that are not beside it, and those are not opened.",
+                    f"{index} names files outside its folder, which are not opened.",
                     *listed("files", outside),
                 ]
             )
         )
-    return places
+    return files

@@ -1,9 +1,8 @@
-"""What the Hub's cache on this machine holds of a model or dataset, and whether that is whole and
-right.
+"""Check that the Hub's cache on this machine holds a model or dataset completely and correctly.
 
-The Hub's library compares sizes only, and off-line it passes on a snapshot with files missing. Here
-a file that was just fetched is read against its digest, by which the cache names it; and what a
-commit consists of is noted next to it while the Hub can be asked.
+The Hub's library compares only sizes, and off-line it returns a snapshot with files missing. This
+module checks a fetched file against its digest, which is its name in the cache, and records the
+files of a commit while the Hub can be asked.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _PIECE = 2**20  # bytes
 
 
 def folder_of(kind: str, name: str) -> Path:
-    """The cache's folder of a repository (kind: model or dataset), whether it is there or not."""
+    """The cache's folder of a repository (kind: model or dataset); it may not exist."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -26,8 +25,8 @@ def folder_of(kind: str, name: str) -> Path:
 
 
 def blobs(kind: str, name: str) -> dict[Path, int]:
-    """Every file that the cache holds of the repository with its bytes, half fetched ones
-    (`.incomplete`) too."""
+    """Every file of the repository in the cache -> its bytes; partly fetched ones (`.incomplete`)
+    too."""
     return {
         path: path.stat().st_size
         for path in folder_of(kind, name).glob("blobs/*")
@@ -35,77 +34,66 @@ def blobs(kind: str, name: str) -> dict[Path, int]:
     }
 
 
-def remove_wrong(kind: str, name: str, files: Sequence[Path]) -> list[str]:
-    """Remove those of the blobs whose content has not the digest that names them; returns the
-    removed names.
+def remove_corrupt(kind: str, name: str, files: Sequence[Path]) -> list[str]:
+    """Remove the blobs whose content does not have the digest that names them; return their names.
 
-    A proxy's page in the middle of a download is enough: the library keeps it as the file's
-    beginning and fetches the rest after it.
+    A proxy's page in the middle of a download is enough for that: the library keeps it as the
+    beginning of the file and fetches the rest after it.
     """
-    wrong = [
+    corrupt = [
         path
         for path in files
-        if path.suffix != ".incomplete" and path.is_file() and not _as_named(path)
+        if path.suffix != ".incomplete" and path.is_file() and not _has_named_digest(path)
     ]
     for snapshot in folder_of(kind, name).glob("snapshots/*/**/*"):
-        if snapshot.is_symlink() and snapshot.resolve() in {path.resolve() for path in wrong}:
+        if snapshot.is_symlink() and snapshot.resolve() in {path.resolve() for path in corrupt}:
             snapshot.unlink()
-    for path in wrong:
+    for path in corrupt:
         path.unlink()
-    return [path.name for path in wrong]
+    return [path.name for path in corrupt]
 
 
-def remove_halves(kind: str, name: str) -> None:
-    """Remove what was fetched of files by halves: nothing that the Hub has can be its
-    continuation."""
+def remove_incomplete(kind: str, name: str) -> None:
+    """Remove partly fetched files, where no file on the Hub continues them."""
     for path in folder_of(kind, name).glob("blobs/*.incomplete"):
         path.unlink(missing_ok=True)
 
 
 def note_listing(kind: str, name: str, commit: str, files: Sequence[str]) -> None:
-    """Note what the commit holds, so that off-line a snapshot with files missing is not taken for
-    whole."""
+    """Record the files of a commit, so that an incomplete snapshot is noticed off-line."""
     note = _note(kind, name, commit)
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(sorted(files)), encoding="utf-8")
     except OSError:
-        return  # a cache that is read-only: anyone who filled it answers for it
+        return  # the cache is read-only: the user who filled it is responsible for it
 
 
 def missing(kind: str, name: str, snapshot: Path, patterns: Sequence[str]) -> list[str]:
-    """Files that match `patterns` and that the snapshot is to hold and does not.
+    """Files that match `patterns` and are missing from the snapshot.
 
-    A cache that others filled has no note of what belongs to it: then one file is asked for at
-    least, descriptions aside.
+    A cache that another program filled has no record of its files: then at least one file must
+    exist that is not a description (*.json).
     """
     try:
         listing = json.loads(_note(kind, name, snapshot.name).read_bytes())
     except (OSError, ValueError):
-        asked = [pattern for pattern in patterns if pattern != "*.json"]
-        instead = (
-            ["*.bin"] if "*.safetensors" in asked else []
-        )  # weights of the other kind: the caller sees to those
-        return (
-            []
-            if any(path for pattern in asked + instead for path in snapshot.glob(pattern))
-            else asked[:1]
-        )
-    wanted = [
+        required = [pattern for pattern in patterns if pattern != "*.json"]
+        # Pickled weights also count: the caller handles them.
+        pickles = ["*.bin"] if "*.safetensors" in required else []
+        exists = any(path for pattern in required + pickles for path in snapshot.glob(pattern))
+        return [] if exists else required[:1]
+    matches = [
         file for file in listing if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)
     ]
-    return [file for file in wanted if not (snapshot / file).is_file()]
+    return [file for file in matches if not (snapshot / file).is_file()]
 
 
 def commit_of(kind: str, name: str, revision: str) -> str:
-    """The commit that `revision` was when the Hub was last asked; the revision itself where it was
-    never asked for."""
+    """The commit of `revision` when the Hub was last asked; `revision` where it was never asked."""
+    ref = folder_of(kind, name) / "refs" / (revision or "main")
     try:
-        return (
-            (folder_of(kind, name) / "refs" / (revision or "main"))
-            .read_text(encoding="utf-8")
-            .strip()
-        )
+        return ref.read_text(encoding="utf-8").strip()
     except OSError:
         return revision
 
@@ -114,9 +102,9 @@ def _note(kind: str, name: str, commit: str) -> Path:
     return folder_of(kind, name) / "listings" / f"{commit}.json"
 
 
-def _as_named(blob: Path) -> bool:
-    """Whether a blob has the digest that is its name: SHA-256 of large files, git's of others; any
-    other name is not looked at."""
+def _has_named_digest(blob: Path) -> bool:
+    """Whether a blob has the digest that is its name: SHA-256 of large files, git's of others.
+    Other names are ignored."""
     if len(blob.name) not in (40, 64) or not set(blob.name) <= set("0123456789abcdef"):
         return True
     digest = (

@@ -1,9 +1,9 @@
 """The project's safetensors writer: a model's weights to disk without the model in memory.
 
 Names, shapes and dtypes are known before the first byte is read, so the headers and the division
-into files are fixed first and the tensors then pass through one piece at a time: cast, checked,
-written, hashed. Every backend hands its weights over here, which is why their folders look the
-same; what comes back is the SHA-256 of each file, so that a manifest need not read the bytes again.
+into files are fixed first. The tensors then pass through piece by piece: cast, checked, written,
+hashed. Every backend writes its weights here, so their folders look the same. The writer returns
+the SHA-256 of each file, so that a manifest need not read the bytes again.
 
 Format: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON header, the tensors back
 to back).
@@ -49,14 +49,14 @@ DTYPES = {
 DTYPE_NAMES = {code: name for name, (code, _) in DTYPES.items()}
 FLOATING = ("float64", "float32", "float16", "bfloat16")
 
-# What passes through at a time: small enough to stay in a processor's cache from the read to the
-# write, large enough for a disk.
+# The size of a piece: small enough to stay in a processor's cache from the read to the write, large
+# enough for a disk.
 PIECE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a file's header says of one tensor. `dtype` is torch's name without the module:
+    """A file's header entry for one tensor. `dtype` is torch's name without the module:
     `bfloat16`."""
 
     name: str
@@ -73,7 +73,7 @@ class TensorSpec:
 
 
 # Reads one tensor: its elements in row-major order, in one or several CPU tensors of any shape.
-# Called once, at its turn.
+# Called once, in order.
 ReadTensor = Callable[[], "Iterable[torch.Tensor]"]
 Pieces = Generator[tuple[TensorSpec, "torch.Tensor"], None, None]
 
@@ -85,29 +85,29 @@ def write_safetensors(
     max_shard_size: int,
     dtype: str | None = None,
 ) -> dict[str, str]:
-    """Write `tensors` to `folder`, which exists, under the names that `save_pretrained` uses;
-    return file name -> SHA-256 in hexadecimal.
+    """Write `tensors` to the existing `folder` under the names that `save_pretrained` uses; return
+    file name -> SHA-256 in hexadecimal.
 
-    Floating tensors are cast to `dtype` where it is given. No file, header included, is larger than
-    `max_shard_size` bytes unless a single tensor is. In memory are a few pieces of PIECE_BYTES, and
-    one of what a reader yields where that is larger.
+    Floating tensors are cast to `dtype` if it is not None. No file, header included, is larger than
+    `max_shard_size` bytes unless a single tensor is. Memory holds a few pieces of PIECE_BYTES, and
+    one tensor from a reader where that is larger.
 
-    Raises StageFailure, and leaves none of its files behind, when a value is not finite, when a
-    reader yields another number of elements than announced, or when a file cannot be read or
-    written (a full disk); what else a reader raises passes through.
+    Raises StageFailure, and removes its files, when a value is not finite, when a reader yields
+    another number of elements than its spec has, or when a file cannot be read or written (a full
+    disk). Other exceptions of a reader pass through.
     """
     unwritable = sorted({dtype or "float32", *(spec.dtype for spec, _ in tensors)} - set(DTYPES))
     if unwritable:
         raise StageFailure(
-            f"Weights of dtype {', '.join(unwritable)} cannot be written; known are "
-            f"{', '.join(DTYPES)}."
+            f"Weights of dtype {', '.join(unwritable)} cannot be written. The writer "
+            f"supports {', '.join(DTYPES)}."
         )
-    written = [
+    outputs = [
         (replace(spec, dtype=dtype) if dtype and spec.dtype in FLOATING else spec, read)
         for spec, read in tensors
     ]
-    total = sum(spec.nbytes for spec, _ in written)
-    files = _divide(written, max_shard_size)
+    total = sum(spec.nbytes for spec, _ in outputs)
+    files = _divide(outputs, max_shard_size)
     digests: dict[str, str] = {}
     try:
         with (
@@ -138,8 +138,8 @@ def write_safetensors(
 def _divide(
     tensors: list[tuple[TensorSpec, ReadTensor]], max_shard_size: int
 ) -> dict[str, list[tuple[TensorSpec, ReadTensor]]]:
-    """File name -> its tensors: filled in the order given, as huggingface_hub does, but counting
-    the header's bytes too."""
+    """File name -> its tensors, filled in order as huggingface_hub does, but the header's bytes
+    count too."""
     total = sum(spec.nbytes for spec, _ in tensors)
     overhead = len(_header([])) + 8  # 8: its padding
     groups: list[list[tuple[TensorSpec, ReadTensor]]] = [[]]
@@ -158,8 +158,8 @@ def _divide(
         if count == 1
         else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     )
-    # Wide elements first, so that every tensor starts at a multiple of its element's size, which
-    # readers that map the file rely on.
+    # Wide elements first, so that every tensor starts at a multiple of its element's size. Readers
+    # that map the file rely on that.
     return {
         name: sorted(group, key=lambda item: -DTYPES[item[0].dtype][1])
         for name, group in zip(names, groups, strict=True)
@@ -178,7 +178,7 @@ def _entry(spec: TensorSpec, start: int, end: int) -> dict[str, dict[str, object
 
 def _header(specs: Iterable[TensorSpec]) -> bytes:
     """Length and JSON of a file's header, padded with spaces to a multiple of 8 bytes as the format
-    asks; transformers wants `format`."""
+    requires; transformers requires `format`."""
     entries: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in specs:
@@ -192,8 +192,8 @@ def _header(specs: Iterable[TensorSpec]) -> bytes:
 
 
 def _write_file(path: Path, contents: list[tuple[TensorSpec, ReadTensor]], bar: Progress) -> str:
-    """Write one safetensors file; return its SHA-256, taken in a second thread (hashing releases
-    the interpreter's lock)."""
+    """Write one safetensors file; return its SHA-256, which a second thread computes (hashing
+    releases the interpreter's lock)."""
     digest = hashlib.sha256()
     with path.open("wb") as file, ThreadPoolExecutor(1) as pool:
         hashing: Future[None] | None = None
@@ -209,25 +209,27 @@ def _write_file(path: Path, contents: list[tuple[TensorSpec, ReadTensor]], bar: 
 
 
 def _file_bytes(contents: list[tuple[TensorSpec, ReadTensor]]) -> Iterator[bytes | memoryview]:
-    """The file's bytes in order. Raises StageFailure at the end of a tensor that holds a value that
-    is not finite."""
+    """The file's bytes in order. Raises StageFailure at the end of a tensor with a value that is
+    not finite."""
     import torch
 
     yield _header(spec for spec, _ in contents)
     with contextlib.closing(_read_ahead(_pieces(contents))) as pieces:
         for spec, group in itertools.groupby(pieces, key=operator.itemgetter(0)):
-            read, written = 0, 0
+            bad_inputs, bad_outputs = 0, 0
             for _, piece in group:
                 values = piece.to(getattr(torch, spec.dtype))
                 if not _all_finite(values):
-                    read += _count_not_finite(piece)
-                    written += _count_not_finite(values)
+                    bad_inputs += _count_not_finite(piece)
+                    bad_outputs += _count_not_finite(values)
                 yield values.view(torch.uint8).numpy().data
-            if read:
-                raise StageFailure(f"{spec.name}: {read} of {spec.elements} values are not finite.")
-            if written:
+            if bad_inputs:
+                raise StageFailure(
+                    f"{spec.name}: {bad_inputs} of {spec.elements} values are not finite."
+                )
+            if bad_outputs:
                 too_large = (
-                    f"{written} of {spec.elements} values are beyond "
+                    f"{bad_outputs} of {spec.elements} values are beyond "
                     f"{torch.finfo(values.dtype).max:.4g}"
                 )
                 raise StageFailure(
@@ -237,7 +239,7 @@ def _file_bytes(contents: list[tuple[TensorSpec, ReadTensor]]) -> Iterator[bytes
 
 
 def _pieces(contents: list[tuple[TensorSpec, ReadTensor]]) -> Pieces:
-    """One tensor's pieces after another's, flat and at most PIECE_BYTES each."""
+    """The pieces of all tensors in order, flat and at most PIECE_BYTES each."""
     for spec, read in contents:
         elements = 0
         for tensor in read():
@@ -246,8 +248,8 @@ def _pieces(contents: list[tuple[TensorSpec, ReadTensor]]) -> Pieces:
             for piece in flat.split(max(1, PIECE_BYTES // flat.element_size())):
                 if piece.numel():  # split() gives one empty piece of an empty tensor
                     yield spec, piece if len(piece) == len(flat) else piece.clone()
-            # Nothing here, nor a piece that waits to be hashed, may keep a large tensor alive while
-            # the next one is read.
+            # No local variable, and no piece that waits to be hashed, may keep a large tensor alive
+            # while the next one is read.
             del tensor, flat, piece
         if elements != spec.elements:
             raise StageFailure(
@@ -257,8 +259,7 @@ def _pieces(contents: list[tuple[TensorSpec, ReadTensor]]) -> Pieces:
 
 
 def _read_ahead(pieces: Pieces) -> Pieces:
-    """The same pieces, the next one being read in a second thread while the caller uses this
-    one."""
+    """The same pieces; a second thread reads the next one while the caller uses this one."""
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, pieces, None)
         while (piece := following.result()) is not None:
@@ -267,8 +268,8 @@ def _read_ahead(pieces: Pieces) -> Pieces:
 
 
 def _all_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite. min and max pass NaN on, and take a twentieth of
-    isfinite().all()'s time on a CPU."""
+    """Whether no value is NaN or infinite. min and max propagate NaN, and take a twentieth of the
+    time of isfinite().all() on a CPU."""
     if not values.is_floating_point():
         return True
     return all(math.isfinite(extreme) for extreme in values.aminmax())

@@ -1,1 +1,1 @@
-"""From rows of a dataset to rows of token ids: reading, the prompt, tokenising, packing."""
+"""From a dataset's examples to packed sequences: reading, the prompt, tokenising, packing."""

@@ -1,4 +1,4 @@
-"""What became of every row and every token, for the manifest and for the screen."""
+"""Account for every example and every token, for the manifest and for the screen."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from stages.run.errors import StageFailure
 
 @dataclass
 class SplitAccount:
-    """One split. Tokens: `documents_tokens` = `packed` + `left_over`; cells: `rows` x `max_length`
+    """One split. `documents_tokens` = `packed` + `left_over`; `rows` (the sequences) x `max_length`
     = `packed` + `padded`."""
 
     documents: int = 0
     documents_tokens: int = 0
-    left_over: int = 0  # tokens of concat's last, incomplete row
-    rows: int = 0
+    left_over: int = 0  # tokens of concat's last, incomplete sequence
+    rows: int = 0  # sequences
     packed: int = 0
     padded: int = 0
     supervised: int = 0  # labels that are not -100
@@ -24,23 +24,22 @@ class SplitAccount:
 
 @dataclass
 class Accounting:
-    """Counts of rows and tokens of one dataset, from the rows read to the rows written."""
+    """Counts of one dataset, from the examples read to the sequences written."""
 
     max_length: int
-    rows_in: int = 0
-    empty: int = 0  # rows without an instruction or a response; left out
-    duplicate: int = 0  # documents whose text came before; kept
-    split_again: int = (
-        0  # documents whose tokens would have reached from the prompt into the response
-    )
+    rows_in: int = 0  # examples
+    empty: int = 0  # examples without an instruction or a response; left out
+    duplicate: int = 0  # documents with the text of an earlier one; kept
+    # Documents in which a token would have spanned the prompt and the response.
+    split_again: int = 0
     tokens_in: int = 0
     over_long: int = 0  # documents longer than max_length
-    dropped: int = 0  # of those, the ones left out
+    dropped: int = 0  # over-long documents that were left out
     cut_tokens: int = 0  # tokens cut off over-long documents
     dropped_tokens: int = 0  # tokens of dropped documents
     train: SplitAccount = field(default_factory=SplitAccount)
     validation: SplitAccount = field(default_factory=SplitAccount)
-    sample: str = ""  # one document's text, chosen by the seed; not a figure
+    sample: str = ""  # one document's text, chosen by the seed; not a count
 
     @property
     def splits(self) -> dict[str, SplitAccount]:
@@ -48,9 +47,9 @@ class Accounting:
 
     @property
     def fill(self) -> float:
-        """Part of the written rows that is text rather than padding, 0 to 1."""
-        cells = self.max_length * sum(split.rows for split in self.splits.values())
-        return sum(split.packed for split in self.splits.values()) / cells if cells else 0.0
+        """The fraction of the written tokens that is text rather than padding, 0 to 1."""
+        total = self.max_length * sum(split.rows for split in self.splits.values())
+        return sum(split.packed for split in self.splits.values()) / total if total else 0.0
 
     def figures(self) -> dict[str, Any]:
         """The counts for a manifest."""
@@ -59,10 +58,10 @@ class Accounting:
         return {**figures, "fill": round(self.fill, 6)}
 
     def check(self) -> None:
-        """Raise StageFailure unless every row and every token is accounted for."""
+        """Raise StageFailure unless every example and every token is accounted for."""
         splits = self.splits.values()
         sums = {
-            "rows in": (
+            "examples in": (
                 self.rows_in,
                 self.empty + self.dropped + sum(split.documents for split in splits),
             ),
@@ -75,48 +74,48 @@ class Accounting:
         }
         for name, split in self.splits.items():
             sums[f"{name}'s tokens"] = (split.documents_tokens, split.packed + split.left_over)
-            sums[f"{name}'s row cells"] = (
+            sums[f"{name}'s sequence tokens"] = (
                 split.rows * self.max_length,
                 split.packed + split.padded,
             )
             if split.supervised > split.packed:
                 sums[f"{name}'s supervised tokens"] = (split.supervised, split.packed)
-        wrong = [
-            f"{name}: {whole:,} but their parts are {parts:,}"
-            for name, (whole, parts) in sums.items()
-            if whole != parts
+        problems = [
+            f"{name}: {total:,} but their parts add up to {parts:,}"
+            for name, (total, parts) in sums.items()
+            if total != parts
         ]
-        if wrong:
+        if problems:
             raise StageFailure(
-                "The accounts do not balance, so tokens were lost or doubled. "
-                + "; ".join(wrong)
+                "The accounts do not balance, so tokens were lost or counted twice. "
+                + "; ".join(problems)
                 + "."
             )
 
     def table(self) -> str:
-        """The accounts as text of about twenty lines."""
+        """The accounts as a table of 17 lines."""
         train, validation = self.train, self.validation
         lines = [
-            ("rows in", self.rows_in, ""),
+            ("examples in", self.rows_in, ""),
             ("  empty", self.empty, "left out"),
             ("  dropped", self.dropped, f"left out: longer than {self.max_length:,} tokens"),
             ("  documents for training", train.documents, ""),
             ("  documents for validation", validation.documents, ""),
             ("  among them over-long", self.over_long - self.dropped, "cut"),
-            ("  among them duplicate", self.duplicate, "kept, on the side of their first"),
+            ("  among them duplicate", self.duplicate, "kept, in the split of the first"),
             (
                 "  among them split again",
                 self.split_again,
-                "where tokens reached from the prompt into the response",
+                "a token would span prompt and response",
             ),
             ("tokens in", self.tokens_in, ""),
             ("  cut off over-long documents", self.cut_tokens, ""),
             ("  of dropped documents", self.dropped_tokens, ""),
-            ("  left over after the last row", train.left_over + validation.left_over, ""),
+            ("  left over after last sequence", train.left_over + validation.left_over, ""),
             ("  packed for training", train.packed, f"{train.supervised:,} supervised"),
             ("  packed for validation", validation.packed, f"{validation.supervised:,} supervised"),
             (
-                "rows out",
+                "sequences out",
                 train.rows + validation.rows,
                 f"of {self.max_length:,} tokens, {self.fill:.2%} full",
             ),

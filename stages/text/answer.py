@@ -1,9 +1,7 @@
-"""Asking a compiled model: the prompt as it was trained, ids cut off where the prompt ends, text as
-it comes.
+"""Ask a compiled model: the prompt as in training, the answer as a stream or in batches.
 
-Knows no backend: it is given a model that has been loaded (`generate` and its fixed sizes).
-Importing this module brings in neither transformers nor datasets, so that a first answer comes at
-once.
+Independent of the backend: the caller passes a loaded model (`generate` and its fixed sizes). The
+module imports neither transformers nor datasets, so that the first answer comes soon.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """One line of a file of prompts. `expected` is the line's response, where it has one."""
+    """One line of a file of prompts. `expected` is the line's response, None if it has none."""
 
     instruction: str
     context: str = ""
@@ -35,8 +33,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """One line of answers.jsonl. `ended`: by the model (EOS), or cut at MAX_NEW_TOKENS or the
-    compiled length."""
+    """One line of answers.jsonl. `ended`: the model gave EOS; False when MAX_NEW_TOKENS or the
+    compiled length cut the answer off."""
 
     instruction: str
     context: str
@@ -47,7 +45,7 @@ class Answer:
 
 
 class Answerer:
-    """A compiled model with the tokenizer and the prompt's text that it carries."""
+    """A compiled model with the tokenizer and the prompt template in its folder."""
 
     def __init__(self, compiled: Path, model: LoadedModel, settings: Settings):
         self.model = model
@@ -56,8 +54,8 @@ class Answerer:
         self.tokenizer = TextTokenizer.load(compiled)
 
     def stream(self, question: Question) -> Iterator[str]:
-        """The answer to one question, piece by piece; a piece ends where its characters are
-        whole."""
+        """The answer to one question, piece by piece; each piece ends with a complete
+        character."""
         ids: list[int] = []
         shown = ""
         for (new,) in self._generate([self._prompt_ids(question)]):
@@ -65,9 +63,8 @@ class Answerer:
                 break
             ids.append(new)
             text = self.tokenizer.decode(ids)
-            if not text.endswith(
-                "\N{REPLACEMENT CHARACTER}"
-            ):  # else a character of several bytes is half there
+            # A character of several bytes that is incomplete decodes as the replacement character.
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
                 yield text[len(shown) :]
                 shown = text
         yield self.tokenizer.decode(ids)[len(shown) :]
@@ -79,18 +76,18 @@ class Answerer:
             prompts = [self._prompt_ids(question) for question in group]
             ids: list[list[int]] = [[] for _ in group]
             for step in self._generate(prompts):
-                for own, new in zip(ids, step, strict=True):
+                for answer_ids, new in zip(ids, step, strict=True):
                     if new is not None:
-                        own.append(new)
-            for question, prompt, own in zip(group, prompts, ids, strict=True):
+                        answer_ids.append(new)
+            for question, prompt, answer_ids in zip(group, prompts, ids, strict=True):
                 room = min(self.settings.max_new_tokens, self.model.sequence_length - len(prompt))
-                text = self.tokenizer.decode(own)
+                text = self.tokenizer.decode(answer_ids)
                 yield Answer(
                     question.instruction,
                     question.context,
                     text,
-                    len(own),
-                    len(own) < room,
+                    len(answer_ids),
+                    len(answer_ids) < room,
                     question.expected,
                 )
 
@@ -116,7 +113,7 @@ class Answerer:
 def read_questions(path: Path, settings: Settings) -> list[Question]:
     """The questions of a JSON lines file, in DATASET's columns; only the instruction is required.
 
-    Raises InputError with the lines that are none: the first ten are named, and all are counted.
+    Raises InputError for lines that are not questions: names the first ten and counts all.
     """
     if not path.is_file():
         raise InputError(
@@ -135,7 +132,10 @@ def read_questions(path: Path, settings: Settings) -> list[Question]:
             else:
                 problems.append(f"{path}, line {number}{question}")
     if not questions and not problems:
-        problems.append(f"{path} holds no prompt.")
+        problems.append(
+            f"{path} holds no prompt. Write one JSON object per line, with "
+            f"{settings.instruction_column!r} in each."
+        )
     if len(problems) > PROBLEMS_SHOWN:
         problems[PROBLEMS_SHOWN:] = [
             f"{len(problems):,} lines have problems; above are the first {PROBLEMS_SHOWN}."
@@ -146,7 +146,7 @@ def read_questions(path: Path, settings: Settings) -> list[Question]:
 
 
 def _question(record: Record, settings: Settings) -> Question | str:
-    """The record as a question, or what is wrong with it, to follow the line's number."""
+    """The record as a question, or its problem, which follows the line's number."""
     from stages.text.examples import fault
     from stages.text.formats import Problem
 
@@ -158,8 +158,8 @@ def _question(record: Record, settings: Settings) -> Question | str:
     for name, text, required in zip(
         names, (instruction, context, expected), (True, False, False), strict=True
     ):
-        if wrong := fault(text, name in record) if required or text is not None else "":
-            return f", column {name!r} {wrong}"
+        if problem := fault(text, name in record) if required or text is not None else "":
+            return f", column {name!r} {problem}"
     if not instruction.strip():
         return f", column {names[0]!r} is empty."
     return Question(instruction, context or "", expected)

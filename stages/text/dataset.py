@@ -1,5 +1,5 @@
-"""The training rows: documents from text, split, packed and saved, with every token accounted
-for."""
+"""Build the training sequences: documents are tokenised, split, packed and saved, and every token
+is accounted for."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from stages.text.prompt import PromptTemplate
 from stages.text.sequences import bytes_of, save_sequences
 from stages.text.tokens import TextTokenizer
 
-_AT_ONCE = 2  # batches that are tokenised next to each other
+_BATCHES_AT_ONCE = 2  # batches that are tokenised in parallel
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How documents become rows.
+    """How documents become sequences.
 
-    `max_length`: tokens of a row. `packing`: best_fit cuts no document that fits a row; concat
-    joins all and cuts at max_length. `overlong`: what best_fit does with a document longer than a
-    row: truncate (its end is cut, with EOS), drop, or error; concat cuts documents in any case.
-    `loss_on`: all tokens, or response (and EOS).
+    `max_length`: tokens of a sequence. `packing`: best_fit cuts no document that fits a sequence;
+    concat joins all and cuts at max_length. `overlong`: what best_fit does with a document longer
+    than a sequence: truncate (its end, with EOS, is cut off), drop, or error; concat always cuts
+    documents. `loss_on`: all tokens, or response (and EOS).
     """
 
     max_length: int
@@ -42,7 +42,7 @@ class Layout:
 
 
 def build(
-    rows: Iterable[list[Example]],
+    batches: Iterable[list[Example]],
     tokenizer: TextTokenizer,
     template: PromptTemplate,
     *,
@@ -51,18 +51,18 @@ def build(
     validation_fraction: float = 0.0,
     seed: int = 0,
 ) -> Accounting:
-    """Write `output`/train and, when documents are held out, `output`/validation; both for
-    `datasets.load_from_disk`.
+    """Write `output`/train and, when documents are held out, `output`/validation;
+    `datasets.load_from_disk` reads both.
 
-    Documents are held out before packing, by their text and `seed`. Rows with an empty instruction
-    or response are left out. Memory grows by some bytes per document only. Raises InputError for
-    rows that cannot be used and when nothing is left to train on.
+    Documents are held out before packing, by their text and `seed`. Examples with an empty
+    instruction or response are left out. Memory grows only by some 200 bytes per document. Raises
+    InputError for examples that cannot be used and when no document remains to train on.
     """
     output.mkdir(parents=True, exist_ok=True)
     account = Accounting(layout.max_length)
     documents = Documents(output)
     try:
-        _tokenise(rows, tokenizer, template, seed, documents, account)
+        _tokenise(batches, tokenizer, template, seed, documents, account)
         kept = _fit(documents, layout, account)
         for_validation = held_out(documents.digests[kept], validation_fraction)
         chosen = {"train": kept[~for_validation], "validation": kept[for_validation]}
@@ -72,13 +72,13 @@ def build(
             if len(numbers)
         }
         with disk_guard(
-            "the packed rows",
+            "the sequences",
             output,
             sum(bytes_of(packing, layout.max_length) for packing in packings.values()),
         ):
             saved = {
-                split: _save(split, packed, chosen[split], documents, tokenizer, layout, output)
-                for split, packed in packings.items()
+                split: _save(split, packing, chosen[split], documents, tokenizer, layout, output)
+                for split, packing in packings.items()
             }
         account.train, account.validation = (
             saved["train"],
@@ -91,18 +91,21 @@ def build(
 
 
 def _tokenise(
-    rows: Iterable[list[Example]],
+    batches: Iterable[list[Example]],
     tokenizer: TextTokenizer,
     template: PromptTemplate,
     seed: int,
     documents: Documents,
     account: Accounting,
 ) -> None:
-    """Fill `documents`. The sample is the text of the greatest digest: as good as drawn at random,
-    and never the first held out."""
+    """Fill `documents`. The sample is the text with the greatest digest: in effect a random one,
+    and the last that would be held out."""
     greatest = -1
-    for batch, encoding in _encoding(_filled(rows, account), tokenizer, template):
-        texts = [template.text(row.instruction, row.context, row.response) for row in batch]
+    for batch, encoding in _encoding(_nonempty(batches, account), tokenizer, template):
+        texts = [
+            template.text(example.instruction, example.context, example.response)
+            for example in batch
+        ]
         digests = [digest(text, seed) for text in texts]
         if max(digests) > greatest:
             greatest = max(digests)
@@ -115,39 +118,42 @@ def _tokenise(
     account.tokens_in = int(documents.lengths.sum())
     if not len(documents.lengths):
         raise InputError(
-            f"None of the {account.rows_in:,} rows has both an instruction and a response."
+            f"None of the {account.rows_in:,} examples has both an instruction and a response."
         )
 
 
-def _filled(rows: Iterable[list[Example]], account: Accounting) -> Iterator[list[Example]]:
-    """The batches without their empty rows, which are counted."""
-    for batch in rows:
-        filled = [row for row in batch if row.instruction.strip() and row.response.strip()]
+def _nonempty(batches: Iterable[list[Example]], account: Accounting) -> Iterator[list[Example]]:
+    """The batches without their empty examples, which are counted."""
+    for batch in batches:
+        nonempty = [
+            example for example in batch if example.instruction.strip() and example.response.strip()
+        ]
         account.rows_in += len(batch)
-        account.empty += len(batch) - len(filled)
-        if filled:
-            yield filled
+        account.empty += len(batch) - len(nonempty)
+        if nonempty:
+            yield nonempty
 
 
 def _encoding(
     batches: Iterable[list[Example]], tokenizer: TextTokenizer, template: PromptTemplate
 ) -> Iterator[tuple[list[Example], Future[Encoded]]]:
-    """Each batch with its documents to come, two batches at a time: the tokenizer runs outside
-    Python's lock, so that reading and collecting cost no time next to it."""
-    # Without this, tokenizers goes back to one thread, with a warning, in a process that was
-    # forked.
+    """Each batch with the future of its documents, two batches at a time.
+
+    The tokenizer releases the interpreter's lock, so reading and collecting overlap with it.
+    """
+    # Without this, tokenizers warns and uses one thread in a forked process.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    begun: deque[tuple[list[Example], Future[Encoded]]] = deque()
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    pending: deque[tuple[list[Example], Future[Encoded]]] = deque()
+    with ThreadPoolExecutor(_BATCHES_AT_ONCE) as pool:
         for batch in batches:
-            begun.append((batch, pool.submit(encode, batch, tokenizer, template)))
-            if len(begun) > _AT_ONCE:
-                yield begun.popleft()
-        yield from begun
+            pending.append((batch, pool.submit(encode, batch, tokenizer, template)))
+            if len(pending) > _BATCHES_AT_ONCE:
+                yield pending.popleft()
+        yield from pending
 
 
 def _fit(documents: Documents, layout: Layout, account: Accounting) -> np.ndarray:
-    """The documents that are kept, int64, each cut to a row's length where best_fit needs that."""
+    """Numbers of the documents that are kept, int64; best_fit's are cut to a sequence's length."""
     limit, lengths = layout.max_length, documents.lengths
     over = lengths > limit
     account.over_long = int(over.sum())
@@ -159,31 +165,30 @@ def _fit(documents: Documents, layout: Layout, account: Accounting) -> np.ndarra
     )
     if layout.overlong == "error":
         raise InputError(f"{longest}. Raise MAX_LENGTH, or set OVERLONG to truncate or drop.")
-    lost = over.copy()
+    dropped = over.copy()
     if layout.overlong == "truncate":
-        # A document cut within its prompt has nothing left to learn from.
-        lost &= (documents.prompt_lengths >= limit) if layout.loss_on == "response" else False
-    account.dropped, account.dropped_tokens = int(lost.sum()), int(lengths[lost].sum())
-    account.cut_tokens = int((lengths - limit)[over & ~lost].sum())
-    if lost.all():
-        raise InputError(f"{longest}, and none is left. Raise MAX_LENGTH.")
+        # A document that is cut within its prompt has no supervised token.
+        dropped &= (documents.prompt_lengths >= limit) if layout.loss_on == "response" else False
+    account.dropped, account.dropped_tokens = int(dropped.sum()), int(lengths[dropped].sum())
+    account.cut_tokens = int((lengths - limit)[over & ~dropped].sum())
+    if dropped.all():
+        raise InputError(f"{longest}, and no document remains. Raise MAX_LENGTH.")
     documents.lengths = np.minimum(lengths, limit)
-    return np.flatnonzero(~lost)
+    return np.flatnonzero(~dropped)
 
 
 def _pack(split: str, lengths: np.ndarray, layout: Layout) -> Packing:
-    """The rows of documents of these lengths; raises InputError where they are not enough for
-    one."""
-    packed = (concat if layout.packing == "concat" else best_fit)(lengths, layout.max_length)
-    if not len(packed):
+    """Pack documents of these lengths; raises InputError where they do not fill one sequence."""
+    packing = (concat if layout.packing == "concat" else best_fit)(lengths, layout.max_length)
+    if not len(packing):
         remedy = "Lower MAX_LENGTH or set PACKING=best_fit, which pads" + (
             ", or VALIDATION_FRACTION=0" if split == "validation" else ""
         )
         raise InputError(
             f"The {len(lengths):,} documents for {split} have {int(lengths.sum()):,} tokens, "
-            f"less than a row of {layout.max_length:,}. {remedy}."
+            f"fewer than one sequence of {layout.max_length:,}. {remedy}."
         )
-    return packed
+    return packing
 
 
 def _save(

@@ -1,8 +1,8 @@
-"""Documents: the rows as token ids, on the disk, with what packing needs of each in memory.
+"""Documents: examples as token ids on the disk; only what packing needs of each is in memory.
 
-A row with its prompt, its response, BOS and EOS is a document. Its ids go to an unnamed temporary
-file (int32), so that memory grows by some 200 bytes per document, packing included, however long
-the documents are.
+A document is BOS, the prompt and the response of an example, and EOS. Its ids go to an unnamed
+temporary file (int32), so memory grows by some 200 bytes per document, packing included, however
+long the documents are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stages.text.tokens import TextTokenizer
 
 @dataclass(frozen=True)
 class Encoded:
-    """The documents of one batch of rows. `ids`: int32, all of them end to end; `lengths`,
+    """The documents of one batch of examples. `ids`: int32, all documents end to end; `lengths`,
     `prompt_lengths`: int64 per document."""
 
     ids: np.ndarray
@@ -34,27 +34,29 @@ class Encoded:
     split_again: int
 
 
-def encode(rows: list[Example], tokenizer: TextTokenizer, template: PromptTemplate) -> Encoded:
-    """The ids of each row: BOS, prompt, response, EOS. The prompt's are those that eval gives the
-    model, in one piece.
+def encode(examples: list[Example], tokenizer: TextTokenizer, template: PromptTemplate) -> Encoded:
+    """The ids of each example: BOS, prompt, response, EOS. Eval gives the model the same ids of a
+    prompt.
 
-    Raises InputError naming the rows whose text cannot be kept apart from control tokens or from
-    the prompt, StageFailure if a document had not exactly one BOS (where the tokenizer has one) and
-    one EOS.
+    Raises InputError that names the examples whose text cannot be kept apart from control tokens or
+    from the prompt, and StageFailure if a document does not have exactly one BOS (where the
+    tokenizer has one) and one EOS.
     """
     prompts = tokenizer.encode_prompts(
-        [template.prompt(row.instruction, row.context) for row in rows]
+        [template.prompt(example.instruction, example.context) for example in examples]
     )
     responses, split_again = tokenizer.encode_responses(
-        template.response, [row.response for row in rows]
+        template.response, [example.response for example in examples]
     )
     failed = [
-        row.place for row, *parts in zip(rows, prompts, responses, strict=True) if None in parts
+        example.place
+        for example, *parts in zip(examples, prompts, responses, strict=True)
+        if None in parts
     ]
     if failed:
         reason = (
             "this tokenizer cannot encode the text without its control tokens, or the "
-            "response apart from the prompt. Take the row out."
+            "response apart from the prompt. Remove the example."
         )
         raise InputError([f"{place}: {reason}" for place in failed[:10]])
     eos = (tokenizer.eos,)
@@ -72,7 +74,7 @@ def encode(rows: list[Example], tokenizer: TextTokenizer, template: PromptTempla
 
 
 def _check_controls(ids: np.ndarray, lengths: np.ndarray, tokenizer: TextTokenizer) -> None:
-    """One BOS and one EOS in each document, and no control token next to them."""
+    """Raise StageFailure unless each document has one BOS, one EOS and no other control token."""
     ends = np.cumsum(lengths)
     starts = ends - lengths
     lookup = np.zeros(int(ids.max(initial=max(tokenizer.controls))) + 1, dtype=bool)
@@ -94,8 +96,8 @@ class Documents:
     """
 
     def __init__(self, folder: Path):
-        """Spill to `folder`'s file system; the file has no name, so a kill leaves nothing
-        behind."""
+        """Write the ids to `folder`'s file system, in a file without a name: nothing remains after
+        a kill."""
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (`close` closes it)
         self._batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
@@ -110,7 +112,7 @@ class Documents:
         )
 
     def close_input(self) -> None:
-        """No more documents: make the arrays and allow `read`."""
+        """End the input: build the arrays and allow `read`."""
         self._file.flush()
         empty = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64))
         self.lengths, self.prompt_lengths, self.digests = map(
@@ -120,8 +122,10 @@ class Documents:
         self._offsets = (np.cumsum(self.lengths) - self.lengths).tolist()
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
-        """`length` ids of a document from its token `start` on, int32. Not by memory map: its pages
-        would count as ours."""
+        """`length` ids of a document from its token `start`, int32.
+
+        A memory map is not used: its pages would count as memory of this process.
+        """
         data = os.pread(self._file.fileno(), 4 * length, 4 * (self._offsets[document] + start))
         return np.frombuffer(data, dtype=np.int32)
 
@@ -130,10 +134,10 @@ class Documents:
 
 
 def digest(text: str, seed: int) -> int:
-    """8 bytes that stand for a document's text under a seed: equal texts have equal ones, others
-    are in random order.
+    """A document's text and a seed as a 64-bit digest: equal texts have equal digests, the order of
+    others is random.
 
-    64 bits: among a million documents two differing ones share theirs with a probability of 3e-8.
+    The probability that two different ones among a million documents share a digest is 3e-8.
     """
     return int.from_bytes(
         blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest(), "little"
@@ -141,16 +145,16 @@ def digest(text: str, seed: int) -> int:
 
 
 def held_out(digests: np.ndarray, fraction: float) -> np.ndarray:
-    """Which documents are for validation, bool [documents]: those of the least digests,
-    round(fraction x documents) of them.
+    """Which documents are for validation, bool [documents]: the round(fraction x documents) ones
+    with the smallest digests.
 
-    At least one and never all; equal documents stay together (so a few more may go), and if all are
-    equal none is held out.
+    At least one and never all. Equal documents stay together, so a few more may be held out; if all
+    are equal, none is.
     """
     chosen = np.zeros(len(digests), dtype=bool)
     distinct, copies = np.unique(digests, return_counts=True)
     if fraction > 0 and len(distinct) > 1:
-        wanted = max(1, round(fraction * len(digests)))
-        groups = min(int(np.searchsorted(np.cumsum(copies), wanted)) + 1, len(distinct) - 1)
+        count = max(1, round(fraction * len(digests)))
+        groups = min(int(np.searchsorted(np.cumsum(copies), count)) + 1, len(distinct) - 1)
         chosen = digests <= distinct[groups - 1]
     return chosen

@@ -1,9 +1,9 @@
-"""Rows of a dataset, whatever it is kept in: instruction, context and response as checked text.
+"""Examples of a dataset in any format: instruction, context and response as checked text.
 
-`read_examples` finds out what DATASET names (a local file, a saved `datasets` folder, the same two
-on S3, or a dataset of the Hub) and passes on batches of rows; nothing is ever held but one batch.
-What is wrong in the rows is reported together, by file, row and column. Only the standard library
-is imported unless the dataset needs more.
+`read_examples` opens what DATASET names (a local file, a saved `datasets` folder, either of them on
+S3, or a dataset on the Hub) and yields batches of examples; only one batch is in memory. Problems
+are reported together, by file, line or row, and column. Only the standard library is imported
+unless the dataset needs more.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from stages.text.formats import Problem, Record
 from stages.text.sources import FORMATS, Source, open_local
 
 BATCH_EXAMPLES = 1000
-# A batch of long rows ends earlier: tokenising takes some hundred bytes per character.
+# A batch of long examples ends earlier: tokenising takes some hundred bytes per character.
 BATCH_CHARACTERS = 4 * 2**20
 PROBLEMS_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a dataset's columns. `context` and `response` may be "": the dataset then has
-    none."""
+    """Names of a dataset's columns. `context` and `response` are "" where the dataset has none."""
 
     instruction: str = "instruction"
     context: str = "context"
@@ -36,8 +35,10 @@ class Columns:
 
 
 class Example(NamedTuple):
-    """One row's texts, and its `place` for messages ("dolly.jsonl, line 3"). A null or absent
-    context is ""."""
+    """The texts of one example, and its `place` for messages ("dolly.jsonl, line 3").
+
+    A null or absent context is "".
+    """
 
     place: str
     instruction: str
@@ -53,13 +54,13 @@ def read_examples(
     split: str = "train",
     columns: Columns | None = None,
 ) -> Iterator[list[Example]]:
-    """Batches of at most 1,000 rows of `dataset`.
+    """Batches of at most 1,000 examples of `dataset`.
 
-    `dataset`: .json/.jsonl/.csv/.parquet file or saved `datasets` folder, local or s3://, or a Hub
-    id with `revision`, `config` and `split` (a saved folder has a split too). Blank lines are
-    skipped; columns that are not named are ignored. Raises InputError: at once for what cannot be
-    opened or lacks a column; at the end for bad rows, the first ten of them named and all counted
-    (after the first bad row nothing more is yielded); and for a dataset without rows.
+    `dataset`: a .json/.jsonl/.csv/.parquet file or saved `datasets` folder, local or s3://, or a
+    Hub id with `revision`, `config` and `split` (a saved folder has a split too). Blank lines are
+    skipped; columns that are not named are ignored. Raises InputError: at once for a dataset that
+    cannot be opened or lacks a column; at the end for bad examples, of which it names the first
+    ten and counts all (nothing is yielded after the first); and for a dataset without examples.
     """
     columns = columns or Columns()
     source = open_dataset(
@@ -83,45 +84,45 @@ def read_examples(
 def _batches(source: Source, columns: Columns) -> Iterator[list[Example]]:
     batch: list[Example] = []
     problems: list[str] = []
-    rows = bad = characters = 0
+    examples = bad = characters = 0
     context_seen = not columns.context
-    for number, record in _to_the_end(source):
+    for number, record in _records(source):
         place = f"{source.name}, {source.unit} {number}"
-        if not rows and source.columns is None and isinstance(record, dict):
+        if not examples and source.columns is None and isinstance(record, dict):
             _require(place, list(record), columns.instruction, columns.response)
-        rows += 1
-        row = _row(place, record, columns)
-        if isinstance(row, list):
+        examples += 1
+        example = _example(place, record, columns)
+        if isinstance(example, list):
             bad += 1
-            problems += row[: PROBLEMS_SHOWN - len(problems)]
+            problems += example[: PROBLEMS_SHOWN - len(problems)]
         elif not bad:
-            batch.append(row)
-            characters += len(row.instruction) + len(row.context) + len(row.response)
+            batch.append(example)
+            characters += len(example.instruction) + len(example.context) + len(example.response)
             context_seen = context_seen or columns.context in record
             if len(batch) == BATCH_EXAMPLES or characters >= BATCH_CHARACTERS:
                 yield batch
                 batch, characters = [], 0
     if bad > 1:
         problems.append(
-            f"{bad:,} of {rows:,} rows have problems"
+            f"{bad:,} of {examples:,} examples have problems"
             + (f"; above are the first {len(problems)}." if bad > len(problems) else ".")
         )
     if problems:
         raise InputError(problems)
-    if not rows:
+    if not examples:
         raise InputError(
-            f"{source.name} has no rows. Check that DATASET names the right file or split."
+            f"{source.name} has no examples. Check that DATASET names the right file or split."
         )
     if not context_seen:
         raise InputError(
-            f"{source.name}: no row has the column {columns.context!r}. Set CONTEXT_COLUMN to its "
-            "name, or to nothing if there is none."
+            f"{source.name}: no example has the column {columns.context!r}. Set CONTEXT_COLUMN "
+            "to its name, or to nothing if there is none."
         )
     if batch:
         yield batch
 
 
-def _to_the_end(source: Source) -> Iterator[tuple[int, Record]]:
+def _records(source: Source) -> Iterator[tuple[int, Record]]:
     try:
         yield from source.records
     except OSError as error:
@@ -129,22 +130,21 @@ def _to_the_end(source: Source) -> Iterator[tuple[int, Record]]:
 
 
 def _require(
-    place: str, there: list[str], instruction: str, response: str, context: str = ""
+    place: str, existing: list[str], instruction: str, response: str, context: str = ""
 ) -> None:
-    """Raise InputError with every named column that does not exist, the nearest that is, and all
-    that are."""
+    """Raise InputError with each missing column, the closest name, and the existing columns."""
     problems = []
     for setting, name in (
         ("INSTRUCTION_COLUMN", instruction),
         ("CONTEXT_COLUMN", context),
         ("RESPONSE_COLUMN", response),
     ):
-        if name and name not in there:
-            near = get_close_matches(name, there, n=1)
+        if name and name not in existing:
+            near = get_close_matches(name, existing, n=1)
             hint = f" Did you mean {near[0][:60]!r}?" if near else ""
             have = (
-                f"it has {', '.join(repr(column[:60]) for column in there[:20])}"
-                if there
+                f"it has {', '.join(repr(column[:60]) for column in existing[:20])}"
+                if existing
                 else "it has no columns"
             )
             none = ", or to nothing if there is none" if name == context else ""
@@ -152,16 +152,16 @@ def _require(
                 f"{place}: there is no column {name!r}; {have}.{hint} Set {setting} to its "
                 f"name{none}."
             )
-        elif name and there.count(name) > 1:
+        elif name and existing.count(name) > 1:
             problems.append(
-                f"{place}: {there.count(name)} columns are called {name!r}. Rename all but one."
+                f"{place}: {existing.count(name)} columns are called {name!r}. Rename all but one."
             )
     if problems:
         raise InputError(problems)
 
 
-def _row(place: str, record: Record, columns: Columns) -> Example | list[str]:
-    """The record as a row, or what is wrong with it."""
+def _example(place: str, record: Record, columns: Columns) -> Example | list[str]:
+    """The record as an example, or its problems."""
     if isinstance(record, Problem):
         return [f"{place} {record}"]
     texts: list[str] = []
@@ -184,9 +184,9 @@ def _row(place: str, record: Record, columns: Columns) -> Example | list[str]:
 
 
 def fault(text: object, present: bool) -> str:
-    """What is wrong with a column's value, "" for free."""
+    """The problem of a column's value, "" if there is none."""
     if text is None:
-        return "is null: every row needs a text here." if present else "is missing."
+        return "is null: every example needs a text here." if present else "is missing."
     if not isinstance(text, str):
         shown = repr(text)
         return (
@@ -207,7 +207,7 @@ def fault(text: object, present: bool) -> str:
 def open_dataset(
     dataset: str, revision: str, config: str, split: str, columns: list[str]
 ) -> Source:
-    """Open what DATASET names, wherever it is; of formats with columns only `columns` are read."""
+    """Open what DATASET names, local or remote; formats with columns read only `columns`."""
     if dataset.startswith("s3://"):
         from stages.text.remote_sources import open_s3
 

@@ -1,8 +1,8 @@
-"""Records out of one file: JSON lines, a JSON array, CSV, Parquet or an Arrow stream.
+"""Read the records of one file: JSON lines, a JSON array, CSV, Parquet or an Arrow stream.
 
 Each reader yields (number, record): the 1-based line (JSON lines, CSV) or row where the record
-begins, and either its columns or a `Problem` that says why it has none. Memory does not grow with
-the file. pyarrow is imported only for its own formats.
+begins, and either its columns or the `Problem` why there are none. Memory does not grow with the
+file. pyarrow is imported only for Parquet and Arrow.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 from stages.run.errors import InputError
 
-# No instruction with its answer is longer; a file without line ends, or 100 MB in one row, would
-# fill the memory.
+# No instruction with its answer is longer. Without a limit, a file without line ends or with 100 MB
+# in one example would fill the memory.
 MAX_EXAMPLE_BYTES = 16 * 2**20
 _CHUNK = 2**20
 _BATCH_ROWS = 1000
@@ -26,24 +26,24 @@ _ONE_PER_LINE = "A .json or .jsonl file holds one JSON object per line, or one a
 
 
 class Problem(str):
-    """Why a place in a file holds no record, as text that follow the place's name."""
+    """Why a place in a file has no record. The text follows the place's name in a message."""
 
     __slots__ = ()
 
 
 Record = dict[str, Any] | Problem
 TOO_LONG = Problem(
-    f"holds more than {MAX_EXAMPLE_BYTES // 2**20} MiB in one row. Split it, or take it out."
+    f"holds more than {MAX_EXAMPLE_BYTES // 2**20} MiB in one example. Split it, or remove it."
 )
 
 
 def holds_array(file: io.BufferedReader) -> bool:
-    """Whether the JSON text in `file` is one array rather than lines; reads nothing away."""
+    """Whether the JSON text in `file` is one array rather than lines. Consumes nothing."""
     return file.peek(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
 def json_lines(file: BinaryIO) -> Iterator[tuple[int, Record]]:
-    """Objects, one on each line; blank lines are skipped. UTF-8, with or without BOM."""
+    """Objects, one per line; blank lines are skipped. UTF-8, with or without BOM."""
     for number, line in _lines(file):
         if isinstance(line, Problem):
             yield number, line
@@ -55,7 +55,7 @@ def json_lines(file: BinaryIO) -> Iterator[tuple[int, Record]]:
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, str | Problem]]:
-    """Numbered lines as text, without the BOM; no line is held beyond MAX_EXAMPLE_BYTES."""
+    """Numbered lines as text, without the BOM; reads at most MAX_EXAMPLE_BYTES of one at once."""
     number = 0
     while line := file.readline(MAX_EXAMPLE_BYTES + 1):
         number += 1
@@ -91,14 +91,14 @@ def _reason(error: Exception) -> str:
 
 
 class _Window:
-    """The part of a JSON array's text that is being read."""
+    """The part of a JSON array's text that is in memory."""
 
     def __init__(self, file: BinaryIO):
         self._file, self._decode = file, codecs.getincrementaldecoder("utf-8-sig")().decode
         self.text, self.at, self.ended = "", 0, False
 
     def more(self) -> bool:
-        """Read on, dropping what is behind; False at the end of the file. Raises
+        """Read more and drop the text before `at`; False at the end of the file. Raises
         UnicodeDecodeError."""
         if self.ended:
             return False
@@ -108,9 +108,10 @@ class _Window:
         return not self.ended
 
     def next_mark(self) -> str:
-        """The next character that is no white space, "" at the end."""
+        """The next character that is not white space, "" at the end."""
         while True:
-            self.at = _blanks(self.text, self.at).end()  # type: ignore[union-attr]  # matches the empty text too
+            # The pattern matches the empty text too, so there is always a match.
+            self.at = _blanks(self.text, self.at).end()  # type: ignore[union-attr]
             if self.at < len(self.text):
                 return self.text[self.at]
             if not self.more():
@@ -120,7 +121,7 @@ class _Window:
 def json_array(file: BinaryIO) -> Iterator[tuple[int, Record]]:
     """Objects of one array, decoded one at a time. UTF-8, with or without BOM.
 
-    The first error is the last thing yielded: beyond it nothing is certain.
+    Ends after the first error, because nothing after it is certain.
     """
     window, number = _Window(file), 0
     try:
@@ -160,14 +161,13 @@ def json_array(file: BinaryIO) -> Iterator[tuple[int, Record]]:
         )
 
 
-_UNCLOSED = "is the last of an array that is not closed. The file seems cut off."
+_UNCLOSED = "is the last of an array that is not closed. The file seems to be cut off."
 _scan = json.JSONDecoder().raw_decode
 _blanks = re.compile(r"\s*").match
 
 
 def _item(window: _Window) -> Record:
-    """Decode the value at the window, reading on as long as it may be merely cut off by the
-    window's end."""
+    """Decode the value at the window; read more while the window's end may have cut it off."""
     window.next_mark()
     while True:
         try:
@@ -210,24 +210,19 @@ def _csv_rows(lines: _CsvLines, reader: Any, header: list[str]) -> Iterator[tupl
         if not fields:
             continue  # a blank line
         if len(fields) != len(header):
-            yield (
-                number,
-                Problem(
-                    f"has {len(fields)} fields where the header has {len(header)}. Check its "
-                    "quotes and separators."
-                ),
-            )
+            counts = f"has {len(fields)} fields where the header has {len(header)}"
+            yield number, Problem(f"{counts}. Check its quotes and separators.")
         else:
             yield number, dict(zip(header, fields, strict=True))
 
 
 class _BadLine(ValueError):
-    """A line that is no text, on its way through csv.reader."""
+    """A line that is not text or too long; it passes through csv.reader."""
 
 
 class _CsvLines:
-    """Lines for csv.reader. `room`: characters that the row may still take; within quotes it goes
-    on over lines."""
+    """Lines for csv.reader. `room`: characters that the record may still take; within quotes it
+    continues over lines."""
 
     def __init__(self, file: BinaryIO):
         self._lines, self.room = _lines(file), MAX_EXAMPLE_BYTES
@@ -246,8 +241,8 @@ class _CsvLines:
 def parquet_records(
     source: Any, wanted: Iterable[str]
 ) -> tuple[list[str], Iterator[tuple[int, Record]]]:
-    """Column names of a Parquet file (a path or an open file), and its rows with the `wanted` ones
-    among them."""
+    """Column names of a Parquet file (a path or an open file), and its records with the `wanted`
+    columns."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -263,8 +258,8 @@ def parquet_records(
 def arrow_records(
     file: Any, wanted: Iterable[str]
 ) -> tuple[list[str], Iterator[tuple[int, Record]]]:
-    """Column names of an open Arrow stream (a data file of a saved dataset), and its rows with the
-    `wanted` ones among them."""
+    """Column names of an open Arrow stream (a data file of a saved dataset), and its records with
+    the `wanted` columns."""
     import pyarrow as pa
 
     try:
@@ -276,26 +271,25 @@ def arrow_records(
 
 
 def table_records(tables: Iterable[Any], columns: list[str]) -> Iterator[tuple[int, Record]]:
-    """Rows of Arrow tables or record batches, `columns` of them, numbered from 1."""
+    """Records of Arrow tables or record batches with `columns`, numbered from 1."""
     import pyarrow as pa
 
     number = 0
     try:
         for table in tables:
-            named = table.select(columns)
-            named.validate(
-                full=True
-            )  # a stream is not checked as it is read: a wrong offset would read another's memory
-            for begin in range(0, named.num_rows, _BATCH_ROWS):
-                for record in named.slice(begin, _BATCH_ROWS).to_pylist():
+            selected = table.select(columns)
+            # A stream is not checked as it is read: a wrong offset would read other memory.
+            selected.validate(full=True)
+            for begin in range(0, selected.num_rows, _BATCH_ROWS):
+                for record in selected.slice(begin, _BATCH_ROWS).to_pylist():
                     number += 1
                     yield number, record
     except (pa.ArrowException, UnicodeDecodeError, OSError, MemoryError) as error:
-        reason = str(error) or "it asks for more memory than there is"
+        reason = str(error) or "it needs more memory than is available"
         yield (
             number + 1,
             Problem(
                 f"or one of the {_BATCH_ROWS} after it cannot be read ({reason}). The file seems "
-                "damaged."
+                "to be damaged."
             ),
         )

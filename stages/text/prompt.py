@@ -1,8 +1,7 @@
-"""The prompt's text: the one place where it is made, for training and for answering.
+"""The prompt's text, built here for training and for answering.
 
-The data stage saves the template next to the rows that it made; the consolidated model carries it
-on, so a model is always asked in the words that it was trained with. Standard library only: eval
-imports it at start.
+The data stage saves the template next to its sequences and the later stages copy it, so a model is
+asked with the words that it was trained on. Standard library only: eval imports this at start.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from stages.run.layout import PROMPT_FILE
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """Headers of a prompt's parts and what stands between them. The defaults are those of the Dolly
-    tutorial."""
+    """Headers of a prompt's parts and the separator between them. The defaults are those of the
+    Dolly tutorial."""
 
     instruction: str = "### Instruction\n"
     context: str = "### Context\n"
@@ -26,15 +25,15 @@ class PromptTemplate:
     separator: str = "\n\n"
 
     def prompt(self, instruction: str, context: str = "") -> str:
-        """All that is before the answer, ending with the answer's header. A context of white
-        space alone is left out."""
+        """The text before the answer, which ends with the answer's header. A context of only white
+        space is left out."""
         parts = [self.instruction + instruction]
         if context and not context.isspace():
             parts.append(self.context + context)
         return self.separator.join([*parts, self.response])
 
     def text(self, instruction: str, context: str, response: str) -> str:
-        """The whole document of a row, without BOS and EOS."""
+        """The text of an example's document, without BOS and EOS."""
         return self.prompt(instruction, context) + response
 
     def save(self, path: Path) -> None:
@@ -44,13 +43,13 @@ class PromptTemplate:
     @classmethod
     def load(cls, path: Path) -> PromptTemplate:
         """The template saved at `path` (a file, or a folder with prompt.json); raises InputError
-        when it is none."""
+        when it is not one."""
         file = _file(path)
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(
-                f"{file}: the prompt's template cannot be read ({error}). Run the data stage again."
+                f"{file}: the prompt template cannot be read ({error}). Run the data stage again."
             ) from None
         names = {f.name for f in fields(cls)}
         if (
@@ -59,7 +58,7 @@ class PromptTemplate:
             or not all(isinstance(text, str) for text in saved.values())
         ):
             raise InputError(
-                f"{file}: not a prompt's template: it must hold the texts "
+                f"{file} is not a prompt template: it must hold the texts "
                 f"{', '.join(sorted(names))} and nothing else."
             )
         return cls(**saved)

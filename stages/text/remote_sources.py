@@ -1,7 +1,7 @@
-"""Datasets that are not on this machine: on S3 and on the Hugging Face Hub.
+"""Open datasets on S3 and on the Hugging Face Hub.
 
-What the far side refuses becomes an InputError that says what to do. Credentials are found by the
-libraries themselves (AWS_* or a profile or the instance's role; HF_TOKEN or `hf auth login`).
+A refusal by the server becomes an InputError with a remedy. The libraries find the credentials
+(AWS_*, a profile or the instance's role; HF_TOKEN or `hf auth login`).
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from stages.run.errors import InputError
 from stages.text.formats import table_records
 from stages.text.sources import FORMATS, Source, open_file, open_saved
 
-_TRIES = 5  # of each request, by the client itself, with growing pauses
-_LONGEST_SILENCE = 20  # seconds without a byte, after which a request is tried again
+_TRIES = 5  # of each request, by the client, with growing pauses
+_LONGEST_SILENCE = 20  # seconds without a byte before a request is tried again
 _STREAM_BUFFER = 2**20
 _BATCH_EXAMPLES = 1000
 
 
 def open_s3(dataset: str, split: str, wanted: list[str]) -> Source:
-    """A file or a saved `datasets` folder at s3://BUCKET/KEY, read as it streams in: nothing is
+    """A file or a saved `datasets` folder at s3://BUCKET/KEY, read as a stream: nothing is
     copied to the disk."""
     path = dataset.removeprefix("s3://").rstrip("/")
     files = _s3(path.split("/")[0])
 
-    def opened(key: str) -> Any:
+    def open_binary(key: str) -> Any:
         if key.lower().endswith(".parquet"):
             return files.open_input_file(key)  # its index is at its end
         return io.BufferedReader(files.open_input_stream(key), _STREAM_BUFFER)
 
     try:
         if path.lower().endswith(FORMATS):
-            return open_file(dataset, lambda: opened(path), wanted)
-        return open_saved(dataset, lambda name: opened(f"{path}/{name}"), split, wanted)
+            return open_file(dataset, lambda: open_binary(path), wanted)
+        return open_saved(dataset, lambda name: open_binary(f"{path}/{name}"), split, wanted)
     except FileNotFoundError:
         raise InputError(f"{dataset} does not exist. Check the bucket and the key.") from None
     except OSError as error:
@@ -46,28 +46,24 @@ def open_s3(dataset: str, split: str, wanted: list[str]) -> Source:
 
 
 def _remedy(error: str) -> str:
-    """What to do about an error of pyarrow's S3 client, which tells its kinds by words alone."""
+    """The remedy for an error of pyarrow's S3 client, whose errors differ only in their text."""
     if "NETWORK_CONNECTION" in error:
         return (
             "Check the network and AWS_ENDPOINT_URL, or copy the dataset to this machine and "
             "name it there."
         )
     if "HTTP status 5" in error or "SLOW_DOWN" in error:
-        return (
-            f"S3 is out of order or asks for fewer requests, {_TRIES} times in a row: try "
-            "again later."
-        )
+        return f"S3 failed or asked for fewer requests {_TRIES} times in a row. Try again later."
     if "HTTP status 301" in error or "HTTP status 307" in error:
-        return "The bucket is in another region: set AWS_REGION to it."
+        return "The bucket is in another region. Set AWS_REGION to it."
     return (
         "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN (or AWS_PROFILE), "
-        "which may have expired, AWS_REGION, "
-        "and s3:GetObject and s3:ListBucket rights."
+        "which may have expired, AWS_REGION, and the rights s3:GetObject and s3:ListBucket."
     )
 
 
 def _s3(bucket: str) -> Any:
-    """pyarrow's S3 client: it comes with pyarrow, where fsspec's needs a package more. Honours
+    """pyarrow's S3 client, which needs no further package as fsspec's does. Honours
     AWS_ENDPOINT_URL (MinIO, tests)."""
     from pyarrow import fs
 
@@ -79,9 +75,9 @@ def _s3(bucket: str) -> Any:
         try:
             region = fs.resolve_s3_region(bucket)
         except OSError:
-            region = None  # no such bucket or no network: the request itself will say which
+            region = None  # no such bucket or no network: the request reports which
     retries = fs.AwsStandardS3RetryStrategy(max_attempts=_TRIES)
-    where = (
+    location = (
         {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme} if endpoint.netloc else {}
     )
     return fs.S3FileSystem(
@@ -89,23 +85,21 @@ def _s3(bucket: str) -> Any:
         connect_timeout=10,
         request_timeout=_LONGEST_SILENCE,
         retry_strategy=retries,
-        **where,
+        **location,
     )
 
 
 def open_hub(dataset: str, revision: str, config: str, split: str, wanted: list[str]) -> Source:
-    """A dataset of the Hub through `datasets`, which keeps it in its cache; the code that some
-    datasets carry is never run."""
+    """A dataset of the Hub through `datasets`, which caches it. A dataset's code is never run."""
     from datasets import load_dataset
     from huggingface_hub import HfFileSystem
 
-    prepared = iter(
-        [None]
-    )  # a second try prepares the rows again: the first may have made them of a file that was cut
+    # A second try prepares the tables again: the first may have read a file that was cut off.
+    modes = iter([None])
 
     def load() -> Any:
-        HfFileSystem.clear_instance_cache()  # it remembers a refused listing as an empty one
-        mode = next(prepared, "reuse_cache_if_exists")
+        HfFileSystem.clear_instance_cache()  # it caches a refused listing as an empty one
+        mode = next(modes, "reuse_cache_if_exists")
         return load_dataset(
             dataset, config or None, split=split, revision=revision or None, download_mode=mode
         )
@@ -121,14 +115,17 @@ def open_hub(dataset: str, revision: str, config: str, split: str, wanted: list[
 
 
 def _check_commit(dataset: str, revision: str, data: Any) -> None:
-    """Where the Hub gives nothing, `datasets` takes what it prepared last, of whatever revision:
-    the folder's name is its commit."""
-    asked = commit_of("dataset", dataset, revision)
-    found = {Path(file["filename"]).parent.name for file in data.cache_files}
-    if found and found != {asked}:
-        held = ", ".join(sorted(found))
-        remedy = f"Run it once with the Hub in reach, or set DATASET_REVISION={held}."
+    """Raise InputError unless `data` is of the commit that `revision` names.
+
+    Without an answer from the Hub, `datasets` takes what it prepared last, of any revision. The
+    folder's name is its commit.
+    """
+    commit = commit_of("dataset", dataset, revision)
+    cached = {Path(file["filename"]).parent.name for file in data.cache_files}
+    if cached and cached != {commit}:
+        commits = ", ".join(sorted(cached))
+        remedy = f"Run it once while the Hub can be reached, or set DATASET_REVISION={commits}."
         raise InputError(
-            f"DATASET={dataset}: the cache holds commit {held} and not "
+            f"DATASET={dataset}: the cache holds commit {commits} and not "
             f"DATASET_REVISION={revision or 'main'}. {remedy}"
         )

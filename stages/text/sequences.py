@@ -1,7 +1,7 @@
-"""Packed rows on the disk, as a folder that `datasets.load_from_disk` reads.
+"""Save packed sequences as a folder that `datasets.load_from_disk` reads.
 
-Written with pyarrow and two small JSON files: `datasets` would add a second of import, a random
-fingerprint and 64-bit labels. The same rows give the same bytes.
+The folder is written with pyarrow and two small JSON files: `datasets` would add a second of
+import, a random fingerprint and 64-bit labels. The same sequences give the same bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from stages.text.documents import Documents
 from stages.text.packing import Packing
 
 _DATA_FILE = "data-00000-of-00001.arrow"
-_BATCH_TOKENS = 2**19  # cells of a column written at once
+_BATCH_TOKENS = 2**19  # tokens of a column that are written at once
 
 
 def save_sequences(
@@ -33,12 +33,12 @@ def save_sequences(
     pad: int,
     loss_on: str,
 ) -> SplitAccount:
-    """Write the rows of `packing`, whose document d is `chosen[d]` of `documents`, and count what
-    was written.
+    """Write the sequences of `packing`, whose document d is `chosen[d]` of `documents`, and count
+    what was written.
 
-    Columns, each a fixed-size list of int32 [max_length]: `input_ids`, ended by `pad`; `labels`,
-    IGNORED_LABEL on padding and, for the loss on the response, on prompts; `position_ids`, from 0
-    for each segment and for the padding, so that their zeros are the borders.
+    Columns, each a fixed-size list of int32 [max_length]: `input_ids`, filled up with `pad`;
+    `labels`, IGNORED_LABEL on padding and, for the loss on the response, on prompts;
+    `position_ids`, from 0 for each segment and for the padding, so that zeros mark the borders.
     """
     folder.mkdir(parents=True)
     column = pa.list_(pa.int32(), max_length)
@@ -60,7 +60,7 @@ def save_sequences(
 
 
 def bytes_of(packing: Packing, max_length: int) -> int:
-    """What the rows of `packing` take on the disk."""
+    """Bytes that the sequences of `packing` take on the disk."""
     return len(packing) * max_length * 4 * len(SEQUENCE_COLUMNS)
 
 
@@ -73,14 +73,14 @@ def _filled(
     loss_on: str,
     account: SplitAccount,
 ) -> Iterator[np.ndarray]:
-    """Batches of rows, int32 [columns, rows, max_length]; adds what is in them to `account`."""
+    """Batches of sequences, int32 [columns, sequences, max_length]; counts them in `account`."""
     positions = np.arange(max_length, dtype=np.int32)
-    batch_rows = max(1, _BATCH_TOKENS // max_length)
+    batch_size = max(1, _BATCH_TOKENS // max_length)
     numbers, prompts = chosen.tolist(), documents.prompt_lengths[chosen].tolist()
-    for begin in range(0, len(packing), batch_rows):
-        rows = list(packing.rows(begin, min(begin + batch_rows, len(packing))))
-        cells = np.empty((len(SEQUENCE_COLUMNS), len(rows), max_length), dtype=np.int32)
-        for ids, labels, position, segments in zip(*cells, rows, strict=True):
+    for begin in range(0, len(packing), batch_size):
+        sequences = list(packing.sequences(begin, min(begin + batch_size, len(packing))))
+        cells = np.empty((len(SEQUENCE_COLUMNS), len(sequences), max_length), dtype=np.int32)
+        for ids, labels, position, segments in zip(*cells, sequences, strict=True):
             at = 0
             for document, start, length in segments:
                 end = at + length
@@ -97,10 +97,10 @@ def _filled(
 
 
 def _describe(folder: Path, split: str, max_length: int, fingerprint: str) -> None:
-    """The two files next to the data. The fingerprint names caches of `datasets`: here it is the
-    content's digest."""
+    """Write the two JSON files next to the data. `datasets` names its caches after the fingerprint,
+    which is the digest of the content."""
     value = {"dtype": "int32", "_type": "Value"}
-    # "Sequence" is what every release of datasets reads; since 4.0 it means "List".
+    # Every release of datasets reads "Sequence"; since 4.0 it means "List".
     features = {
         name: {"feature": value, "length": max_length, "_type": "Sequence"}
         for name in SEQUENCE_COLUMNS

@@ -1,9 +1,10 @@
 """Text to token ids and back, the same way in training and in answering.
 
-`TextTokenizer.load(folder)` needs the `tokenizers` only package and takes milliseconds: the data
-stage saves the tokenizer's files next to its rows, and every later stage reads them from there.
-`find_tokenizer` is for the data stage: it also takes a Hub id. Text is never control: "</s>" inside
-a row is encoded as four characters, and BOS and EOS come from here only.
+`TextTokenizer.load(folder)` needs only the `tokenizers` package and takes milliseconds: the data
+stage saves the tokenizer's files next to its sequences, and every later stage reads them from
+there. `find_tokenizer` is for the data stage and also accepts a Hub id. Text never becomes a
+control token: "</s>" in an example is encoded as four characters, and only this module adds BOS and
+EOS.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ from stages.model.location import local_model
 from stages.run.errors import InputError
 from stages.run.layout import TOKENIZER_FILES
 
-# Texts to put before a continuation, so that it is not taken for the start of a text: the first
-# that no token reaches over.
+# Texts to put before a continuation, so that it is not encoded as the start of a text. The first
+# one that shares no token with the continuation is used.
 _ANCHORS = ("\n", "a", ".", "0", " a", "\u4e2d")
-_MOST_IDS = 2**24  # of a vocabulary; the largest of today hold 2**18
+_MOST_IDS = 2**24  # in a vocabulary; the largest today have 2**18
 
 
 class TextTokenizer:
     """A model's tokenizer. A document's ids are `bos` + prompt + response + `eos`.
 
-    `bos`: the ids that the tokenizer puts first by itself, usually one or none. `eos`, `pad`: one
-    id each (`pad` is `eos` where the tokenizer has none). `controls`: ids that no text may give.
+    `bos`: the ids that the tokenizer puts first, usually one or none. `eos`, `pad`: one
+    id each (`pad` is `eos` where the tokenizer has none). `controls`: ids that no text may produce.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: dict[str, Any], files: dict[str, bytes]):
         self._tokenizer, self._files = tokenizer, files
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # meaning: as if they were not special
-        eos = self._named(settings, "eos_token")
+        tokenizer.encode_special_tokens = True  # means: encode their spellings as plain text
+        eos = self._token_id(settings, "eos_token")
         if eos is None:
             raise InputError(
                 "The tokenizer has no end-of-sequence token, so an answer would have no end. "
@@ -49,7 +50,7 @@ class TextTokenizer:
                 "another MODEL_ID."
             )
         self.eos: int = eos
-        pad = self._named(settings, "pad_token")
+        pad = self._token_id(settings, "pad_token")
         self.pad: int = eos if pad is None else pad
         self.bos: tuple[int, ...] = self._leading(settings)
         special = {
@@ -57,13 +58,13 @@ class TextTokenizer:
             for id, token in tokenizer.get_added_tokens_decoder().items()
             if token.special
         }
-        unknown = self._named(settings, "unk_token")
+        unknown = self._token_id(settings, "unk_token")
         self.controls = frozenset((special.keys() | {self.eos, *self.bos}) - {unknown})
         spellings = {id: tokenizer.id_to_token(id) for id in self.controls}
         if not all(spellings.values()):
             raise InputError(
-                "The tokenizer puts tokens around a text that its vocabulary lacks. Correct its "
-                "tokenizer.json."
+                "The tokenizer puts tokens around a text that are not in its vocabulary. Correct "
+                "its tokenizer.json."
             )
         self._mark_spaces = _marks_spaces(tokenizer)
         if self._mark_spaces:
@@ -75,7 +76,7 @@ class TextTokenizer:
     @classmethod
     def load(cls, folder: Path) -> TextTokenizer:
         """The tokenizer in a folder with tokenizer.json; raises InputError when there is none or it
-        has no EOS."""
+        has no EOS token."""
         files = {
             name: (folder / name).read_bytes()
             for name in TOKENIZER_FILES
@@ -86,22 +87,20 @@ class TextTokenizer:
                 f"{folder} has no tokenizer.json. Name a model's folder, or run the data stage "
                 "again."
             )
-        with _refused(f"{folder}/tokenizer.json cannot be read"):
+        with _rust_errors(f"{folder}/tokenizer.json cannot be read"):
             tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
         settings: dict[str, Any] = {}
-        for name in (
-            "special_tokens_map.json",
-            "tokenizer_config.json",
-        ):  # the later one wins, as in transformers
+        # The later file wins, as in transformers.
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
             try:
-                read = json.loads(files.get(name, b"{}"))
+                content = json.loads(files.get(name, b"{}"))
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{folder}/{name} is not JSON: {error}") from None
-            if not isinstance(read, dict):
+                raise InputError(f"{folder}/{name} is not JSON: {error}.") from None
+            if not isinstance(content, dict):
                 raise InputError(
-                    f"{folder}/{name} is not a JSON object but a {type(read).__name__}."
+                    f"{folder}/{name} is not a JSON object but a {type(content).__name__}."
                 )
-            settings |= {key: value for key, value in read.items() if value is not None}
+            settings |= {key: value for key, value in content.items() if value is not None}
         try:
             return cls(tokenizer, settings, files)
         except InputError as error:
@@ -120,22 +119,22 @@ class TextTokenizer:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """BOS and the ids of a prompt: what a document begins with in training and what a model is
-        given to answer."""
+        """BOS and the ids of a prompt: the start of a document in training, and the model's input
+        in answering."""
         [ids] = self.encode_prompts([prompt])
         if ids is None:
             raise InputError(
-                "The prompt holds a control token's spelling that this tokenizer cannot encode as "
-                "text. Take it out."
+                "The prompt contains the spelling of a control token, which this tokenizer cannot "
+                "encode as text. Remove it."
             )
         return ids
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int] | None]:
-        """`encode_prompt` of each; None for one that holds a control token's spelling that cannot
+        """`encode_prompt` of each; None for one with the spelling of a control token that cannot
         be encoded as text."""
         bos, encoded = list(self.bos), self._encode(prompts)
         plain = [
-            ids if self.controls.isdisjoint(ids) else self._spelt(text)
+            ids if self.controls.isdisjoint(ids) else self._encode_as_text(text)
             for text, ids in zip(prompts, encoded, strict=True)
         ]
         return [None if ids is None else bos + ids for ids in plain]
@@ -143,38 +142,37 @@ class TextTokenizer:
     def encode_responses(
         self, border: str, responses: Sequence[str]
     ) -> tuple[list[list[int] | None], int]:
-        """The ids of each response as it continues after a prompt that ends in `border`; None where
-        there is no way.
+        """The ids of each response as it continues a prompt that ends in `border`, None where that
+        is impossible; and how many responses were split again.
 
-        Encoded behind `border` and cut off it, so that no response gets the space that many
-        tokenizers put before a text. Where a token reaches over the border (a response that begins
-        with white space), the prompt alone would not be a prefix of the ids: such a response is
-        encoded behind another anchor. Also returns how many were.
+        A response is encoded after `border`, whose ids are then removed, so that it does not get
+        the space that many tokenizers put before a text. Where a token would span the border (a
+        response that begins with white space), the prompt's ids would not be a prefix of the
+        document's: such a response is split again, which means encoded after another anchor.
         """
         head = self._encode([border])[0]
-        found: list[list[int] | None] = []
+        encoded: list[list[int] | None] = []
         split_again = 0
         for response, ids in zip(
             responses, self._encode([border + response for response in responses]), strict=True
         ):
-            if ids[: len(head)] != head:
-                split_again += 1
-                found.append(self._spelt(response, goes_on=True))
-            elif self.controls.isdisjoint(ids):
-                found.append(ids[len(head) :])
+            apart = ids[: len(head)] == head
+            split_again += not apart
+            if apart and self.controls.isdisjoint(ids):
+                encoded.append(ids[len(head) :])
             else:
-                found.append(self._spelt(response, goes_on=True))
-        return found, split_again
+                encoded.append(self._encode_as_text(response, continues=True))
+        return encoded, split_again
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, control tokens left out."""
-        with _refused("An answer cannot be decoded with this tokenizer.json"):
+        """The text of ids, without control tokens."""
+        with _rust_errors("An answer cannot be decoded with this tokenizer.json"):
             return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if self._mark_spaces:
             texts = [text and "\u2581" + text.replace(" ", "\u2581") for text in texts]
-        with _refused("A text cannot be encoded with this tokenizer.json"):
+        with _rust_errors("A text cannot be encoded with this tokenizer.json"):
             return [
                 encoding.ids
                 for encoding in self._tokenizer.encode_batch_fast(
@@ -182,22 +180,22 @@ class TextTokenizer:
                 )
             ]
 
-    def _spelt(self, text: str, goes_on: bool = False) -> list[int] | None:
-        """The ids of a text with control tokens' spellings cut in two, which keeps Unigram and
-        WordLevel models, whose vocabulary holds them, from finding them. `goes_on`: the text is not
-        the start of one. None when a control token remains."""
+    def _encode_as_text(self, text: str, continues: bool = False) -> list[int] | None:
+        """The ids of a text whose spellings of control tokens are cut in two, so that Unigram and
+        WordLevel models, whose vocabulary has them, do not match them. `continues`: the text is
+        not the start of one. None when a control token remains."""
         cuts = [0, *(match.start() + 1 for match in self._spelling.finditer(text)), len(text)]
         pieces = [text[begin:end] for begin, end in pairwise(cuts)]
         ids: list[int] = []
         for number, piece in enumerate(pieces):
-            part = self._continuation(piece) if number or goes_on else self._encode([piece])[0]
+            part = self._continuation(piece) if number or continues else self._encode([piece])[0]
             if part is None or not self.controls.isdisjoint(part):
                 return None
             ids += part
         return ids
 
     def _continuation(self, text: str) -> list[int] | None:
-        """The ids of a text that is not the start of one; None when tokens reach over every
+        """The ids of a text that is not the start of one; None when a token spans the end of every
         anchor."""
         for anchor in _ANCHORS:
             head, ids = self._encode([anchor, anchor + text])
@@ -205,16 +203,16 @@ class TextTokenizer:
                 return ids[len(head) :]
         return None
 
-    def _named(self, settings: dict[str, Any], role: str) -> int | None:
-        """The id of the token that the settings give a role, None if there is none; raises
-        InputError for one without an id."""
+    def _token_id(self, settings: dict[str, Any], role: str) -> int | None:
+        """The id of the token that has a role in the settings, None if there is none; raises
+        InputError for a token without an id."""
         token = settings.get(role)
         content = token.get("content") if isinstance(token, dict) else token
         if not content:
             return None
         try:
             id = self._tokenizer.token_to_id(content)
-        except (TypeError, UnicodeEncodeError):  # it is no text
+        except (TypeError, UnicodeEncodeError):  # not text
             id = None
         if id is None:
             raise InputError(
@@ -224,41 +222,39 @@ class TextTokenizer:
         return id
 
     def _leading(self, settings: dict[str, Any]) -> tuple[int, ...]:
-        """The ids put before a text: BOS as add_bos_token says, else what the tokenizer's own
-        post-processor puts there."""
-        wanted = settings.get("add_bos_token")
-        if wanted is not None:
-            bos = self._named(settings, "bos_token")
-            return (bos,) if wanted and bos is not None else ()
-        with _refused("What tokenizer.json puts before a text cannot be found out"):
-            whole, inner = (
+        """The ids before a text: BOS where add_bos_token is set, else what the tokenizer's
+        post-processor adds."""
+        add_bos = settings.get("add_bos_token")
+        if add_bos is not None:
+            bos = self._token_id(settings, "bos_token")
+            return (bos,) if add_bos and bos is not None else ()
+        with _rust_errors("What tokenizer.json puts before a text cannot be determined"):
+            complete, inner = (
                 self._tokenizer.encode("a", add_special_tokens=special).ids
                 for special in (True, False)
             )
-        places = [
-            at for at in range(len(whole) - len(inner) + 1) if whole[at : at + len(inner)] == inner
-        ]
-        return tuple(whole[: places[0]]) if places else ()
+        starts = range(len(complete) - len(inner) + 1)
+        matches = [at for at in starts if complete[at : at + len(inner)] == inner]
+        return tuple(complete[: matches[0]]) if matches else ()
 
 
 @contextmanager
-def _refused(what: str) -> Iterator[None]:
-    """An InputError for what the Rust side raises of a wrong tokenizer.json: plain Exceptions, and
-    panics, which are not even that."""
+def _rust_errors(message: str) -> Iterator[None]:
+    """Turn what the Rust library raises for a wrong tokenizer.json into an InputError: plain
+    Exceptions, and panics, which derive from BaseException."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise InputError(f"{what}: {error}") from None
+        raise InputError(f"{message}: {error}") from None
 
 
 def _marks_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer's normaliser does nothing but SentencePiece's marking of spaces, as
-    Llama 2's does.
+    """Whether the tokenizer's normaliser only marks spaces as SentencePiece does, like Llama 2's.
 
-    `str.replace` does the same and saves an eighth of the cost of tokenising: a normaliser also
-    tracks every byte's origin.
+    `str.replace` does the same and saves an eighth of the cost of tokenising, because a normaliser
+    also tracks the origin of every byte.
     """
     if tokenizer.normalizer is None:
         return False
@@ -266,18 +262,15 @@ def _marks_spaces(tokenizer: Tokenizer) -> bool:
         {"type": "Prepend", "prepend": "\u2581"},
         {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
     ]
-    alone = all(
-        token.special for token in tokenizer.get_added_tokens_decoder().values()
-    )  # others cut a text: each part gets a mark
-    return alone and json.loads(tokenizer.normalizer.__getstate__()) == {
-        "type": "Sequence",
-        "normalizers": marking,
-    }
+    # An added token that is not special cuts a text, and each part gets a mark.
+    only_special = all(token.special for token in tokenizer.get_added_tokens_decoder().values())
+    normalizer = {"type": "Sequence", "normalizers": marking}
+    return only_special and json.loads(tokenizer.normalizer.__getstate__()) == normalizer
 
 
 def find_tokenizer(model: str, revision: str = "") -> TextTokenizer:
-    """The tokenizer of a model's folder or Hub id. Only one without tokenizer.json is converted by
-    transformers (seconds)."""
+    """The tokenizer of a model's folder or Hub id. One without tokenizer.json is converted by
+    transformers, which takes seconds."""
     folder = local_model(model)
     if folder is None:
         from stages.model.hub import download_files
@@ -300,9 +293,8 @@ def find_tokenizer(model: str, revision: str = "") -> TextTokenizer:
             ).save_pretrained(converted)
             return TextTokenizer.load(Path(converted))
         except (OSError, ValueError, ImportError, InputError) as error:
-            reason = str(error).partition("\n")[0]  # the rest advises to run what exists
+            reason = str(error).partition("\n")[0]  # the rest is advice of transformers
             remedy = "Name a model whose folder has tokenizer.json."
             raise InputError(
-                f"MODEL_ID={model}: no tokenizer could be made of what is there ({reason}). "
-                f"{remedy}"
+                f"MODEL_ID={model}: its files give no tokenizer ({reason}). {remedy}"
             ) from None

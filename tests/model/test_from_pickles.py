@@ -59,7 +59,7 @@ def test_pickles_are_refused_unless_they_are_allowed(
     pickled(folder)
     with pytest.raises(
         InputError,
-        match=r"as pickles \(\.bin\) alone, which can run code when opened\. Set ALLOW_PICKLE=1",
+        match=r"only as pickles \(\.bin\), which can run code when opened\. Set ALLOW_PICKLE=1",
     ):
         train(folder)
 
@@ -82,7 +82,7 @@ def test_allowed_pickles_become_the_same_weights_once(
     assert_equal(AutoModelForCausalLM.from_pretrained(made, dtype="auto").state_dict(), state)
     assert made.parent == base.MADE_MODELS and not list(base.MADE_MODELS.glob("*.making"))
     assert allowed(folder) == made
-    assert capsys.readouterr().out.count("its pickles as safetensors") == 1
+    assert capsys.readouterr().out.count("converting its pickles to safetensors") == 1
     with pytest.raises(AssertionError, match="a process of the training was started"):
         train(folder, allow_pickle=True)
 
@@ -118,11 +118,11 @@ def pickle_index(place: str) -> Damage:
 BAD_PICKLES: dict[str, tuple[Damage, str]] = {
     "a command": (
         pickle_of(Call(os.mkdir, "run-by-a-pickle")),
-        r"asks for more than tensors, and that is never run.*mkdir",
+        r"contains more than tensors, which is never run.*mkdir",
     ),
     "a command beside a tensor": (
         pickle_of({NORM: Call(eval, "open('run-by-a-pickle', 'w')")}),
-        r"asks for more than tensors.*eval",
+        r"contains more than tensors.*eval",
     ),
     "a command in an old file": (
         and_then(
@@ -133,7 +133,7 @@ BAD_PICKLES: dict[str, tuple[Damage, str]] = {
                 _use_new_zipfile_serialization=False,
             ),
         ),
-        r"asks for more than tensors.*system",
+        r"contains more than tensors.*system",
     ),
     "bytes": (and_then(as_pickles, file(PICKLE, SOMETHING)), r"is damaged"),
     "nothing": (and_then(as_pickles, file(PICKLE, b"")), r"is damaged"),
@@ -149,15 +149,15 @@ BAD_PICKLES: dict[str, tuple[Damage, str]] = {
     ),
     "complex numbers": (
         pickle_of({NORM: torch.ones(32, dtype=torch.complex64)}),
-        r"are no tensors of a known dtype",
+        r"are not tensors of a known dtype",
     ),
     "one number as a terabyte": (
         pickle_of({NORM: torch.ones(1).expand(2**38)}),
-        r"are no tensors of a known dtype",
+        r"are not tensors of a known dtype",
     ),
     "a sparse tensor": (
         pickle_of({NORM: torch.ones(4, 8).to_sparse()}),
-        r"are no tensors of a known dtype",
+        r"are not tensors of a known dtype",
     ),
     "a number that is none": (
         pickle_of({NORM: torch.full((32,), torch.nan)}),
@@ -166,7 +166,7 @@ BAD_PICKLES: dict[str, tuple[Damage, str]] = {
     "another model": (pickle_of({NORM: torch.ones(32)}), DIFFERS + r"missing \(20\)"),
     "an index that leaves the folder": (
         pickle_index("../pytorch_model.bin"),
-        r"names files that are not beside it",
+        r"names files outside its folder",
     ),
     "an index that names another file": (pickle_index("config.json"), r"names config\.json"),
     "an index that names a missing file": (

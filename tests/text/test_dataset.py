@@ -328,18 +328,18 @@ def test_a_prompt_cut_by_concat_is_masked_in_both_rows(tokenizer, tmp_path):
             0.0,
             "2 of 3 documents are longer than MAX_LENGTH=48",
         ),
-        (LONG[1:], Layout(LENGTH, overlong="drop"), 0.0, "none is left. Raise MAX_LENGTH"),
+        (LONG[1:], Layout(LENGTH, overlong="drop"), 0.0, "no document remains. Raise MAX_LENGTH"),
         (
             as_rows([("", "", "x"), ("x", "", " ")]),
             Layout(LENGTH),
             0.0,
-            "None of the 2 rows has both",
+            "None of the 2 examples has both",
         ),
         (
             LONG[:1],
             Layout(400, packing="concat"),
             0.0,
-            "less than a row of 400. Lower MAX_LENGTH or set PACKING=best_fit",
+            "fewer than one sequence of 400. Lower MAX_LENGTH or set PACKING=best_fit",
         ),
         (
             numbered(30),
@@ -366,7 +366,7 @@ def test_what_leaves_nothing_to_train_on_is_refused_with_numbers_and_a_remedy(
 def test_a_full_disk_is_told_before_anything_is_written(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 100})())
     with pytest.raises(
-        StageFailure, match=r"has room for 100 B, and 4\.8 kB are needed for the packed rows"
+        StageFailure, match=r"has room for 100 B, and 4\.8 kB are needed for the sequences"
     ):
         build([numbered(2)], tokenizer, TEMPLATE, output=tmp_path, layout=Layout(400))
     assert not list(tmp_path.rglob("*.arrow"))

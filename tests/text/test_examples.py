@@ -41,12 +41,12 @@ def line(**changed: object) -> bytes:
 
 REFUSED = {
     # name: (file, content, what the message must hold)
-    "empty JSON lines": ("d.jsonl", b"", ["d.jsonl has no rows"]),
-    "blank lines only": ("d.jsonl", b"\n \n\r\n", ["d.jsonl has no rows"]),
-    "BOM only": ("d.jsonl", b"\xef\xbb\xbf", ["has no rows"]),
-    "empty array": ("d.json", b"[]", ["d.json has no rows"]),
+    "empty JSON lines": ("d.jsonl", b"", ["d.jsonl has no examples"]),
+    "blank lines only": ("d.jsonl", b"\n \n\r\n", ["d.jsonl has no examples"]),
+    "BOM only": ("d.jsonl", b"\xef\xbb\xbf", ["has no examples"]),
+    "empty array": ("d.json", b"[]", ["d.json has no examples"]),
     "empty CSV": ("d.csv", b"", ["no column 'instruction'", "it has no columns"]),
-    "CSV of a header only": ("d.csv", HEADER, ["d.csv has no rows"]),
+    "CSV of a header only": ("d.csv", HEADER, ["d.csv has no examples"]),
     "empty Parquet": ("d.parquet", b"", ["d.parquet", "not a Parquet file"]),
     "not JSON": ("d.jsonl", LINE + b"\nnonsense\n", ["d.jsonl, line 2", "not JSON"]),
     "JSON cut off": ("d.jsonl", LINE + b"\n" + LINE[:-5], ["line 2", "not JSON"]),
@@ -88,7 +88,7 @@ REFUSED = {
     "context in no row": (
         "d.jsonl",
         b'{"instruction": "x", "response": "y"}',
-        ["no row has the column 'context'", "CONTEXT_COLUMN"],
+        ["no example has the column 'context'", "CONTEXT_COLUMN"],
     ),
     "null instruction": (
         "d.jsonl",
@@ -188,7 +188,7 @@ REFUSED = {
     "CSV row too long, over lines": (
         "d.csv",
         HEADER + (b'"' + (b"x" * 2**20 + b"\n") * 6 + b'",') * 3,
-        ["more than 16 MiB in one row"],
+        ["more than 16 MiB in one example"],
     ),
 }
 
@@ -280,7 +280,7 @@ def test_the_first_ten_bad_rows_are_named_and_all_are_counted(tmp_path):
     assert [int(problem.split("line ")[1].split()[0]) for problem in problems[:10]] == list(
         range(6, 16)
     )
-    assert problems[10:] == ["23 of 29 rows have problems; above are the first 10."]
+    assert problems[10:] == ["23 of 29 examples have problems; above are the first 10."]
 
 
 def test_rows_come_in_bounded_batches_with_their_places(tmp_path):
@@ -313,7 +313,7 @@ def test_a_row_of_100_mb_is_refused_in_little_memory(tmp_path, name, start):
     told = message(tmp_path / name)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert "more than 16 MiB in one row" in told
+    assert "more than 16 MiB in one example" in told
     assert peak < 100_000_000
 
 
@@ -382,7 +382,7 @@ def test_a_name_that_is_neither_a_path_nor_a_hub_id_is_refused_without_a_request
     name, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    assert "no such file or folder" in message(name)
+    assert "does not exist. Name a file" in message(name)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -121,7 +121,8 @@ def test_a_damaged_dataset_is_read_or_refused_by_name(
             assert all(text.encode() or text == "" for text in row[1:])
     except InputError as refused:
         assert all(
-            str(file) in problem or "rows have problems" in problem for problem in refused.problems
+            str(file) in problem or "examples have problems" in problem
+            for problem in refused.problems
         )
         assert len(refused.problems) <= 11 and len(str(refused)) < 20_000
 

@@ -20,7 +20,7 @@ def tokens(packing):
     """(document, token) of every token, row by row."""
     return [
         [(d, at) for d, start, length in row for at in range(start, start + length)]
-        for row in packing.rows()
+        for row in packing.sequences()
     ]
 
 
@@ -38,7 +38,7 @@ def test_best_fit_keeps_every_token_exactly_once(lengths):
 @examples(100, 1_000)
 @given(fitting)
 def test_best_fit_cuts_no_document(lengths):
-    for row in best_fit(lengths, CAPACITY).rows():
+    for row in best_fit(lengths, CAPACITY).sequences():
         assert all((start, length) == (0, lengths[document]) for document, start, length in row)
 
 
@@ -48,7 +48,7 @@ def test_best_fit_cuts_no_document(lengths):
 def test_best_fit_overfills_no_row_and_leaves_none_empty(lengths):
     assert all(
         1 <= sum(segment.length for segment in row) <= CAPACITY
-        for row in best_fit(lengths, CAPACITY).rows()
+        for row in best_fit(lengths, CAPACITY).sequences()
     )
 
 
@@ -56,7 +56,9 @@ def test_best_fit_overfills_no_row_and_leaves_none_empty(lengths):
 @examples(100, 1_000)
 @given(fitting)
 def test_best_fit_orders_rows_by_their_first_document_and_documents_within_them(lengths):
-    rows = [[segment.document for segment in row] for row in best_fit(lengths, CAPACITY).rows()]
+    rows = [
+        [segment.document for segment in row] for row in best_fit(lengths, CAPACITY).sequences()
+    ]
     assert rows == sorted(sorted(row) for row in rows)
 
 
@@ -73,7 +75,7 @@ def test_best_fit_uses_as_many_rows_as_the_textbook_algorithm(lengths):
 
 @pytest.mark.parametrize("lengths", [[CAPACITY + 1], [0], [3, -1]])
 def test_best_fit_refuses_lengths_that_fit_no_row(lengths):
-    with pytest.raises(ValueError, match="fit a row"):
+    with pytest.raises(ValueError, match="fit a sequence"):
         best_fit(lengths, CAPACITY)
 
 
@@ -92,7 +94,7 @@ def test_concat_is_the_documents_end_to_end_cut_at_the_capacity(lengths):
 @examples(100, 1_000)
 @given(any_length)
 def test_a_row_of_concat_holds_each_document_in_one_segment(lengths):
-    for row in concat(lengths, CAPACITY).rows():
+    for row in concat(lengths, CAPACITY).sequences():
         assert len({segment.document for segment in row}) == len(row)
 
 
@@ -101,7 +103,10 @@ def test_a_row_of_concat_holds_each_document_in_one_segment(lengths):
 @given(fitting, st.integers(0, 20), st.integers(0, 20))
 def test_a_range_of_rows_is_that_part_of_all(lengths, begin, count):
     packing = best_fit(lengths, CAPACITY)
-    assert list(packing.rows(begin, begin + count)) == list(packing.rows())[begin : begin + count]
+    assert (
+        list(packing.sequences(begin, begin + count))
+        == list(packing.sequences())[begin : begin + count]
+    )
 
 
 @pytest.mark.parametrize("pack", [best_fit, concat])

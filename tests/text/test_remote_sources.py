@@ -103,7 +103,7 @@ WORDS = {
     "unknown key": "AWS_ACCESS_KEY_ID",
     "wrong secret": "AWS_SECRET_ACCESS_KEY",
     "expired": "AWS_SESSION_TOKEN",
-    "elsewhere": "set AWS_REGION",
+    "elsewhere": "Set AWS_REGION",
 }
 
 
@@ -127,7 +127,7 @@ def test_what_passes_is_tried_again_and_the_content_is_right(door, fault, name):
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(
     "fault, words",
-    [("slow down", "asks for fewer"), ("internal", "out of order"), ("cut", "network")],
+    [("slow down", "asked for fewer"), ("internal", "S3 failed"), ("cut", "network")],
 )
 def test_what_lasts_ends_after_a_few_tries(door, monkeypatch, fault, words, name):
     monkeypatch.setattr(remote_sources, "_TRIES", 2)

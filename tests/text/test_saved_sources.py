@@ -81,7 +81,7 @@ def test_a_link_in_a_saved_dataset_may_not_lead_out_of_it(tmp_path, linked):
     folder = save(tmp_path / "saved", None)
     (folder / linked).rename(tmp_path / linked)
     (folder / linked).symlink_to(tmp_path / linked)
-    assert f"{linked} is a link that leads out of its folder" in message(folder)
+    assert f"{linked} is a link to a file outside its folder" in message(folder)
 
 
 @pytest.mark.torture("data")

@@ -130,12 +130,12 @@ REFUSED = {
     "nothing but empty rows": (
         [{**SHORT, "response": ""}] * 2,
         [],
-        "None of the 2 rows has both an instruction and a response",
+        "None of the 2 examples has both an instruction and a response",
     ),
     "not enough for a row": (
         [SHORT],
         ["PACKING=concat", "MAX_LENGTH=512"],
-        "less than a row of 512",
+        "fewer than one sequence of 512",
     ),
 }
 

@@ -132,13 +132,13 @@ SEEN_WITHOUT_READING: list[tuple[str, Damage, str]] = [
     (
         "tp2",
         replace_by(RANK, COMMAND),
-        r"tp_rank_01_pp_rank_00\.pt is damaged, or asks for more than tensors, and that is never "
+        r"tp_rank_01_pp_rank_00\.pt is damaged, or contains more than tensors, which is never "
         r"run: .*mkdir",
     ),
     (
         "tp2",
         replace_by(TENSOR, COMMAND),
-        r"tensor_7\.pt is damaged, or asks for more than tensors, and that is never run: .*mkdir",
+        r"tensor_7\.pt is damaged, or contains more than tensors, which is never run: .*mkdir",
     ),
     (
         "tp2_plain",
