@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.backends.neuron.consolidate import consolidate
-from stages.backends.neuron.shards.read import read as shards
+from stages.backends.neuron.shards import read as shards
 from stages.backends.neuron.shards.read import torch_archive as archive
 from stages.model import weights
 from stages.model.check import check_model_folder, tied_weights
