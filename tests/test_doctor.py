@@ -232,7 +232,7 @@ def test_a_model_folder_lacks_what_it_lacks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dataset", ["/nowhere/rows.csv", "./rows", "rows.jsonl", "a/b/c"])
 def test_a_dataset_that_can_only_be_a_file_is_not_looked_for_on_the_hub(dataset: str) -> None:
     finding = only(doctor.dataset_source(Settings(dataset=dataset)))
-    assert (finding.state, "is not here" in finding.text) == ("FAIL", True)
+    assert (finding.state, "does not exist" in finding.text) == ("FAIL", True)
 
 
 def test_offline_what_is_on_the_hub_is_said_to_be_unasked(tmp_path: Path) -> None:

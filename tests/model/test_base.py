@@ -74,16 +74,16 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     ),
     "sizes below zero": (
         config(hidden_size=-32),
-        r"hidden_size is -32, and not a whole number above 0",
+        r"hidden_size is -32, not a whole number above 0",
     ),
-    "a size in words": (config(vocab_size="many"), r"vocab_size is 'many', and not a whole number"),
+    "a size in words": (config(vocab_size="many"), r"vocab_size is 'many', not a whole number"),
     "a size with a point": (
         config(intermediate_size=48.5),
-        r"intermediate_size is 48\.5, and not a whole number",
+        r"intermediate_size is 48\.5, not a whole number",
     ),
     "no heads": (
         config(num_attention_heads=0, head_dim=8),
-        r"num_attention_heads is 0, and not a whole number",
+        r"num_attention_heads is 0, not a whole number",
     ),
     "heads that do not divide": (config(num_attention_heads=5, head_dim=None), r"config\.json"),
     "layers without end": (
