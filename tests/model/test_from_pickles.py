@@ -145,7 +145,7 @@ BAD_PICKLES: dict[str, tuple[Damage, str]] = {
     "a tensor": (pickle_of(torch.ones(2)), r"holds no state dict"),
     "a training's whole state": (
         pickle_of({"model": {NORM: torch.ones(32)}, "step": 3}),
-        r"model and 1 more of 2 entries are no tensors",
+        r"model and 1 more of 2 entries are not tensors",
     ),
     "complex numbers": (
         pickle_of({NORM: torch.ones(32, dtype=torch.complex64)}),

@@ -120,7 +120,7 @@ def test_a_tokenizer_that_needs_its_code_is_refused(folder: Path, of: str) -> No
         edit(folder / "config.json", model_type="evil")
     with pytest.raises(
         InputError,
-        match=r"no tokenizer could be made of what is there.*Name a model whose folder has "
+        match=r"its files give no tokenizer.*Name a model whose folder has "
         r"tokenizer\.json",
     ):
         find_tokenizer(str(folder))

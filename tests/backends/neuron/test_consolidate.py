@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from stages.backends.neuron.consolidate import consolidate
 from stages.backends.neuron.shards import read as shards
-from stages.backends.neuron.shards.read import torch_archive as archive
+from stages.backends.neuron.shards import torch_archive as archive
 from stages.model import weights
 from stages.model.check import check_model_folder, tied_weights
 from stages.model.weights import INDEX_FILE
