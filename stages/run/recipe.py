@@ -5,7 +5,6 @@ Recipes are data: nothing in one is expanded or run. `#` starts a comment. Stand
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -16,12 +15,12 @@ _LINE = re.compile(r"([A-Za-z_]\w*)[ \t]*\?=[ \t]*(.*)", re.ASCII)
 _MAX_BYTES = 2**16  # all settings together have to fit one command (128 KiB on Linux)
 
 
-def read_recipe(name: str) -> dict[str, str]:
+def read_recipe(name: str, folder: Path = RECIPES) -> dict[str, str]:
     """Setting -> value as text, of recipe `name`; raises InputError for a recipe that does not
     exist, and with every line that is no setting."""
-    path = RECIPES / f"{name}.mk"
+    path = folder / f"{name}.mk"
     # The name becomes a path: compare it with those that exist instead of looking it up.
-    names = sorted(file.stem for file in RECIPES.glob("*.mk"))
+    names = sorted(file.stem for file in folder.glob("*.mk"))
     if name not in names:
         raise InputError(f"RECIPE={name[:60]!r} does not exist. There are: {', '.join(names)}.")
     values: dict[str, str] = {}
@@ -46,4 +45,4 @@ def read_recipe(name: str) -> dict[str, str]:
 
 
 def _shown(path: Path) -> str:
-    return os.path.relpath(path, RECIPES.parent)
+    return f"{path.parent.name}/{path.name}"

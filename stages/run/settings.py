@@ -17,11 +17,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from stages.run.cache_url import check_cache_url
 from stages.run.errors import InputError
-from stages.run.recipe import read_recipe
+from stages.run.recipe import RECIPES, read_recipe
 from stages.run.setting import as_text, parse, setting, variable
 from stages.run.sizes import parse_size
 
@@ -371,13 +372,13 @@ class Settings:
         return [variable(f) for f in fields(Settings) if f.metadata["path"]]
 
 
-def with_recipe(environment: Mapping[str, str]) -> dict[str, str]:
+def with_recipe(environment: Mapping[str, str], recipes: Path = RECIPES) -> dict[str, str]:
     """`environment` on top of the settings of the recipe that it names in RECIPE, if any.
 
     Raises InputError for a recipe that cannot be read or sets something else.
     """
     name = environment.get("RECIPE")
-    values = read_recipe(name) if name else {}
+    values = read_recipe(name, recipes) if name else {}
     if problems := unknown_names(list(values)):
         raise InputError(f"recipes/{name}.mk: {problem}" for problem in problems)
     return {**values, **environment}
