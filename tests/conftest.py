@@ -41,14 +41,25 @@ MAX_NEW_TOKENS ?= 4
 """
 
 
+# What `make check` leaves to `make test`: whatever trains, compiles, starts make or a server.
+SLOW_FOLDERS = ("torture", "backends", "docker")
+SLOW_FILES = (
+    *("test_makefile.py", "test_demo.py", "test_doctor.py", "test_audit.py"),
+    *("test_settings_given.py", "test_mutations.py", "test_manifest.py", "test_launch.py"),
+    *("test_publish.py", "test_guard.py", "test_verify.py"),
+    *("test_hub.py", "test_hub_cache.py", "test_base.py", "test_from_pickles.py"),
+    *("test_remote_sources.py", "test_sources.py", "test_fuzz.py", "test_dataset.py"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: what trains, compiles or runs make comes last. In the long form kills, the
-    longest, come first."""
-    slow = ("torture", "backends", "test_makefile.py", "test_demo.py")
+    """Mark the slow tests, and run the fast ones first; in the long form kills, the longest, do."""
+    last = ("torture", "backends", "test_makefile.py", "test_demo.py")
+    for item in items:
+        if item.path.name in SLOW_FILES or set(SLOW_FOLDERS) & set(item.path.parts):
+            item.add_marker(pytest.mark.slow)
     items.sort(
-        key=lambda item: next(
-            (place for place, name in enumerate(slow) if name in item.path.parts), -1
-        )
+        key=lambda item: next((n for n, name in enumerate(last) if name in item.path.parts), -1)
     )
     if items and items[0].config.getoption("--torture") is not None:
         items.sort(key=lambda item: "kills" not in item.path.name)
