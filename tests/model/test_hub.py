@@ -139,7 +139,7 @@ def test_a_redirect_that_never_ends_is_refused_without_another_try(hub, asker, k
     hub.misbehave(name, "loop", FOR_EVER)
     answer = ask(asker, name)
     assert (
-        answer.error.startswith(f"{KINDS[kind]}={name}: what answers at {hub.address}")
+        answer.error.startswith(f"{KINDS[kind]}={name}: the server at {hub.address}")
         and "HF_ENDPOINT" in answer.error
     )
     assert answer.pauses == []
