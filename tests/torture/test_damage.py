@@ -280,7 +280,7 @@ def test_a_training_goes_on_from_the_last_checkpoint_that_is_whole(
             path.name in said and wrong in said
             for path, wrong in zip(damaged, expected, strict=True)
         )
-        assert (f"going on from step {left}" if left else "beginning anew") in said
+        assert (f"continuing from step {left}" if left else "starting again") in said
         assert resumed(folder)[0] == left and capsys.readouterr().err == "", (
             "what was damaged is named once"
         )
@@ -325,7 +325,7 @@ def test_a_training_that_resumes_after_a_damaged_checkpoint_ends_with_the_same_w
         fault(last, a_checkpoint_file(last, torture.random), torture.random)
         train(settings, data, tmp_path, work)
         said = capfd.readouterr().err
-        assert "step-00000006 is damaged" in said and "going on from step 4" in said
+        assert "step-00000006 is damaged" in said and "continuing from step 4" in said
         ours = weights(work, tmp_path / f"weights-{number}")
         assert ours.keys() == expected.keys() and all(
             torch.equal(ours[name], expected[name]) for name in expected

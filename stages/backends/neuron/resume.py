@@ -71,7 +71,7 @@ def choose_start(settings: Settings, work: Path, total: int) -> Start:
         if last:
             print(
                 f"an interrupted training left the weights of step {last[0]:,} of {total:,}. This "
-                "one begins anew; "
+                "one starts again; "
                 "RESUME=weights would go on from them; the optimizer's moments and the float32 "
                 "weights are lost "
                 f"(NeuronTrainer cannot resume)",
@@ -90,8 +90,8 @@ def choose_start(settings: Settings, work: Path, total: int) -> Start:
             "checkpoint. Set RESUME=restart."
         )
     print(
-        f"going on from the weights of step {last[0]:,} of {total:,}, in bfloat16; the "
-        "optimizer's moments begin anew",
+        f"continuing from the weights of step {last[0]:,} of {total:,}, in bfloat16; the "
+        "optimizer's moments start again",
         flush=True,
     )
     return Start(_as_model_folder(settings, last[1], _resumed(work, last[0])), last[0])

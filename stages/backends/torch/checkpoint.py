@@ -62,7 +62,7 @@ def resume(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimize
     step = last_step(folder)
     if damaged and dist.get_rank() == 0:
         print(
-            "\n".join([*damaged, f"going on from step {step}" if step else "beginning anew"]),
+            "\n".join([*damaged, f"continuing from step {step}" if step else "starting again"]),
             file=sys.stderr,
             flush=True,
         )

@@ -144,7 +144,7 @@ def test_weights_are_taken_from_the_checkpoint_before_a_damaged_one(
         said = capsys.readouterr().out
         assert (
             "the checkpoint of step 4 is damaged and removed: " in said
-            and "going on from the weights of step 2 of 10" in said
+            and "continuing from the weights of step 2 of 10" in said
         )
         fault(copy / INTERRUPTED / "checkpoint-2" / "shards", torture.random)
         shutil.rmtree(copy / "resumed")
