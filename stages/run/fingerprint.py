@@ -41,7 +41,8 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.run.guard",
         "stages.run.launch",
         "stages.run.progress",
-        # Programs that run no stage.
+        # Programs that run no stage, and what only mypy reads.
+        "stages.backends.conformance",
         "stages.backends.neuron.cache_cli",
         "stages.backends.neuron.doctor",
         "stages.backends.torch.doctor",

@@ -93,10 +93,10 @@ def test_a_link_out_of_the_output_is_not_followed(output: Path, tmp_path: Path) 
     assert "config.json is no plain file" in damage_of(output)
 
 
-def test_a_stage_that_is_published_anew_meanwhile_is_looked_at_again(
+def test_a_stage_that_is_published_again_meanwhile_is_looked_at_again(
     output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stages.run import verify as verifying
+    from stages.make import verify as verifying
 
     looked = []
 
@@ -107,7 +107,7 @@ def test_a_stage_that_is_published_anew_meanwhile_is_looked_at_again(
             return ["config.json is missing"]
         return []
 
-    monkeypatch.setattr(verifying, "damage", damage_as_it_changes)
+    monkeypatch.setattr(verifying, "file_problems", damage_as_it_changes)
     assert damage_of(output) == [] and looked == [2048, 64]
 
 

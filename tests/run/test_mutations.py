@@ -55,7 +55,7 @@ WORDS = [
     ("stages/run/settings.py", "Peak learning rate", "Largest learning rate"),
     ("stages/run/setting.py", "is neither 1 nor 0", "is no switch"),
     ("stages/make/plan.py", "to run: ", "stale: "),
-    ("stages/data.py", "one sample of", "a sample of"),
+    ("stages/data.py", "a sample of", "one sample of"),
     ("stages/eval.py", "held-out", "validation"),
 ]
 

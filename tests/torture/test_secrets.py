@@ -123,7 +123,7 @@ def test_a_secret_typed_as_an_argument_is_refused_and_not_repeated(
     done = project.make(goal, f"HF_TOKEN={CANARIES['HF_TOKEN']}", check=False)
     assert done.returncode == 2
     assert (
-        "HF_TOKEN is not a setting. As an argument everyone on this machine sees it: export it"
+        "HF_TOKEN is not a setting. Everyone on this machine can see an argument: export it"
         in done.stderr
     )
     assert not held((done.stdout + done.stderr).encode())

@@ -97,11 +97,10 @@ def environment(settings: Settings) -> dict[str, str]:
         **settings.environment(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "TORCHINDUCTOR_CACHE_DIR": str(COMPILE_CACHE.absolute()),
-        # they would are in /tmp, where any user can plant its own
+        # Precompiled headers would lie in /tmp, where any user can put their own.
         "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
-        "LOGLEVEL": os.environ.get(
-            "LOGLEVEL", "CRITICAL"
-        ),  # torchrun repeats a worker's failure at ERROR
+        # torchrun repeats a worker's failure at ERROR.
+        "LOGLEVEL": os.environ.get("LOGLEVEL", "CRITICAL"),
         "TOKENIZERS_PARALLELISM": "false",
     }
 

@@ -24,7 +24,7 @@ from stages.backends.torch import optimizer
 from stages.backends.torch.consolidate import consolidate
 from stages.backends.torch.train import check, environment, train, training_command
 from stages.data import pack
-from stages.model.base import base_model_folder
+from stages.model.base import base_config, base_model_folder
 from stages.run.errors import InputError, StageFailure
 from stages.run.fingerprint import ROOT
 from stages.run.settings import Settings
@@ -267,7 +267,7 @@ def test_all_that_keeps_a_model_from_training_is_said_together(base: Settings) -
         base, nproc_per_node=3, tensor_parallel_size=3, max_length=1023, zero_1=False
     )
     with pytest.raises(InputError) as refused:
-        check(settings, vocabulary=3000)
+        check(settings, base_config(settings), vocabulary=3000)
     told = str(refused.value)
     assert all(
         part in told
