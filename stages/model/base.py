@@ -19,7 +19,7 @@ from stages.model.hub import download_files
 from stages.model.location import local_model
 from stages.run.disk import disk_guard
 from stages.run.errors import InputError, StageFailure
-from stages.run.fsync import fsync_tree
+from stages.run.fsync import written_whole
 from stages.run.layout import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -141,17 +141,9 @@ def _create_once(digest: str, name: str, write: Callable[[Path], None]) -> Path:
         return folder
     with locked(MADE_MODELS, name):
         if not folder.is_dir():  # else another run created it meanwhile
-            staging_dir = folder.with_name(f"{folder.name}.making")
-            shutil.rmtree(staging_dir, ignore_errors=True)
-            staging_dir.mkdir()
-            try:
-                write(staging_dir)
-                for weights in staging_dir.glob("*.safetensors"):
+            with written_whole(folder) as writing:
+                write(writing)
+                for weights in writing.glob("*.safetensors"):
                     # safetensors writes files that only the owner can read.
-                    shutil.copymode(staging_dir / CONFIG_FILE, weights)
-                fsync_tree(staging_dir)
-                staging_dir.rename(folder)
-            except BaseException:
-                shutil.rmtree(staging_dir, ignore_errors=True)
-                raise
+                    shutil.copymode(writing / CONFIG_FILE, weights)
     return folder

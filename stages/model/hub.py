@@ -7,38 +7,22 @@ caller's function imports the heavy libraries.
 
 from __future__ import annotations
 
-import os
-import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from stages.model import hub_cache
-from stages.run.errors import InputError, exception_chain
+from stages.model.hub_errors import WrongContent, refusal_of
+from stages.run.errors import InputError
 
 T = TypeVar("T")
 PAUSES = (1.0, 4.0)  # seconds before the second and the third try
-LONGEST_PAUSE = 300.0  # seconds: the Hub counts requests by windows of five minutes
 # Seconds that a request waits for the next byte; the library would wait for ever.
 LONGEST_SILENCE = 10.0
 # A request that takes longer than this many seconds to fail was tried six times by the library,
 # which waits 23 seconds in all.
 LIBRARY_TRIED = 20.0
-
-
-class Refusal(NamedTuple):
-    """Why the Hub gave nothing. `passing`: trying again may help; `pause`: seconds that the Hub
-    asks to wait, 0 if none."""
-
-    reason: str
-    message: str
-    passing: bool = False
-    pause: float = 0.0
-
-
-class WrongContent(Exception):
-    """A fetched file does not have the digest that the Hub gives for it."""
 
 
 def download_files(model: str, revision: str, names: tuple[str, ...]) -> Path:
@@ -59,7 +43,7 @@ def from_hub(kind: str, name: str, revision: str, call: Callable[[], T]) -> T:
     try:
         validate_repo_id(name)  # it names a folder of the cache
     except HFValidationError as error:
-        raise InputError(_refusal(kind, name, revision, error).message) from error
+        raise InputError(refusal_of(kind, name, revision, error).message) from error
     _bound_requests()
     tries = 0
     while True:
@@ -73,7 +57,7 @@ def from_hub(kind: str, name: str, revision: str, call: Callable[[], T]) -> T:
                     raise WrongContent(corrupt[0])
         # The libraries raise a dozen exceptions of several HTTP clients.
         except Exception as error:
-            refusal = _refusal(kind, name, revision, error)
+            refusal = refusal_of(kind, name, revision, error)
             if "Consistency check failed" in str(error) or "(416)" in refusal.reason:
                 hub_cache.remove_incomplete(kind, name)
             grown = sum(hub_cache.blobs(kind, name).values()) > sum(cached.values())
@@ -140,131 +124,3 @@ def _bound_requests() -> None:
         return new
 
     configure_http_backend(session)
-
-
-def _refusal(kind: str, name: str, revision: str, error: BaseException) -> Refusal:
-    """Classify `error` by the status and the class names in its exception_chain: the classes moved
-    between releases of the Hub's library."""
-    classes, status, headers = _evidence(error)
-    offline = "OfflineModeIsEnabled" in classes
-    setting = "DATASET" if kind == "dataset" else "MODEL_ID"
-    which = f"{setting.removesuffix('_ID')}_REVISION"
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    page = f"{endpoint}/{'datasets/' if kind == 'dataset' else ''}{name}"
-    sign_in = "`hf auth login`, or set HF_TOKEN"
-    it = f"{setting}={name}"
-    if isinstance(error, FileNotFoundError) and "not in the cache" in str(error):
-        remedy = (
-            "Run it once with the Hub in reach"
-            + (" (HF_HUB_OFFLINE is set)" if offline else "")
-            + ". What is in the cache is kept."
-        )
-        return Refusal(
-            "cannot be reached",
-            f"{it}: the cache holds a part of it: {error}. {remedy}",
-            not offline,
-        )
-    if "GatedRepoError" in classes or "is a gated" in str(error):
-        remedy = (
-            f"Accept its licence at {page}, then {sign_in} to a token of the account that "
-            "accepted it."
-        )
-        return Refusal("refuses", f"{it} is gated. {remedy}")
-    if "RevisionNotFoundError" in classes:
-        return Refusal(
-            "refuses", f"{it} has no revision {revision!r}. Set {which} to one that {page} lists."
-        )
-    if status == 401 and "Invalid" in str(headers.get("X-Error-Message", "")):
-        return Refusal(
-            "refuses", f"{it}: the Hub does not know the token (401). Renew it: {sign_in}."
-        )
-    if status == 403:
-        return Refusal(
-            "refuses",
-            f"{it}: the Hub refuses access (403). Ask for it at {page}, then {sign_in} to a token "
-            "that may read it.",
-        )
-    if status in (401, 404) or classes & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
-        remedy = f"Check the name (OWNER/NAME) at {page}; if it is private, {sign_in}."
-        return Refusal("refuses", f"{it}: the Hub shows no such {kind}. {remedy}")
-    if status == 429:
-        pause = _requested_pause(headers)
-        wait = f"Wait {pause:.0f} seconds" if pause else "Wait some minutes"
-        message = (
-            f"{it}: the Hub limits requests from this machine (429). {wait}, or raise the limit "
-            f"with an account: {sign_in}."
-        )
-        return Refusal("limits requests (429)", message, pause <= LONGEST_PAUSE, pause)
-    if status >= 500:
-        message = (
-            f"{it}: the Hub is out of order ({status}). Try again later: what was fetched is kept."
-        )
-        return Refusal(
-            f"is out of order ({status})",
-            message,
-            True,
-            min(_requested_pause(headers), LONGEST_PAUSE),
-        )
-    if status == 416 or "WrongContent" in classes or "Consistency check failed" in str(error):
-        message = (
-            f"{it}: one of its files arrives with other content than the Hub says. Check the "
-            "proxy, or try again later."
-        )
-        return Refusal(f"sent a wrong file{' (416)' if status == 416 else ''}", message, True)
-    # Also raised when the Hub refuses only the listing.
-    if classes & {"EmptyDatasetError", "DataFilesNotFoundError"}:
-        message = (
-            f"{it}: the Hub shows no file that `datasets` reads (.parquet, .json, "
-            f".jsonl, .csv ...). Check {page}."
-        )
-        return Refusal("shows no data file", message, True)
-    if classes & {"InvalidJSONError", "FileMetadataError", "TooManyRedirects", "RecursionError"}:
-        remedy = (
-            "Check HF_ENDPOINT, the proxy, and whether this network wants a sign-in in a browser."
-        )
-        passing = not classes & {"TooManyRedirects", "RecursionError"}
-        return Refusal(
-            "gives no valid answer",
-            f"{it}: the server at {page} is not the Hub ({error}). {remedy}",
-            passing,
-        )
-    if classes & {
-        "ConnectionError",
-        "Timeout",
-        "TimeoutException",
-        "TransportError",
-        "ChunkedEncodingError",
-        "LocalEntryNotFoundError",
-    }:
-        remedy = (
-            "Check the network and HF_ENDPOINT, or name a local path: once fetched, it is "
-            "read from the cache without a network."
-        )
-        return Refusal(
-            "cannot be reached",
-            f"{it}: the Hub cannot be reached and the cache does not hold it. {remedy}",
-            not offline,
-        )
-    return Refusal(
-        "refuses", f"{it} cannot be loaded from the Hub: {type(error).__name__}: {error}."
-    )
-
-
-def _evidence(error: BaseException) -> tuple[set[str], int, Mapping[str, str]]:
-    """Names of the classes in the error's exception_chain; status and headers of the first response
-    in it, 0 and none without a response."""
-    chain = list(exception_chain(error))
-    classes = {cls.__name__ for link in chain for cls in type(link).__mro__}
-    responses = [
-        response for link in chain if (response := getattr(link, "response", None)) is not None
-    ]
-    status, headers = (responses[0].status_code, responses[0].headers) if responses else (0, {})
-    return classes, status, headers
-
-
-def _requested_pause(headers: Mapping[str, str]) -> float:
-    """Seconds that a response asks to wait, 0 if none: Retry-After, or the Hub's
-    `RateLimit: "api";r=0;t=SECONDS`."""
-    retry_after = str(headers.get("Retry-After", ""))
-    window = re.search(r"\bt=(\d+)", str(headers.get("RateLimit", "")))
-    return float(retry_after) if retry_after.isdigit() else float(window[1]) if window else 0.0

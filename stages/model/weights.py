@@ -117,15 +117,9 @@ def write_safetensors(
             for name, contents in files.items():
                 digests[name] = _write_file(folder / name, contents, bar)
         if len(files) > 1:
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": {
-                    spec.name: name for name, contents in files.items() for spec, _ in contents
-                },
-            }
-            text = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-            (folder / INDEX_FILE).write_bytes(text)
-            digests[INDEX_FILE] = hashlib.sha256(text).hexdigest()
+            index = _index(files, total)
+            (folder / INDEX_FILE).write_bytes(index)
+            digests[INDEX_FILE] = hashlib.sha256(index).hexdigest()
     except BaseException as error:
         for name in (*files, INDEX_FILE):
             (folder / name).unlink(missing_ok=True)
@@ -133,6 +127,15 @@ def write_safetensors(
             raise StageFailure(f"Writing the weights to {folder} stopped: {error}.") from error
         raise
     return digests
+
+
+def _index(files: dict[str, list[tuple[TensorSpec, ReadTensor]]], total: int) -> bytes:
+    """model.safetensors.index.json: which file holds which tensor, `total` bytes in all."""
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {spec.name: name for name, contents in files.items() for spec, _ in contents},
+    }
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _divide(

@@ -7,6 +7,9 @@ renamed into place, fsync its contents: a power cut could otherwise leave a name
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -34,4 +37,21 @@ def make_durable_folder(folder: Path) -> None:
         return
     make_durable_folder(folder.parent)
     folder.mkdir(exist_ok=True)
+    flush(folder.parent)
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A new folder to write to, which becomes `folder` when the block ends; removed, with nothing
+    in its place, when the block raises. What a killed process left of it is removed first."""
+    writing = folder.with_name(f"{folder.name}.writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    make_durable_folder(writing)
+    try:
+        yield writing
+        fsync_tree(writing)
+        writing.rename(folder)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
     flush(folder.parent)

@@ -67,6 +67,12 @@ def launch(
         status = process.wait()
     finally:
         _end(process)
+    _raise_failure(status, error_file)
+
+
+def _raise_failure(status: int, error_file: Path) -> None:
+    """Raise the error that a worker reported, or a StageFailure for an exit status that is not
+    0."""
     if error_file.exists():
         kind, _, message = error_file.read_text(encoding="utf-8").partition("\n")
         raise InputError(message.splitlines()) if kind == "InputError" else StageFailure(message)

@@ -80,7 +80,7 @@ def test_allowed_pickles_become_the_same_weights_once(
     made = allowed(folder)
     assert_equal(written(made), state)
     assert_equal(AutoModelForCausalLM.from_pretrained(made, dtype="auto").state_dict(), state)
-    assert made.parent == base.MADE_MODELS and not list(base.MADE_MODELS.glob("*.making"))
+    assert made.parent == base.MADE_MODELS and not list(base.MADE_MODELS.glob("*.writing"))
     assert allowed(folder) == made
     assert capsys.readouterr().out.count("converting its pickles to safetensors") == 1
     with pytest.raises(AssertionError, match="a process of the training was started"):

@@ -13,7 +13,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from stages.backends.neuron.shards.read import ShardedTensor, Shards, read_shards, refusal
+from stages.backends.neuron.shards.read import Shards, read_shards, refusal
+from stages.backends.neuron.shards.sharded_tensor import ShardedTensor
 from stages.backends.neuron.shards.torch_archive import RowReader
 from stages.model.check import untied
 from stages.model.weights import ReadTensor, TensorSpec, write_safetensors

@@ -17,7 +17,7 @@ from pathlib import Path
 from stages.backends.neuron.shards.read import damaged, is_whole
 from stages.model.base import base_model_folder
 from stages.run.errors import InputError
-from stages.run.fsync import flush, fsync_tree
+from stages.run.fsync import written_whole
 from stages.run.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, SHARDS_FOLDER
 from stages.run.settings import Settings
 from stages.run.sizes import parse_size
@@ -71,17 +71,15 @@ def choose_start(settings: Settings, work: Path, total: int) -> Start:
         if last:
             print(
                 f"an interrupted training left the weights of step {last[0]:,} of {total:,}. This "
-                "one starts again; "
-                "RESUME=weights would go on from them; the optimizer's moments and the float32 "
-                "weights are lost "
-                f"(NeuronTrainer cannot resume)",
+                "one starts again; RESUME=weights would continue from them. The optimizer's "
+                "moments and the float32 weights are lost (NeuronTrainer cannot resume).",
                 flush=True,
             )
         return Start(base_model_folder(settings), 0)
     if settings.lora_r:
         raise InputError(
-            f"RESUME=weights: LORA_R={settings.lora_r} saves adapters, which cannot be gone on "
-            "with. Set RESUME=restart."
+            f"RESUME=weights: LORA_R={settings.lora_r} saves adapters, from which no training "
+            "can continue. Set RESUME=restart."
         )
     last = _last_undamaged(work)
     if last is None:
@@ -132,18 +130,14 @@ def _as_model_folder(settings: Settings, shards: Path, folder: Path) -> Path:
     from stages.model.check import tied_weights
 
     if not folder.is_dir():
-        beside = folder.with_name(f"{folder.name}.writing")
-        shutil.rmtree(folder.parent, ignore_errors=True)
-        beside.mkdir(parents=True)
-        shutil.copyfile(base_model_folder(settings) / CONFIG_FILE, beside / CONFIG_FILE)
-        consolidate(
-            shards,
-            beside,
-            dtype=None,
-            max_shard_size=parse_size(settings.max_shard_size),
-            tied=tied_weights(beside),
-        )
-        fsync_tree(beside)
-        beside.rename(folder)
-        flush(folder.parent)
+        shutil.rmtree(folder.parent, ignore_errors=True)  # of another step
+        with written_whole(folder) as writing:
+            shutil.copyfile(base_model_folder(settings) / CONFIG_FILE, writing / CONFIG_FILE)
+            consolidate(
+                shards,
+                writing,
+                dtype=None,
+                max_shard_size=parse_size(settings.max_shard_size),
+                tied=tied_weights(writing),
+            )
     return folder

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,6 @@ def check(settings: Settings, config: Any, vocabulary: int) -> None:
 
     `vocabulary` is the number of ids that the rows' tokenizer can give.
     """
-    import torch
-
-    from stages.backends.torch.inductor import unusable_path
     from stages.backends.torch.parallel import SUPPORTED
 
     problems = []
@@ -131,32 +129,37 @@ def check(settings: Settings, config: Any, vocabulary: int) -> None:
                 "divisor of it."
             )
     problems += fit_problems(settings, config, vocabulary)
+    problems += _unsupported(settings)
+    if problems:
+        raise InputError(problems)
+
+
+def _unsupported(settings: Settings) -> Iterator[str]:
+    """A message for each setting that this backend or this machine cannot follow."""
+    import torch
+
+    from stages.backends.torch.inductor import unusable_path
+
     if settings.pipeline_parallel_size > 1:
-        problems.append(
+        yield (
             f"PIPELINE_PARALLEL_SIZE={settings.pipeline_parallel_size}: the torch backend has no "
             "pipeline. Leave it 1."
         )
     if settings.lora_r:
-        problems.append(
-            f"LORA_R={settings.lora_r}: the torch backend trains all weights. Set LORA_R=0."
-        )
+        yield f"LORA_R={settings.lora_r}: the torch backend trains all weights. Set LORA_R=0."
     if not settings.zero_1:
-        problems.append(
-            "ZERO_1=0: the torch backend always shards the optimizer (FSDP2). Leave ZERO_1=1."
-        )
+        yield "ZERO_1=0: the torch backend always shards the optimizer (FSDP2). Leave ZERO_1=1."
     if settings.torch_compile and unusable_path():
-        problems.append(
+        yield (
             f"TORCH_COMPILE=1: inductor cannot use a path with a space ({unusable_path()}). Move "
             "the project, or leave it 0."
         )
     gpus = torch.cuda.device_count()
     if gpus and settings.nproc_per_node > gpus:
-        problems.append(
+        yield (
             f"NPROC_PER_NODE={settings.nproc_per_node} is above the {gpus} visible GPU(s). Lower "
             "it (CUDA_VISIBLE_DEVICES)."
         )
-    if problems:
-        raise InputError(problems)
 
 
 def device_name() -> str:

@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.backends.neuron.shards.read import ADAPTER_CONFIG, ShardedTensor, Shards, refusal
+from stages.backends.neuron.shards.read import ADAPTER_CONFIG, Shards, refusal
+from stages.backends.neuron.shards.sharded_tensor import ShardedTensor
 from stages.backends.neuron.shards.torch_archive import RowReader
 from stages.model.check import NOT_A_WEIGHT
 from stages.model.headers import read_headers

@@ -15,13 +15,13 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from stages.backends.neuron.shards.metadata import parse_metadata
+from stages.backends.neuron.shards.sharded_tensor import Part, ShardedTensor
 from stages.backends.neuron.shards.torch_archive import (
-    RowReader,
     StoredTensor,
     TensorReference,
     damage,
@@ -33,13 +33,9 @@ from stages.backends.neuron.shards.unshard import (
     Partition,
     Spec,
     original_tensors,
-    parse_metadata,
 )
-from stages.model.weights import DTYPES, PIECE_BYTES, TensorSpec
+from stages.model.weights import DTYPES, TensorSpec
 from stages.run.errors import StageFailure
-
-if TYPE_CHECKING:
-    import torch
 
 PROBLEMS_SHOWN = 5
 DONE = "done"
@@ -47,44 +43,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 MOST_RANKS = 4096
 METADATA = "mp_metadata_pp_rank_{}.json"
 RANK_FILE = "dp_rank_00_tp_rank_{:02d}_pp_rank_{:02d}.pt"
-
-
-@dataclass(frozen=True)
-class Part:
-    """`length` rows (or columns) of a stored tensor, from `start` on."""
-
-    stored: StoredTensor
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class ShardedTensor:
-    """A tensor of the original model, and the parts that make it up when they are joined along
-    `dimension`."""
-
-    spec: TensorSpec
-    dimension: int
-    parts: tuple[Part, ...]
-
-    def read(self, reader: RowReader) -> Iterator[torch.Tensor]:
-        """The whole tensor in blocks of rows of about PIECE_BYTES."""
-        if self.dimension == 0:
-            for part in self.parts:
-                yield from _blocks(reader, part.stored, part.start, part.start + part.length)
-            return
-        import torch
-
-        rows, *others = self.spec.shape
-        count = max(1, PIECE_BYTES * rows // max(1, self.spec.nbytes))
-        for first in range(0, rows, count):
-            last = min(rows, first + count)
-            shards = {part.stored: reader.rows(part.stored, first, last) for part in self.parts}
-            block = torch.empty(last - first, *others, dtype=getattr(torch, self.spec.dtype))
-            columns = block.split([part.length for part in self.parts], self.dimension)
-            for part, column in zip(self.parts, columns, strict=True):
-                column.copy_(shards[part.stored].narrow(self.dimension, part.start, part.length))
-            yield block
 
 
 @dataclass
@@ -104,7 +62,7 @@ class Shards:
 
 
 @dataclass(frozen=True)
-class _Stage:
+class _PipelineRank:
     """One pipeline-parallel rank: its metadata and the file of each of its tensor-parallel
     ranks."""
 
@@ -115,9 +73,9 @@ class _Stage:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether `folder` holds a save that was finished, with a file of every rank. Reads the
-    only metadata."""
-    return not _stages(folder)[1]
+    """Whether `folder` holds a save that was finished, with a file of every rank. Reads only the
+    metadata."""
+    return not _pipeline_ranks(folder)[1]
 
 
 def problems(folder: Path) -> list[str]:
@@ -142,26 +100,26 @@ def refusal(heading: str, problems: list[str]) -> StageFailure:
 def read_shards(folder: Path) -> Shards:
     """The tensors in `folder` under the names of the original model; all that is wrong is in
     `problems`."""
-    stages, found = _stages(folder)
+    ranks, found = _pipeline_ranks(folder)
     shards = Shards(folder, problems=found)
     if not found:
-        for stage in stages:
-            _read_stage(stage, shards)
+        for rank in ranks:
+            _read_pipeline_rank(rank, shards)
         if not shards.tensors and not shards.problems:
             shards.problems.append(f"{folder} holds no tensors.")
     return shards
 
 
-def _stages(folder: Path) -> tuple[list[_Stage], list[str]]:
+def _pipeline_ranks(folder: Path) -> tuple[list[_PipelineRank], list[str]]:
     if not (folder / DONE).is_file():
         return [], [
-            f"{folder / DONE} is missing. It is written behind all weights, so this save was "
+            f"{folder / DONE} is missing. It is written after all weights, so this save was "
             "never finished."
         ]
-    stages, problems = [], []
+    pipeline_ranks, problems = [], []
     if _pipeline_size(folder) > MOST_RANKS:
         return [], [
-            f"{folder} has files of {_pipeline_size(folder)} pipeline stages; no training has "
+            f"{folder} has files of {_pipeline_size(folder)} pipeline ranks; no training has "
             f"more than {MOST_RANKS}."
         ]
     for rank in range(_pipeline_size(folder)):
@@ -190,12 +148,12 @@ def _stages(folder: Path) -> tuple[list[_Stage], list[str]]:
         problems += [f"{file} is missing." for file in files if not file.is_file()]
         if len(sizes) > 1:
             problems.append(f"{path} gives several tensor-parallel sizes: {sorted(sizes)}.")
-        stages.append(_Stage(path, parameters, specs, files))
-    return stages, problems
+        pipeline_ranks.append(_PipelineRank(path, parameters, specs, files))
+    return pipeline_ranks, problems
 
 
 def _pipeline_size(folder: Path) -> int:
-    """The number of pipeline stages, by the highest one of which anything is there."""
+    """The number of pipeline ranks, by the highest one of which anything is there."""
     names = [path.name for pattern in ("*.json", "model/*.pt") for path in folder.glob(pattern)]
     return 1 + max(
         (
@@ -207,15 +165,15 @@ def _pipeline_size(folder: Path) -> int:
     )
 
 
-def _read_stage(stage: _Stage, shards: Shards) -> None:
-    """Add the stage's tensors, or its problems, to `shards`."""
+def _read_pipeline_rank(pipeline_rank: _PipelineRank, shards: Shards) -> None:
+    """Add its tensors, or its problems, to `shards`."""
     ranks: list[dict[str, StoredTensor]] = []
-    for file in stage.files:
+    for file in pipeline_rank.files:
         try:
             ranks.append(_rank_tensors(file, shards.problems))
         except StageFailure as failure:
             shards.problems.append(str(failure))
-    if len(ranks) < len(stage.files) or shards.problems:
+    if len(ranks) < len(pipeline_rank.files) or shards.problems:
         return
     if not shards.adapter and any(".lora_" in name for tensors in ranks for name in tensors):
         shards.problems.append(
@@ -224,16 +182,16 @@ def _read_stage(stage: _Stage, shards: Shards) -> None:
         )
         return
     for name in {name: None for tensors in ranks for name in tensors} | (
-        {} if shards.adapter else stage.parameters
+        {} if shards.adapter else pipeline_rank.parameters
     ):
         lacking = [
             file.name
-            for file, tensors in zip(stage.files, ranks, strict=True)
+            for file, tensors in zip(pipeline_rank.files, ranks, strict=True)
             if name not in tensors
         ]
-        if lacking and (name in stage.parameters or len(lacking) < len(ranks)):
+        if lacking and (name in pipeline_rank.parameters or len(lacking) < len(ranks)):
             shards.problems.append(
-                f"{stage.metadata.parent / 'model'}: {name} is missing in {', '.join(lacking)}."
+                f"{shards.folder / 'model'}: {name} is missing in {', '.join(lacking)}."
             )
     if shards.problems:
         return
@@ -241,17 +199,17 @@ def _read_stage(stage: _Stage, shards: Shards) -> None:
     for name, pieces in stored.items():
         if len({piece.dtype for piece in pieces}) > 1:
             shards.problems.append(
-                f"{stage.metadata.parent / 'model'}: the ranks' shards of {name} differ in dtype."
+                f"{shards.folder / 'model'}: the ranks' shards of {name} differ in dtype."
             )
     shapes = {name: [piece.shape for piece in pieces] for name, pieces in stored.items()}
-    originals, misfits = original_tensors(stage.parameters, stage.specs, shapes)
-    shards.problems += [f"{stage.metadata}: {misfit}." for misfit in misfits]
+    originals, misfits = original_tensors(pipeline_rank.parameters, pipeline_rank.specs, shapes)
+    shards.problems += [f"{pipeline_rank.metadata}: {misfit}." for misfit in misfits]
     used = {original.parameter for original in originals}
     shards.unlisted |= {name: pieces for name, pieces in stored.items() if name not in used}
     for original in originals:
         if original.name in shards.tensors:
             shards.problems.append(
-                f"{stage.metadata}: {original.name} is in another pipeline stage too."
+                f"{pipeline_rank.metadata}: {original.name} is on another pipeline rank too."
             )
         shards.tensors[original.name] = _sharded_tensor(original, stored[original.parameter])
 
@@ -332,14 +290,3 @@ def _referred(file: Path, number: object, information: dict[Any, Any]) -> Stored
                 f"{expected[0]} {expected[1]}."
             )
     return stored
-
-
-def _blocks(
-    reader: RowReader, stored: StoredTensor, first: int, last: int
-) -> Iterator[torch.Tensor]:
-    rows = max(
-        1,
-        PIECE_BYTES * stored.shape[0] // max(1, TensorSpec("", stored.shape, stored.dtype).nbytes),
-    )
-    for begin in range(first, last, rows):
-        yield reader.rows(stored, begin, min(last, begin + rows))

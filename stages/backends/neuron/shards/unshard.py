@@ -10,21 +10,13 @@ and for grouped heads whose queries were permuted and whose keys and values were
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
-
-LARGEST_SIZE = 1 << 24  # of heads, rows, ranks
 
 Shape = tuple[int, ...]
 # A parameter of the trained model -> the shape of its shard on each tensor-parallel rank.
 Shapes = Mapping[str, Sequence[Shape]]
-
-# The parameters of a linear layer's adapter have the adapter's name in the metadata, not in the
-# shards.
-ADAPTER_NAME = re.compile(r"(\.lora_(?:embedding_)?[AB])\.\w+")
 
 
 class Misfit(Exception):
@@ -206,27 +198,6 @@ class GQAQKVColumnParallelLinearSpec:
 
 
 Spec = FusedLinearsSpec | GQAQKVColumnParallelLinearSpec
-SPECS: dict[str, type[Spec]] = {
-    kind.__name__: kind for kind in (FusedLinearsSpec, GQAQKVColumnParallelLinearSpec)
-}
-
-
-def parse_metadata(metadata: Any) -> tuple[dict[str, Partition | None], list[Spec]]:
-    """Parameter -> its cut (None: every rank has all of it), and the specs. Raises Misfit for what
-    nothing here knows."""
-    try:
-        parameters = {
-            _without_adapter_name(name): _partition(fields)
-            for name, fields in metadata["parameters"].items()
-        }
-        specs = [
-            _spec(entry["module_fully_qualified_name"], kind, fields)
-            for entry in metadata["model_weight_transformation_specs"]
-            for kind, fields in entry["specs"]
-        ]
-        return parameters, specs
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise Misfit(f"it is not the metadata of optimum-neuron's shards: {error!r}") from error
 
 
 def original_tensors(
@@ -251,51 +222,6 @@ def original_tensors(
             except Misfit as misfit:
                 problems.append(str(misfit))
     return [original for name in shapes for original in by_parameter.get(name, [])], problems
-
-
-def _without_adapter_name(name: str) -> str:
-    return ADAPTER_NAME.sub(r"\1", name)
-
-
-def _partition(fields: Mapping[str, Any]) -> Partition | None:
-    if not fields["tensor_model_parallel"]:
-        return None
-    return Partition(
-        int(fields["partition_dim"]), int(fields["partition_stride"]), int(fields["num_partitions"])
-    )
-
-
-def _spec(module: str, kind: str, values: Mapping[str, Any]) -> Spec:
-    others = {name: value for name, value in values.items() if name != "peft_type"}
-    if kind not in SPECS or set(others) != set(SPECS[kind].__dataclass_fields__) - {"module"}:
-        raise Misfit(
-            f"the transformation {kind} of {module} with {sorted(others)} is not one of "
-            f"optimum-neuron 0.4.5 ({', '.join(SPECS)})"
-        )
-    if values.get("peft_type") not in (None, "lora"):
-        raise Misfit(
-            f"{module}: adapters of type {values['peft_type']} are not known here, only LoRA"
-        )
-    spec = SPECS[kind](module=module, **others)
-    for field in fields(spec):
-        if not _is(str(field.type), getattr(spec, field.name)):
-            raise Misfit(
-                f"{module}: {field.name} of its transformation {kind} is not what it is in "
-                f"optimum-neuron 0.4.5 ({field.type})"
-            )
-    return spec
-
-
-def _is(kind: str, value: Any) -> bool:
-    """Whether a value that was read from JSON is of the kind that a spec's field is annotated with.
-    A size is a count of something."""
-    if kind.startswith("Sequence["):
-        return isinstance(value, list) and all(
-            _is(kind[len("Sequence[") : -1], item) for item in value
-        )
-    if kind == "int":
-        return type(value) is int and 0 <= value <= LARGEST_SIZE
-    return type(value).__name__ == kind
 
 
 def _joined(name: str, partition: Partition | None, shapes: Sequence[Shape]) -> Original:

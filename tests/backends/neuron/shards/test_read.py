@@ -93,7 +93,7 @@ SEEN_WITHOUT_READING: list[tuple[str, Damage, str]] = [
     (
         "tp2",
         remove("done"),
-        r"done is missing\. It is written behind all weights, so this save was never finished",
+        r"done is missing\. It is written after all weights, so this save was never finished",
     ),
     ("tp2", remove(RANK), r"tp_rank_01_pp_rank_00\.pt is missing"),
     ("tp2", remove(METADATA), r"mp_metadata_pp_rank_0\.json is missing"),

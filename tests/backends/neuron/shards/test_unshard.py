@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stages.backends.neuron.shards.metadata import parse_metadata
 from stages.backends.neuron.shards.unshard import (
     FusedLinearsSpec,
     GQAQKVColumnParallelLinearSpec,
@@ -18,7 +19,6 @@ from stages.backends.neuron.shards.unshard import (
     Original,
     Partition,
     original_tensors,
-    parse_metadata,
 )
 
 HEAD = 2  # rows of a head
