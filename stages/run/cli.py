@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -72,6 +73,7 @@ def with_exit_status(work: Callable[[], None], folder: Path = Path("outputs")) -
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # guard.py need not repeat it
         print(
             "interrupted: nothing was published. The same command continues, a training from its "
             "last complete checkpoint.",

@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from stages.run.errors import exception_chain
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h; prctl(2)
 _MARK = "TRN_TUNE_STAGE"
 _MAKE = "TRN_TUNE_MAKE"
@@ -35,6 +37,7 @@ def guard_stage() -> None:
     """
     make = os.environ.pop(_MAKE, None)
     die_with_parent(int(make) if make else None)
+    _repeat_interrupts()
     os.environ[_MARK] = own = os.urandom(8).hex()
     ended, alive = os.pipe()
     if os.fork() == 0:
@@ -46,6 +49,24 @@ def guard_stage() -> None:
         finally:
             os._exit(0)
     os.close(ended)
+
+
+def _repeat_interrupts() -> None:
+    """Raise KeyboardInterrupt again, every second, where it was swallowed: by a bare `except` or by
+    a callback while a large library is imported."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return  # ignored: the stage runs in the background of a shell
+
+    def interrupted(number: int, frame: object) -> None:
+        handled = sys.exc_info()[1]
+        if handled is None or not any(
+            isinstance(error, KeyboardInterrupt) for error in exception_chain(handled)
+        ):
+            signal.setitimer(signal.ITIMER_REAL, 1)
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupted)
+    signal.signal(signal.SIGALRM, interrupted)
 
 
 def mark() -> str | None:

@@ -66,6 +66,38 @@ def test_a_worker_behind_other_programs_ends_with_a_stage_that_is_killed(
     wait_until(lambda: not is_running(pid.read_text()))
 
 
+SWALLOWS = """
+import signal, time
+from stages.run.cli import with_exit_status
+from stages.run.guard import guard_stage
+signal.signal(signal.SIGINT, signal.default_int_handler)
+guard_stage()
+def work():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    except:
+        print("swallowed", flush=True)
+    try:
+        time.sleep(60)
+    finally:
+        time.sleep(1.5)  # cleaning up is not interrupted again
+        print("cleaned", flush=True)
+with_exit_status(work)
+"""
+
+
+def test_ctrl_c_ends_a_stage_even_where_a_library_swallows_it_once() -> None:
+    stage = subprocess.Popen(
+        [sys.executable, "-c", SWALLOWS], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert stage.stdout is not None and stage.stdout.readline() == b"ready\n"
+    stage.send_signal(signal.SIGINT)
+    printed, told = stage.communicate(timeout=30)
+    assert (printed, stage.returncode) == (b"swallowed\ncleaned\n", 130)
+    assert told.startswith(b"interrupted:") and b"Traceback" not in told
+
+
 def test_a_stage_whose_make_died_before_it_could_look_ends_at_once() -> None:
     code = "from stages.run.guard import guard_stage; guard_stage(); print('went on')"
     environment = {**os.environ, "TRN_TUNE_MAKE": "1"}

@@ -21,6 +21,8 @@ from tests.torture import processes
 from tests.torture.plugin import Torture
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+# Whom a person interrupts. A library may swallow SIGINT, and then the program just works on.
+INTERRUPTED = ("stage", "make")
 # The demo, shortened: one pass over its rows, and a checkpoint every second step.
 DEMO = (
     "RECIPE=demo",
@@ -71,6 +73,7 @@ def every_kill(chance: random.Random) -> list[Kill]:
         Kill(stage, victim, sign, _moment(stage, victim, chance), chance.random())
         for stage in STAGES
         for victim, sign in itertools.product(VICTIMS[stage], SIGNALS)
+        if sign != signal.SIGINT or victim in INTERRUPTED
     ]
 
 

@@ -153,6 +153,9 @@ def _write(folder: Path, state: dict[str, Any], checkpoint: bool) -> None:
         except dcp.CheckpointException as error:  # not an Exception: nothing above would catch it
             raise RuntimeError(str(error)) from error
     dist.barrier()
+    if not checkpoint and dist.get_rank() == 0:
+        for path in writing.glob("*.safetensors"):
+            _sort_metadata(path)
     files = _facts(writing, sorted(path.name for path in writing.iterdir())) if checkpoint else {}
     if dist.get_rank() == 0:
         if checkpoint:  # train's manifest lists the shards
@@ -161,6 +164,23 @@ def _write(folder: Path, state: dict[str, Any], checkpoint: bool) -> None:
         writing.rename(folder)
         flush(folder.parent)
     dist.barrier()
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the entries of `__metadata__` in a safetensors file in order.
+
+    The library keeps them in a hash map, so each process writes them in another order. One training
+    is to give the same bytes each time, or consolidate would run again for nothing.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > size:  # then the library writes headers in another way than it does today
+            raise StageFailure(f"{path} has a header that cannot be put in order.")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _bytes(state: Any) -> int:
