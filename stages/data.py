@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.checks import require
 from stages.run.cli import stage_command
 from stages.run.layout import PROMPT_FILE, TOKENIZER_FOLDER
 from stages.run.progress import Progress
@@ -27,13 +28,18 @@ def main(settings: Settings, output: Path) -> None:
 
 def pack(settings: Settings, work: Path) -> StageResult:
     """Read, tokenise, split and pack DATASET into `work`; print the accounts and a sample."""
+    from stages.text.answer import encode_questions
     from stages.text.dataset import Layout, build
     from stages.text.examples import Columns, read_examples
     from stages.text.prompt import PromptTemplate
+    from stages.text.questions import read_questions
     from stages.text.tokens import find_tokenizer
 
     s = settings
+    require(s, "data")
     template, tokenizer = PromptTemplate(), find_tokenizer(s.model_id, s.model_revision)
+    # eval's prompts are checked now, not after the training is paid for.
+    encode_questions(read_questions(s).questions, tokenizer, template, s.inference_sequence_length)
     columns = Columns(s.instruction_column, s.context_column, s.response_column)
     batches = read_examples(
         s.dataset,

@@ -22,7 +22,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
 os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "5")
 
-from stages.model.base import base_config
+from stages.checks import local_config, machine_problems, problems
+from stages.model.base import base_config, config_folder
 from stages.model.hub import from_hub
 from stages.model.location import local_model, local_path
 from stages.model.size import bytes_written, parameters
@@ -33,7 +34,9 @@ from stages.run.disk import REMEDY, free_space
 from stages.run.errors import InputError
 from stages.run.progress import show_size
 from stages.run.provenance import REQUIREMENTS, installed_version, pinned_versions
+from stages.run.setting import STAGES
 from stages.run.settings import Settings
+from stages.text.questions import read_questions
 from stages.text.sources import FORMATS
 
 PYTHONS = {"torch": ((3, 10), (3, 12)), "neuron": ((3, 10), (3, 11))}
@@ -194,14 +197,26 @@ def dataset_source(settings: Settings) -> Iterator[CheckResult]:
 
 
 def prompts_source(settings: Settings) -> Iterator[CheckResult]:
-    if Path(settings.prompts).is_file():
-        yield CheckResult("PROMPTS", settings.prompts)
-    else:
-        yield fail(
-            "PROMPTS",
-            f"{settings.prompts} is not a file. Name a file of JSON lines with the dataset's "
-            "columns.",
-        )
+    try:
+        asked = read_questions(settings)
+    except InputError:
+        return  # `fit` reports it
+    yield CheckResult("PROMPTS", f"{settings.prompts}, {len(asked.questions):,} prompts")
+    if line := asked.note(settings):
+        yield note("PROMPTS", line.partition(": ")[2])
+
+
+def fit(settings: Settings) -> Iterator[CheckResult]:
+    """What the stages would refuse: the settings, the model's config.json and PROMPTS together."""
+    try:
+        config = local_config(str(config_folder(settings.model_id, settings.model_revision)))
+    except InputError:
+        config = None  # `model_source` reports it
+    found = [*problems(settings, config, STAGES), *machine_problems(settings, STAGES)]
+    if found:
+        yield from (fail("settings", problem) for problem in found)
+    elif config is not None:
+        yield CheckResult("settings", "the model can be trained and compiled with them")
 
 
 CHECKS: list[Check] = [
@@ -213,6 +228,7 @@ CHECKS: list[Check] = [
     model_source,
     dataset_source,
     prompts_source,
+    fit,
     disk,
     memory,
 ]

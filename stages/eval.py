@@ -16,7 +16,8 @@ from stages.run.layout import ANSWERS_FILE, VALIDATION_SPLIT
 from stages.run.progress import Progress
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
-from stages.text.answer import Answer, Answerer, Question, read_questions, write_answers
+from stages.text.answer import Answer, Answerer, write_answers
+from stages.text.questions import Question, read_questions
 
 SHOWN = 10  # printed answers; answers.jsonl has all
 
@@ -62,7 +63,10 @@ def answer_one(settings: Settings, compiled: Path) -> None:
 
 def answer_all(settings: Settings, compiled: Path) -> list[Answer]:
     """Answer every question of PROMPTS and print the first few."""
-    questions = read_questions(Path(settings.prompts), settings)
+    asked = read_questions(settings)
+    if note := asked.note(settings):
+        print(note, flush=True)
+    questions = asked.questions
     model = backend_module("generate", settings).load(compiled)
     answers = []
     with Progress("eval", len(questions), "answers") as progress:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from stages.checks import require
 from stages.run.backend import backend_module
 from stages.run.cli import stage_command
-from stages.run.publish import publish
+from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
 
 
@@ -18,15 +19,13 @@ from stages.run.settings import Settings
 )
 def main(settings: Settings, data: Path, precompile: Path, output: Path) -> None:
     backend = backend_module("train", settings)
+
     # Precompile only fills a cache, which makes training start sooner, so it is not an input.
-    publish(
-        "train",
-        settings,
-        {"data": data},
-        output,
-        lambda work: backend.train(settings, data, precompile, work),
-        resumable=True,
-    )
+    def build(work: Path) -> StageResult:
+        require(settings, "train")
+        return backend.train(settings, data, precompile, work)
+
+    publish("train", settings, {"data": data}, output, build, resumable=True)
 
 
 if __name__ == "__main__":

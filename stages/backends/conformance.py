@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stages.backends.neuron import check as neuron_check
     from stages.backends.neuron import compile_inference as neuron_compile_inference
     from stages.backends.neuron import consolidate as neuron_consolidate
     from stages.backends.neuron import doctor as neuron_doctor
     from stages.backends.neuron import generate as neuron_generate
     from stages.backends.neuron import precompile as neuron_precompile
     from stages.backends.neuron import train as neuron_train
+    from stages.backends.torch import check as torch_check
     from stages.backends.torch import compile_inference as torch_compile_inference
     from stages.backends.torch import consolidate as torch_consolidate
     from stages.backends.torch import doctor as torch_doctor
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from stages.backends.torch import train as torch_train
     from stages.run import contract
 
+    CHECK: tuple[contract.Check, ...] = (neuron_check, torch_check)
     TRAIN: tuple[contract.Train, ...] = (neuron_train, torch_train)
     PRECOMPILE: tuple[contract.Precompile, ...] = (neuron_precompile, torch_precompile)
     CONSOLIDATE: tuple[contract.Consolidate, ...] = (neuron_consolidate, torch_consolidate)

@@ -7,8 +7,9 @@ torch, so that the first answer comes without delay.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,23 +62,28 @@ class Decoder(ABC):
         top_p: float,
         seed: int,
         eos_token_id: int,
+        number: int = 0,
     ) -> Iterator[list[int | None]]:
         """Yield, step by step, one new id per prompt; None for a prompt that has ended.
 
         A prompt ends at `eos_token_id`, which is not yielded, or when prompt and answer fill the
-        slot. All prompts end after `max_new_tokens`. Sampling depends only on `seed`, the logits
-        and the slot. Raises InputError at once when the prompts do not fit: too many, too long,
-        empty, or ids outside the vocabulary.
+        slot. All prompts end after `max_new_tokens`. Each prompt is sampled with random numbers of
+        its own, from `seed` and its number (`number` is that of the first): the prompts beside it
+        change nothing, and the same prompt asked twice gets two samples. Raises InputError at once
+        when the prompts do not fit: too many, too long, empty, or ids outside the vocabulary.
         """
         if problems := list(self._prompt_problems(prompts)):
             raise InputError(problems)
-        generator = torch.Generator(self.device).manual_seed(seed)
+        generators = [
+            torch.Generator(self.device).manual_seed(_seed_of(seed, number + slot))
+            for slot in range(self.batch_size)
+        ]
 
         def choose(logits: torch.Tensor) -> torch.Tensor:
             if not do_sample:
                 return logits.argmax(-1)
             return sample(
-                logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+                logits, temperature=temperature, top_k=top_k, top_p=top_p, generators=generators
             )
 
         return self._answers(prompts, max_new_tokens, choose, eos_token_id)
@@ -157,9 +163,10 @@ def sample(
     temperature: float,
     top_k: int,
     top_p: float,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
 ) -> torch.Tensor:
-    """Draw one id per slot from logits [batch, vocab]; returns ids [batch].
+    """Draw one id per slot from logits [batch, vocab] with the slot's generator; returns ids
+    [batch].
 
     Keeps the `top_k` likeliest ids, and of those the fewest whose probabilities sum to `top_p`.
     top_k=0 and top_p=1.0 keep all ids. top_p is nucleus sampling (Holtzman et al. 2020,
@@ -174,4 +181,13 @@ def sample(
     if top_p < 1.0:
         before = probabilities.cumsum(-1) - probabilities  # 0 for the likeliest
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    return ids.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)
+    drawn = [
+        torch.multinomial(slot, 1, generator=generator)
+        for slot, generator in zip(probabilities, generators, strict=True)
+    ]
+    return ids.gather(-1, torch.stack(drawn)).squeeze(-1)
+
+
+def _seed_of(seed: int, number: int) -> int:
+    """A seed for each prompt; neighbouring numbers give unrelated ones."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:7], "big")

@@ -56,4 +56,15 @@ def derivation(settings: Settings, sequences: int) -> list[str]:
         f"= {batch * s.max_length:,} tokens, {s.max_length:,} a sequence",
         f"steps per epoch  {sequences / batch:,.2f} = {sequences:,} sequences / {batch}",
         f"total steps      {steps:,} = {steps_arithmetic}; {steps * batch * s.max_length:,} tokens",
+        *_warmup(settings, steps),
+    ]
+
+
+def _warmup(settings: Settings, steps: int) -> list[str]:
+    """A line when the training ends before its learning rate has risen to its peak."""
+    if settings.warmup_steps < steps:
+        return []
+    return [
+        f"warm-up          WARMUP_STEPS={settings.warmup_steps} is not below the {steps:,} steps: "
+        f"LEARNING_RATE={settings.learning_rate:g} is never reached. Set fewer."
     ]

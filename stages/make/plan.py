@@ -13,18 +13,14 @@ RUN.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from stages.model.fit import division_problems, length_problems
 from stages.run.errors import InputError
-from stages.run.layout import CONFIG_FILE
 from stages.run.manifest import manifest_of
 from stages.run.provenance import reasons
 from stages.run.settings import Settings, unknown_names
@@ -72,16 +68,14 @@ def needed(goals: list[str], graph: Graph, after: Graph) -> set[str]:
     return stages
 
 
-def model_problems(settings: Settings) -> list[str]:
-    """What in the settings contradicts config.json of a local MODEL_ID.
-
-    A config.json that cannot be read is left to the stage that reads it.
-    """
-    try:
-        config = SimpleNamespace(**json.loads((Path(settings.model_id) / CONFIG_FILE).read_bytes()))
-        return [*division_problems(settings, config), *length_problems(settings, config)]
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+def foreseen(settings: Settings, stages: set[str]) -> list[str]:
+    """Why one of the stages that have to run would refuse, as far as that is known now."""
+    if not stages:
         return []
+    from stages.checks import local_config, machine_problems, problems  # a no-op needs none of it
+
+    config = local_config(settings.model_id)
+    return [*problems(settings, config, stages), *machine_problems(settings, stages)]
 
 
 def run_problems(run: str) -> list[str]:
@@ -124,13 +118,13 @@ def main(run_folder: str, *words: str) -> None:
     given, goals = words[options + 1].split(), words[options + 3].split()
     flags = words[options + 4 :]
     graph, after = parse_graph(list(words[:options]))
-    problems = run_problems(os.environ.get("RUN", Path(run_folder).name))
+    found = run_problems(os.environ.get("RUN", Path(run_folder).name))
     if "--check-run" in flags:
-        refuse(problems)
+        refuse(found)
         return
-    problems += unknown_names(given, also=MAKE_VARIABLES)
+    found += unknown_names(given, also=MAKE_VARIABLES)
     # make takes `LEARNING RATE=1` for a goal, and would only miss it after making the others.
-    problems += [
+    found += [
         f"{goal[:60]!r} is not a setting: its name must not contain spaces."
         for goal in goals
         if "=" in goal
@@ -138,20 +132,22 @@ def main(run_folder: str, *words: str) -> None:
     try:
         settings = Settings.read()
     except InputError as error:
-        refuse(problems + error.problems)
-    refuse(problems)
+        refuse(found + error.problems)
+    refuse(found)
     try:
         stale = stale_stages(graph, Path(run_folder), settings)
     except OSError as error:
         refuse([f"{error.filename} cannot be read: {error.strerror}."])
     wanted = needed(goals, graph, after)
-    if "--answer" not in flags and {"precompile", "train"} & stale.keys() & wanted:
-        refuse(model_problems(settings))
+    found = foreseen(settings, stale.keys() & wanted) if "--answer" not in flags else []
     if "--show" in flags:
         for stage in graph:
             state = f"to run: {'; '.join(stale[stage])}" if stage in stale else "up to date"
             print(f"{stage:>18}  {state}")
+        for problem in found:
+            print(f"would be refused: {problem}", file=sys.stderr)
         return
+    refuse(found)
     if "--answer" in flags:
         outdated = [
             stage for stage in stale if stage != "eval" and not stale[stage][0].startswith("unless")

@@ -1,17 +1,36 @@
 """Check that a base model, the settings and the tokenizer of the sequences fit together.
 
 Standard library only: `make` calls this before any stage runs, with config.json as it exists then.
+`config` has the values of config.json as attributes: a `PretrainedConfig`, or `raw_config`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from stages.run.settings import Settings
 
 # RoPE whose frequencies depend on the length of the prompt. Those of a compiled graph are constant.
 ROPE_OF_VARYING_FREQUENCY = ("dynamic", "longrope")
+
+
+def raw_config(values: Mapping[str, Any]) -> SimpleNamespace:
+    """The values of config.json as attributes, with the one default that every architecture has."""
+    heads = values.get("num_attention_heads")
+    return SimpleNamespace(**{"num_key_value_heads": heads, **values})
+
+
+def unsupported(
+    settings: Settings, config: Any, backend: str, architectures: tuple[str, ...]
+) -> str:
+    """The message for a model whose architecture `backend` does not know."""
+    other = "neuron" if backend == "torch" else "torch"
+    return (
+        f"MODEL_ID={settings.model_id} is a {config.model_type}; the {backend} backend trains and "
+        f"compiles {', '.join(architectures)}. Choose such a model, or another BACKEND ({other})."
+    )
 
 
 def fit_problems(settings: Settings, config: Any, vocabulary: int) -> Iterator[str]:
@@ -24,17 +43,12 @@ def fit_problems(settings: Settings, config: Any, vocabulary: int) -> Iterator[s
             f"MODEL_ID={settings.model_id}: the tokenizer gives ids up to {vocabulary - 1}, the "
             f"model has {config.vocab_size} embeddings. Use the tokenizer of the model."
         )
-    yield from length_problems(settings, config)
+    yield from position_problems("MAX_LENGTH", settings.max_length, config)
 
 
-def length_problems(settings: Settings, config: Any) -> Iterator[str]:
-    """A message when the sequences are longer than the model has positions."""
-    longest = getattr(config, "max_position_embeddings", None)
-    yield from position_problems("MAX_LENGTH", settings.max_length, longest)
-
-
-def position_problems(setting: str, length: int, positions: int | None) -> Iterator[str]:
+def position_problems(setting: str, length: int, config: Any) -> Iterator[str]:
     """A message when the value of `setting`, a length in tokens, is above the model's positions."""
+    positions = getattr(config, "max_position_embeddings", None)
     if positions and length > positions:
         yield (
             f"{setting}={length} is above the model's {positions} positions. "
@@ -42,12 +56,9 @@ def position_problems(setting: str, length: int, positions: int | None) -> Itera
         )
 
 
-def rope_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """A message when the model cannot be compiled for inference because of its RoPE.
-
-    `config` has the values of config.json.
-    """
-    rope = config.get("rope_scaling") or {}
+def rope_problems(config: Any) -> Iterator[str]:
+    """A message when the model cannot be compiled for inference because of its RoPE."""
+    rope = getattr(config, "rope_scaling", None) or {}
     rope_type = rope.get("rope_type", rope.get("type"))
     if rope_type in ROPE_OF_VARYING_FREQUENCY:
         yield (

@@ -1,31 +1,42 @@
 """What a backend offers: one module per Protocol, which `backend_module` imports by its name.
 
-A backend is a package in `stages/backends` with the modules `train`, `precompile`, `consolidate`,
-`compile_inference`, `generate` and `doctor`. mypy checks every backend's modules against these
-Protocols (stages/backends/conformance.py). Evaluation is the same on every backend, so it has
-none (stages/backends/evaluate.py).
+A backend is a package in `stages/backends` with the modules `check`, `train`, `precompile`,
+`consolidate`, `compile_inference`, `generate` and `doctor`. mypy checks every backend's modules
+against these Protocols (stages/backends/conformance.py). Evaluation is the same on every backend,
+so it has none (stages/backends/evaluate.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
-from stages.run.check_result import Check
+from stages.run.check_result import Check as DoctorCheck
 from stages.run.publish import StageResult
 from stages.run.settings import Settings
 
 
+class Check(Protocol):
+    """Module `check`, standard library only: what the settings and config.json alone decide.
+
+    Each function yields the problem, the numbers and the remedy. `config` has the values of
+    config.json as attributes. Reads no weights.
+    """
+
+    def training_problems(self, settings: Settings, config: Any, vocabulary: int) -> Iterable[str]:
+        """Everything that keeps the model from being trained; `vocabulary` is the number of ids
+        that the tokenizer can give, 0 where it is not known yet."""
+
+    def inference_problems(self, settings: Settings, config: Any) -> Iterable[str]:
+        """Everything that keeps the trained model from being compiled for inference."""
+
+    def machine_problems(self, settings: Settings, stages: Collection[str]) -> Iterable[str]:
+        """What this machine lacks to run `stages`."""
+
+
 class Train(Protocol):
     """Module `train`."""
-
-    def check(self, settings: Settings, config: Any, vocabulary: int) -> None:
-        """Raise InputError with everything that keeps the model from being trained here.
-
-        `config` is the base model's PretrainedConfig, `vocabulary` the number of ids that the
-        tokenizer can give (0 where it is not known yet). Reads no weights and starts nothing.
-        """
 
     def train(self, settings: Settings, data: Path, precompiled: Path, work: Path) -> StageResult:
         """Train on the sequences in `data`; write shards, metrics.jsonl, config, tokenizer and
@@ -106,8 +117,10 @@ class LoadedModel(Protocol):
         top_p: float,
         seed: int,
         eos_token_id: int,
+        number: int = 0,
     ) -> Iterator[list[int | None]]:
-        """Yield, step by step, one new id per prompt; None for a prompt that has ended."""
+        """Yield, step by step, one new id per prompt; None for a prompt that has ended. `number`
+        is that of the first prompt: it and `seed` decide its samples."""
 
 
 class Generate(Protocol):
@@ -120,4 +133,4 @@ class Generate(Protocol):
 class Doctor(Protocol):
     """Module `doctor`: what this backend needs, beyond what every backend does."""
 
-    CHECKS: list[Check]
+    CHECKS: list[DoctorCheck]

@@ -34,3 +34,9 @@ def exception_chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(following))
         yield following
         following = following.__cause__ or following.__context__
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise InputError with all of `problems`, if there are any."""
+    if found := list(problems):
+        raise InputError(found)

@@ -32,6 +32,11 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.run.provenance",
         "stages.run.publish",
         # Processes, the terminal, errors and cost.
+        "stages.checks",
+        "stages.backends.neuron.check",
+        "stages.backends.neuron.parallel_sizes",
+        "stages.backends.torch.check",
+        "stages.model.fit",
         "stages.run.check_result",
         "stages.run.cli",
         "stages.run.contract",

@@ -10,25 +10,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from stages.run.errors import InputError
+from stages.run.errors import refuse
 from stages.run.settings import Settings
+from stages.text.examples import PROBLEMS_SHOWN
 from stages.text.prompt import PromptTemplate
+from stages.text.questions import Question
 from stages.text.tokens import TextTokenizer
 
 if TYPE_CHECKING:
     from stages.run.contract import LoadedModel
-    from stages.text.formats import Record
-
-
-@dataclass(frozen=True)
-class Question:
-    """One line of a file of prompts. `expected` is the line's response, None if it has none."""
-
-    instruction: str
-    context: str = ""
-    expected: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class Answerer:
         character."""
         ids: list[int] = []
         shown = ""
-        for (new,) in self._generate([self._prompt_ids(question)]):
+        for (new,) in self._generate(self.encode([question]), 0):
             if new is None:
                 break
             ids.append(new)
@@ -70,12 +62,14 @@ class Answerer:
         yield self.tokenizer.decode(ids)[len(shown) :]
 
     def answers(self, questions: list[Question]) -> Iterator[Answer]:
-        """The answers in order, INFERENCE_BATCH_SIZE questions at a time."""
+        """The answers in order, INFERENCE_BATCH_SIZE questions at a time. Raises InputError, before
+        the first, for all questions that the compiled model cannot take."""
+        encoded = self.encode(questions)
         for start in range(0, len(questions), self.model.batch_size):
             group = questions[start : start + self.model.batch_size]
-            prompts = [self._prompt_ids(question) for question in group]
+            prompts = encoded[start : start + self.model.batch_size]
             ids: list[list[int]] = [[] for _ in group]
-            for step in self._generate(prompts):
+            for step in self._generate(prompts, start):
                 for answer_ids, new in zip(ids, step, strict=True):
                     if new is not None:
                         answer_ids.append(new)
@@ -91,12 +85,13 @@ class Answerer:
                     question.expected,
                 )
 
-    def _prompt_ids(self, question: Question) -> list[int]:
-        return self.tokenizer.encode_prompt(
-            self.template.prompt(question.instruction, question.context)
+    def encode(self, questions: list[Question]) -> list[list[int]]:
+        """The prompts' ids; see `encode_questions`."""
+        return encode_questions(
+            questions, self.tokenizer, self.template, self.model.sequence_length
         )
 
-    def _generate(self, prompts: list[list[int]]) -> Iterator[list[int | None]]:
+    def _generate(self, prompts: list[list[int]], number: int) -> Iterator[list[int | None]]:
         s = self.settings
         return self.model.generate(
             prompts,
@@ -107,62 +102,44 @@ class Answerer:
             top_p=s.top_p,
             seed=s.seed,
             eos_token_id=self.tokenizer.eos,
+            number=number,
         )
 
 
-def read_questions(path: Path, settings: Settings) -> list[Question]:
-    """The questions of a JSON lines file, in DATASET's columns; only the instruction is required.
+def encode_questions(
+    questions: list[Question],
+    tokenizer: TextTokenizer,
+    template: PromptTemplate,
+    sequence_length: int,
+) -> list[list[int]]:
+    """The ids of each question's prompt, for a model that is compiled for `sequence_length` tokens,
+    prompt and answer together.
 
-    Raises InputError for lines that are not questions: names the first ten and counts all.
+    Raises InputError with the place of each question that is too long or cannot be encoded; names
+    the first ten and counts all.
     """
-    if not path.is_file():
-        raise InputError(
-            f"PROMPTS={path} is not a file. Name a file of JSON lines with "
-            f"{settings.instruction_column!r} in each."
-        )
-    from stages.text.examples import PROBLEMS_SHOWN
-    from stages.text.formats import json_lines
-
-    questions, problems = [], []
-    with path.open("rb") as file:
-        for number, record in json_lines(file):
-            question = _question(record, settings)
-            if isinstance(question, Question):
-                questions.append(question)
-            else:
-                problems.append(f"{path}, line {number}{question}")
-    if not questions and not problems:
-        problems.append(
-            f"{path} holds no prompt. Write one JSON object per line, with "
-            f"{settings.instruction_column!r} in each."
-        )
+    prompts = [template.prompt(question.instruction, question.context) for question in questions]
+    encoded, problems = [], []
+    for question, ids in zip(questions, tokenizer.encode_prompts(prompts), strict=True):
+        if ids is None:
+            problems.append(
+                f"{question.place} contains the spelling of a control token, which this tokenizer "
+                "cannot encode as text. Remove it."
+            )
+        elif len(ids) >= sequence_length:
+            problems.append(
+                f"{question.place} has {len(ids):,} tokens with the prompt's template; prompt and "
+                f"answer together have room for {sequence_length:,}. Shorten it, or raise "
+                "INFERENCE_SEQUENCE_LENGTH."
+            )
+        else:
+            encoded.append(ids)
     if len(problems) > PROBLEMS_SHOWN:
         problems[PROBLEMS_SHOWN:] = [
-            f"{len(problems):,} lines have problems; above are the first {PROBLEMS_SHOWN}."
+            f"{len(problems):,} prompts have problems; above are the first {PROBLEMS_SHOWN}."
         ]
-    if problems:
-        raise InputError(problems)
-    return questions
-
-
-def _question(record: Record, settings: Settings) -> Question | str:
-    """The record as a question, or its problem, which follows the line's number."""
-    from stages.text.examples import fault
-    from stages.text.formats import Problem
-
-    if isinstance(record, Problem):
-        return f" {record}"
-    names = (settings.instruction_column, settings.context_column, settings.response_column)
-    instruction: Any
-    instruction, context, expected = (record.get(name) for name in names)
-    for name, text, required in zip(
-        names, (instruction, context, expected), (True, False, False), strict=True
-    ):
-        if problem := fault(text, name in record) if required or text is not None else "":
-            return f", column {name!r} {problem}"
-    if not instruction.strip():
-        return f", column {names[0]!r} is empty."
-    return Question(instruction, context or "", expected)
+    refuse(problems)
+    return encoded
 
 
 def write_answers(path: Path, answers: list[Answer]) -> None:

@@ -33,7 +33,7 @@ def test_a_sample_lies_within_what_transformers_leaves_to_draw_from(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        generator=torch.Generator().manual_seed(seed),
+        generators=[torch.Generator().manual_seed(seed + slot) for slot in range(4)],
     )
     assert left.gather(1, drawn.unsqueeze(1)).isfinite().all()
 
@@ -42,7 +42,11 @@ def test_samples_are_as_frequent_as_the_probabilities_of_what_is_left():
     probabilities = torch.tensor([0.1, 0.4, 0.2, 0.3])
     logits = probabilities.log().expand(20_000, 4)
     drawn = sample(
-        logits, temperature=1.0, top_k=3, top_p=0.75, generator=torch.Generator().manual_seed(0)
+        logits,
+        temperature=1.0,
+        top_k=3,
+        top_p=0.75,
+        generators=[torch.Generator().manual_seed(0)] * 20_000,
     )
     frequencies = torch.bincount(drawn, minlength=4) / len(drawn)
     # top_k leaves 0.4, 0.3, 0.2; of 0.9 in all, the first two hold 0.78 and the first alone does

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from stages.run.errors import InputError
 from stages.run.settings import Settings
-from stages.text.answer import Answerer, Question, read_questions
+from stages.text.answer import Answerer
 from stages.text.prompt import PromptTemplate
+from stages.text.questions import Question
 from stages.text.tokens import TextTokenizer
 from tests.conftest import ROOT
 
@@ -64,63 +63,3 @@ def test_questions_are_answered_in_order_whatever_the_batch(folder: Path) -> Non
         question.instruction for question in questions
     ]
     assert all(answer.answer == answer.expected for answer in answers)
-
-
-def test_only_the_instruction_is_required(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.jsonl"
-    file.write_text(
-        '{"instruction": "a"}\n\n{"instruction": "b", "context": null, "response": "c"}\n'
-    )
-    assert read_questions(file, Settings()) == [Question("a"), Question("b", "", "c")]
-
-
-NO_QUESTION = [
-    "[]",
-    "{",
-    "{}",
-    "\\xff",
-    "\0",
-    "[" * 100_000,
-    '{"instruction": ""}',
-    '{"instruction": null}',
-    '{"instruction": 3}',
-    '{"instruction": "a", "context": 1}',
-    '{"instruction": "a", "response": ["b"]}',
-    '{"instruction": "half of a pair: \\ud83d"}',
-    '{"instruction": "a", "response": "\\ud83d"}',
-]
-
-
-@pytest.mark.torture("data")
-@pytest.mark.parametrize("line", NO_QUESTION, ids=lambda line: line[:40])
-def test_every_line_that_is_no_question_is_named(tmp_path: Path, line: str) -> None:
-    file = tmp_path / "prompts.jsonl"
-    file.write_text(f"{json.dumps({'instruction': 'fine'})}\n{line}\n{line}\n")
-    with pytest.raises(InputError) as refused:
-        read_questions(file, Settings())
-    assert [
-        f"line {number}" in problem
-        for number, problem in zip((2, 3), refused.value.problems, strict=True)
-    ] == [True, True]
-
-
-def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(InputError, match="holds no prompt"):
-        read_questions(tmp_path / "empty.jsonl", Settings())
-
-
-@pytest.mark.torture("data")
-def test_the_first_ten_bad_lines_are_named_and_all_are_counted(tmp_path: Path) -> None:
-    (tmp_path / "prompts.jsonl").write_text("nonsense\n" * 5_000)
-    with pytest.raises(InputError) as refused:
-        read_questions(tmp_path / "prompts.jsonl", Settings())
-    assert len(refused.value.problems) == 11
-    assert refused.value.problems[-1] == "5,000 lines have problems; above are the first 10."
-
-
-@pytest.mark.torture("data")
-@pytest.mark.parametrize("name", ["nowhere.jsonl", ".", "/dev/zero"])
-def test_prompts_that_are_no_file_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match="is not a file"):
-        read_questions(tmp_path / name, Settings())

@@ -22,11 +22,11 @@ from stages.run.layout import IGNORED_LABEL, SEQUENCE_COLUMNS
 from stages.run.setting import variable
 from stages.run.settings import Settings, unknown_names
 from stages.run.sizes import parse_size
-from stages.text.answer import read_questions
 from stages.text.dataset import Layout, build
 from stages.text.documents import encode
 from stages.text.examples import Example, read_examples
 from stages.text.prompt import PromptTemplate
+from stages.text.questions import read_questions
 from stages.text.tokens import TextTokenizer, find_tokenizer
 from tests.text.conftest import KINDS, folders, tokenizers  # noqa: F401 (fixtures)
 from tests.torture.plugin import examples
@@ -135,10 +135,14 @@ def test_damaged_prompts_are_read_or_refused(
     file = tmp_path_factory.getbasetemp() / "prompts.jsonl"
     file.write_bytes(content)
     try:
-        assert all(question.instruction.encode() for question in read_questions(file, Settings()))
+        assert all(
+            question.instruction.encode()
+            for question in read_questions(Settings(prompts=str(file))).questions
+        )
     except InputError as refused:
         assert all(
-            str(file) in problem or "lines have problems" in problem for problem in refused.problems
+            str(file) in problem or "prompts have problems" in problem
+            for problem in refused.problems
         )
 
 

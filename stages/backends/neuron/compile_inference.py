@@ -8,7 +8,6 @@ refused before the compiler starts, which takes minutes for a model of 7B parame
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.backends.neuron.arguments import cache_repository
+from stages.backends.neuron.check import SCRATCH, TARGETS, inference_problems
 from stages.backends.neuron.compiled import (
     PROGRAM,
     missing_files,
@@ -24,31 +24,14 @@ from stages.backends.neuron.compiled import (
     read_description,
     weight_files,
 )
-from stages.model.fit import position_problems, rope_problems
+from stages.model.fit import raw_config
 from stages.model.size import weight_bytes
 from stages.run.disk import require_space
-from stages.run.errors import InputError, StageFailure
+from stages.run.errors import InputError, StageFailure, refuse
 from stages.run.launch import launch
 from stages.run.layout import CONFIG_FILE
 from stages.run.lock import locked
 from stages.run.settings import Settings
-
-# The model types that training on Neuron gives and that optimum-neuron's inference takes
-# (models/inference/auto_models.py).
-SUPPORTED = ("granite", "llama", "qwen3")
-# For these optimum-neuron computes RoPE for heads of hidden_size / num_attention_heads, whatever
-# head_dim config.json has (models/inference/llama).
-HEADS_OF_HIDDEN_SIZE = ("granite", "llama")
-
-# INSTANCE_TYPE -> the compiler's name for it, and the NeuronCores of the largest instance (trn2:
-# logical cores, of two physical ones each).
-TARGETS = {"trn1": ("trn1", 32), "trn1n": ("trn1", 32), "inf2": ("trn1", 24), "trn2": ("trn2", 64)}
-
-# The folder of graphs and NEFFs while they are compiled. The path of the compiler's log file, which
-# is in this folder, is part of the key of a graph in the compile cache (neuronx-distributed,
-# trace/model_builder.py: get_hash_module), so the path must be the same in every run.
-# neuronx-distributed empties the folder first; its default, /tmp/nxd_model, is shared by all users.
-SCRATCH = Path("outputs/.cache/compiler")
 
 
 def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[str, Any]:
@@ -126,70 +109,16 @@ def _refuse_unfit(model_dir: Path, settings: Settings) -> None:
             f"{model_dir} has no model: {CONFIG_FILE} is missing. Run `make consolidate` first."
         )
     config = json.loads((model_dir / CONFIG_FILE).read_text(encoding="utf-8"))
-    problems = [
-        *_model_problems(model_dir, config),
-        *_size_problems(settings, config),
-        *_machine_problems(),
-    ]
-    if problems:
-        raise InputError(problems)
-
-
-def compile_problems(settings: Settings, config: Any) -> Iterator[str]:
-    """What will keep the base model of `config` from being compiled once it is trained.
-
-    Checked before the training is paid for.
-    """
-    values = {**config.to_dict(), "dtype": "bfloat16"}  # the dtype of the trained model
-    yield from _model_problems(Path(settings.model_id), values)
-    yield from _size_problems(settings, values)
-
-
-def _model_problems(model_dir: Path, config: dict[str, Any]) -> Iterator[str]:
-    model_type, dtype = config.get("model_type"), config.get("dtype", config.get("torch_dtype"))
-    if model_type not in SUPPORTED:
-        yield (
-            f'{model_dir} has a model of type "{model_type}"; the neuron backend compiles '
-            f"{', '.join(SUPPORTED)}. Choose such a model."
-        )
+    problems = [*inference_problems(settings, raw_config(config)), *_machine_problems()]
+    dtype = config.get("dtype", config.get("torch_dtype"))
     if dtype != "bfloat16":
         # The compiler takes the dtype from config.json, and float32 would need twice the memory and
         # run at a quarter of the speed.
-        yield (
+        problems.append(
             f"config.json in {model_dir} says dtype {dtype}; the neuron backend compiles bfloat16. "
             "Set BF16=1 and consolidate again."
         )
-    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-    head_dim = config.get("head_dim")
-    if model_type in HEADS_OF_HIDDEN_SIZE and head_dim and heads and head_dim * heads != hidden:
-        yield (
-            f"The model's {heads} heads of {head_dim} are not its hidden size {hidden}: "
-            f"optimum-neuron cannot compile such a {model_type}. Choose another model."
-        )
-    yield from rope_problems(config)
-
-
-def _size_problems(settings: Settings, config: dict[str, Any]) -> Iterator[str]:
-    """Heads, columns and hidden size need not be multiples of the number of cores.
-
-    optimum-neuron pads them (modules/attention/gqa.py).
-    """
-    length, positions = settings.inference_sequence_length, config.get("max_position_embeddings")
-    yield from position_problems("INFERENCE_SEQUENCE_LENGTH", length, positions)
-    size, vocabulary = settings.inference_tensor_parallel_size, config.get("vocab_size", 0)
-    _, cores = TARGETS[settings.instance_type]
-    if size > cores:
-        yield (
-            f"INFERENCE_TENSOR_PARALLEL_SIZE={size} is above the {cores} NeuronCores of the "
-            f"largest {settings.instance_type}. Set at most {cores}."
-        )
-    if vocabulary % size:
-        # Padded too, but where logits are returned the mask of the padding covers real ids
-        # (modules/decoder/modeling_decoder.py).
-        yield (
-            f"INFERENCE_TENSOR_PARALLEL_SIZE={size} does not divide the model's {vocabulary} "
-            "vocabulary entries. Set a divisor of that number."
-        )
+    refuse(problems)
 
 
 def _machine_problems() -> Iterator[str]:
@@ -198,11 +127,6 @@ def _machine_problems() -> Iterator[str]:
             f"Compiling needs AWS's Neuron packages; not installed: {', '.join(missing)}. Run "
             "compile-inference in the Neuron container (docker/run), which has them; it needs no "
             "device for this."
-        )
-    if separator := re.search(r"[^\w./+-]", str(SCRATCH.absolute()), re.ASCII):
-        yield (
-            f"{SCRATCH.absolute()}: the compiler's command line is split at {separator[0]!r} in a "
-            "path. Move the project to a path without it."
         )
 
 

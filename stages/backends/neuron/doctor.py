@@ -12,7 +12,6 @@ from pathlib import Path
 from stages.backends.neuron import cache, hardware
 from stages.run.check_result import Check, CheckResult, fail, folder_result, note
 from stages.run.cost import instance_type
-from stages.run.errors import InputError
 from stages.run.settings import Settings
 
 # The host's driver (a kernel module), and the versions that work with the image's runtime library
@@ -126,41 +125,11 @@ def _is_of_this_python(tool: Path) -> bool:
 
 def cores(settings: Settings) -> Iterator[CheckResult]:
     machine = hardware.find_hardware()
-    if machine.cores:  # without cores `devices` and `training` fail
+    if machine.cores:  # without cores `devices` fails
         yield CheckResult(
             "NeuronCores",
             f"{machine.cores} for NPROC_PER_NODE={settings.nproc_per_node} ({machine.source})",
         )
-
-
-def training(settings: Settings) -> Iterator[CheckResult]:
-    """What train refuses before it starts, except for the tokenizer's size.
-
-    That is known only after the data stage has run.
-    """
-    from stages.backends.neuron.train import check
-    from stages.model.base import base_config
-
-    try:
-        check(settings, base_config(settings), 0)
-    except InputError as error:
-        yield from (fail("training", problem) for problem in error.problems)
-    else:
-        yield CheckResult("training", "the model can be trained with these settings")
-
-
-def compiling(settings: Settings) -> Iterator[CheckResult]:
-    """What compile-inference would refuse only after the training is paid for."""
-    from stages.backends.neuron.compile_inference import compile_problems
-    from stages.model.base import base_config
-
-    try:
-        problems = list(compile_problems(settings, base_config(settings)))
-    except InputError:
-        return  # `training` reports it
-    yield from (fail("inference", problem) for problem in problems)
-    if not problems:
-        yield CheckResult("inference", "the model can be compiled with these settings")
 
 
 def compile_cache(settings: Settings) -> Iterator[CheckResult]:
@@ -182,4 +151,4 @@ def _list(numbers: list[int]) -> str:
     return "{" + ",".join(map(str, numbers)) + "}" if len(numbers) > 1 else str(numbers[0])
 
 
-CHECKS: list[Check] = [devices, driver, tools, cores, training, compiling, compile_cache]
+CHECKS: list[Check] = [devices, driver, tools, cores, compile_cache]

@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from stages.backends.neuron.hardware import Hardware, find_hardware
-from stages.model.fit import not_divisible
+from stages.model.fit import not_divisible, unsupported
 from stages.run.settings import Settings
 
 # Model types that optimum-neuron 0.4.5 trains -> whether it trains them with pipeline parallelism
@@ -68,18 +68,8 @@ def topology_problems(settings: Settings, config: Any) -> list[str]:
     """
     machine = find_hardware()
     problems = []
-    if not machine.cores:
-        problems.append(
-            f"No NeuronCores here: {machine.source}. Run on a trn1 or trn2 instance, or set "
-            "BACKEND=torch to rehearse on this machine."
-        )
     if config.model_type not in ARCHITECTURES:
-        trained = ", ".join(ARCHITECTURES)
-        return [
-            *problems,
-            f"MODEL_ID={settings.model_id} is a {config.model_type}; on Neuron {trained} are "
-            "trained. Set MODEL_ID to such a model.",
-        ]
+        return [unsupported(settings, config, "neuron", tuple(ARCHITECTURES))]
     sizes = Sizes.of(settings)
     if unfit := list(size_problems(sizes, machine, config)):
         remedy = sizes.changed_to(nearest(settings, machine, config))

@@ -13,13 +13,12 @@ from pathlib import Path
 
 from stages.backends.neuron import cache
 from stages.backends.neuron.arguments import environment, training_command
-from stages.backends.neuron.compile_inference import compile_problems
 from stages.backends.neuron.compile_report import CompileReport, read_compile_report
 from stages.backends.neuron.graph_key import graph_key
 from stages.backends.neuron.hardware import device_name
 from stages.backends.neuron.train import prepare
-from stages.model.base import base_config, base_model_folder
-from stages.run.errors import InputError, StageFailure
+from stages.model.base import base_model_folder
+from stages.run.errors import StageFailure
 from stages.run.json_file import write_json
 from stages.run.launch import launch
 from stages.run.layout import PRECOMPILE_FILE
@@ -37,8 +36,6 @@ def precompile(settings: Settings, data: Path, work: Path) -> StageResult:
     names of the graphs, when one could not be compiled.
     """
     prepare(settings, data)
-    if problems := list(compile_problems(settings, base_config(settings))):
-        raise InputError(problems)
     url = settings.neuron_compile_cache_url
     compiled_before = cache.names(url)
     report = _compile(settings, data, work / "rehearsal")

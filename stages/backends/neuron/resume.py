@@ -76,11 +76,6 @@ def choose_start(settings: Settings, work: Path, total: int) -> Start:
                 flush=True,
             )
         return Start(base_model_folder(settings), 0)
-    if settings.lora_r:
-        raise InputError(
-            f"RESUME=weights: LORA_R={settings.lora_r} saves adapters, from which no training "
-            "can continue. Set RESUME=restart."
-        )
     last = _last_undamaged(work)
     if last is None:
         raise InputError(

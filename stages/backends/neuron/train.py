@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from stages.backends.metrics import last_line
 from stages.backends.neuron import cache
 from stages.backends.neuron.arguments import attention_implementation, environment, training_command
+from stages.backends.neuron.check import training_problems
 from stages.backends.neuron.graph_key import recompilations
 from stages.backends.neuron.hardware import device_name
-from stages.backends.neuron.parallel_sizes import topology_problems
 from stages.backends.neuron.resume import (
     INTERRUPTED,
     RESUMED,
@@ -27,10 +26,9 @@ from stages.backends.neuron.resume import (
 from stages.backends.neuron.shards.read import ADAPTER_CONFIG, is_whole
 from stages.backends.schedule import derivation, sequences_per_step, total_steps
 from stages.model.base import base_config, base_model_folder, copy_config
-from stages.model.fit import fit_problems
 from stages.model.size import training_bytes
 from stages.run.disk import disk_guard
-from stages.run.errors import InputError, StageFailure
+from stages.run.errors import StageFailure, refuse
 from stages.run.fsync import flush, fsync_tree
 from stages.run.json_file import write_json
 from stages.run.launch import launch
@@ -92,7 +90,8 @@ def prepare(settings: Settings, data: Path) -> int:
     Returns the number of sequences to train on.
     """
     metrics = json.loads((data / MANIFEST_FILE).read_bytes())["metrics"]
-    check(settings, base_config(settings), metrics["vocabulary"])
+    config = base_config(settings)
+    refuse(training_problems(settings, config, metrics["vocabulary"]))
     sequences = metrics["train"]["rows"]
     lines = [
         f"device           {device_name()}",
@@ -112,19 +111,6 @@ def prepare(settings: Settings, data: Path) -> int:
         )
     print("\n".join(lines), flush=True)
     return sequences
-
-
-def check(settings: Settings, config: Any, vocabulary: int) -> None:
-    """Raise InputError with all that keeps this model from being trained here with `settings`."""
-    problems = [*topology_problems(settings, config), *fit_problems(settings, config, vocabulary)]
-    if not settings.bf16:
-        problems.append("BF16=0: the neuron backend trains and compiles only bfloat16. Set BF16=1.")
-    if settings.torch_compile:
-        problems.append(
-            "TORCH_COMPILE=1: on Neuron neuronx-cc compiles, not inductor. Set TORCH_COMPILE=0."
-        )
-    if problems:
-        raise InputError(problems)
 
 
 def _keep_shards(settings: Settings, work: Path) -> None:

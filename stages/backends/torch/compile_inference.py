@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 
+from stages.backends.torch.check import inference_problems
 from stages.backends.torch.check_compiled import (
     TOLERANCE,
     Probe,
@@ -36,15 +36,14 @@ from stages.backends.torch.export import LlamaStep, StepName, export_step
 from stages.backends.torch.generate import COMPILED_INFO, WEIGHTS, constant_type
 from stages.backends.torch.inductor import scratch_space
 from stages.backends.torch.instruction_set import instruction_set
-from stages.model.fit import position_problems, rope_problems
+from stages.model.fit import raw_config
 from stages.model.size import weight_bytes
 from stages.run.disk import disk_failure, disk_guard
-from stages.run.errors import InputError, StageFailure
+from stages.run.errors import InputError, StageFailure, refuse
 from stages.run.layout import CONFIG_FILE
 from stages.run.settings import Settings
 
 STEPS: tuple[StepName, ...] = ("prefill", "decode")
-SHORTEST_SEQUENCE = 16
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[
     work = Compilation(
         model_dir, output, device, settings.inference_batch_size, settings.inference_sequence_length
     )
-    config = _checked_config(work)
+    config = _checked_config(work, settings)
     output.mkdir(parents=True, exist_ok=True)
     probe = random_probe(
         vocab_size=config["vocab_size"],
@@ -94,7 +93,7 @@ def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[
     }
 
 
-def _checked_config(work: Compilation) -> dict[str, Any]:
+def _checked_config(work: Compilation, settings: Settings) -> dict[str, Any]:
     """config.json; raises InputError for all that can be refused before any weight is read."""
     if not (work.model_dir / CONFIG_FILE).is_file():
         raise InputError(
@@ -102,38 +101,16 @@ def _checked_config(work: Compilation) -> dict[str, Any]:
             "Run `make consolidate` first."
         )
     config = json.loads((work.model_dir / CONFIG_FILE).read_text(encoding="utf-8"))
-    if config.get("model_type") != "llama":
-        raise InputError(
-            f'{work.model_dir} has a model of type "{config.get("model_type")}"; the torch backend '
-            'compiles "llama" only.'
-        )
-    if problems := [*_size_problems(work, config), *_compiler_problems(work.device)]:
-        raise InputError(problems)
+    refuse(
+        [
+            *inference_problems(settings, raw_config(config)),
+            *_compiler_problems(work.device),
+        ]
+    )
     return config
 
 
-def _size_problems(work: Compilation, config: dict[str, Any]) -> Iterator[str]:
-    length = work.sequence_length
-    if work.batch_size < 1:
-        yield f"INFERENCE_BATCH_SIZE={work.batch_size} is below 1. Set at least 1."
-    if length < SHORTEST_SEQUENCE:
-        yield (
-            f"INFERENCE_SEQUENCE_LENGTH={length} tokens, prompt and answer together, is too short. "
-            f"Set at least {SHORTEST_SEQUENCE}."
-        )
-    # 2048 is LlamaConfig's default.
-    positions = config.get("max_position_embeddings", 2048)
-    yield from position_problems("INFERENCE_SEQUENCE_LENGTH", length, positions)
-    yield from rope_problems(config)
-
-
 def _compiler_problems(device: str) -> Iterator[str]:
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        yield (
-            f"The C++ compiler {compiler} is not on the PATH. Install it (Debian, Ubuntu: apt "
-            "install g++) or name another in CXX."
-        )
     if device == "cuda":
         from torch.utils.cpp_extension import CUDA_HOME
 

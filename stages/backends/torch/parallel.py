@@ -31,9 +31,6 @@ from stages.backends.schedule import data_parallel_size
 from stages.model.check import pretrained_config, tied_weights
 from stages.run.settings import Settings
 
-# The model types whose modules have the names below.
-SUPPORTED = ("llama",)
-
 
 def mesh_of(settings: Settings, device: torch.device) -> DeviceMesh:
     """The ranks as [data parallel, tensor parallel].

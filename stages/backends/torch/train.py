@@ -11,16 +11,15 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from stages.backends.metrics import last_line
 from stages.backends.schedule import derivation, sequences_per_step, total_steps
+from stages.backends.torch.check import training_problems
 from stages.model.base import base_config, base_model_folder, copy_config
-from stages.model.fit import division_problems, fit_problems
 from stages.model.size import training_bytes
 from stages.run.digests import files_below
 from stages.run.disk import disk_guard
-from stages.run.errors import InputError
+from stages.run.errors import refuse
 from stages.run.launch import launch
 from stages.run.layout import CHECKPOINTS_FOLDER, MANIFEST_FILE, METRICS_FILE, SHARDS_FOLDER
 from stages.run.publish import StageResult
@@ -67,7 +66,10 @@ def prepare(settings: Settings, data: Path) -> int:
     """Check that the training can run, print what follows from the settings; returns the number of
     training rows."""
     figures = json.loads((data / MANIFEST_FILE).read_bytes())["metrics"]
-    check(settings, base_config(settings), figures["vocabulary"])
+    config = base_config(settings)
+    refuse(
+        [*training_problems(settings, config, figures["vocabulary"]), *device_problems(settings)]
+    )
     rows = figures["train"]["rows"]
     print("\n".join([f"device           {device_name()}", *derivation(settings, rows)]), flush=True)
     return rows
@@ -106,53 +108,16 @@ def environment(settings: Settings) -> dict[str, str]:
     }
 
 
-def check(settings: Settings, config: Any, vocabulary: int) -> None:
-    """Raise InputError with everything that keeps this model from being trained with these settings
-    here.
-
-    `vocabulary` is the number of ids that the rows' tokenizer can give.
-    """
-    from stages.backends.torch.parallel import SUPPORTED
-
-    problems = []
-    if config.model_type not in SUPPORTED:
-        problems.append(
-            f"MODEL_ID={settings.model_id} is a {config.model_type}; the torch backend trains "
-            f"{', '.join(SUPPORTED)}."
-        )
-    else:
-        problems += division_problems(settings, config)
-        if config.num_key_value_heads % settings.tensor_parallel_size:
-            size, heads = settings.tensor_parallel_size, config.num_key_value_heads
-            problems.append(
-                f"TENSOR_PARALLEL_SIZE={size} does not divide the model's {heads} KV heads. Set a "
-                "divisor of it."
-            )
-    problems += fit_problems(settings, config, vocabulary)
-    problems += _unsupported(settings)
-    if problems:
-        raise InputError(problems)
-
-
-def _unsupported(settings: Settings) -> Iterator[str]:
-    """A message for each setting that this backend or this machine cannot follow."""
+def device_problems(settings: Settings) -> Iterator[str]:
+    """What torch knows of this machine that keeps it from training with these settings."""
     import torch
 
     from stages.backends.torch.inductor import unusable_path
 
-    if settings.pipeline_parallel_size > 1:
+    if settings.torch_compile and (path := unusable_path()):
         yield (
-            f"PIPELINE_PARALLEL_SIZE={settings.pipeline_parallel_size}: the torch backend has no "
-            "pipeline. Leave it 1."
-        )
-    if settings.lora_r:
-        yield f"LORA_R={settings.lora_r}: the torch backend trains all weights. Set LORA_R=0."
-    if not settings.zero_1:
-        yield "ZERO_1=0: the torch backend always shards the optimizer (FSDP2). Leave ZERO_1=1."
-    if settings.torch_compile and unusable_path():
-        yield (
-            f"TORCH_COMPILE=1: inductor cannot use a path with a space ({unusable_path()}). Move "
-            "the project, or leave it 0."
+            f"TORCH_COMPILE=1: inductor cannot use a path with a space ({path}). Move the project, "
+            "or leave it 0."
         )
     gpus = torch.cuda.device_count()
     if gpus and settings.nproc_per_node > gpus:

@@ -99,11 +99,6 @@ def test_weights_that_are_not_there_are_refused(tmp_path: Path, base: Path) -> N
         choose_start(settings(base, "weights"), tmp_path, TOTAL)
 
 
-def test_adapters_are_not_gone_on_with(work: Path, base: Path) -> None:
-    with pytest.raises(InputError, match="LORA_R=8 saves adapters"):
-        choose_start(settings(base, "weights", lora_r=8), work, TOTAL)
-
-
 def flip_a_bit(shards: Path, chance: random.Random) -> None:
     """In the middle of a large tensor, where neither the archive's directory nor its pickle
     lies."""

@@ -179,6 +179,20 @@ def test_a_sample_does_not_depend_on_the_prompts_beside_it(model):
         model.generate(PROMPTS, max_new_tokens=15, eos_token_id=-1, seed=3, **SAMPLED), 3
     )
     assert beside[0] == alone[0]
+    last = answers(
+        model.generate(
+            PROMPTS[2:], max_new_tokens=15, eos_token_id=-1, seed=3, number=2, **SAMPLED
+        ),
+        1,
+    )
+    assert beside[2] == last[0]
+
+
+def test_the_same_prompt_asked_twice_gets_two_samples(model):
+    first, second = answers(
+        model.generate([PROMPTS[0]] * 2, max_new_tokens=15, eos_token_id=-1, seed=3, **SAMPLED), 2
+    )
+    assert first != second
 
 
 def test_two_answers_in_progress_do_not_disturb_each_other(model):

@@ -20,10 +20,10 @@ from stages.backends.batches import PackedSequences, sequences_of_step
 from stages.backends.loss import document_mask, loss_sum, next_token_labels, supervised
 from stages.backends.schedule import sequences_per_step, total_steps
 from stages.backends.torch import optimizer
-from stages.backends.torch.train import check, environment, train, training_command
+from stages.backends.torch.train import environment, train, training_command
 from stages.data import pack
-from stages.model.base import base_config, base_model_folder
-from stages.run.errors import InputError, StageFailure
+from stages.model.base import base_model_folder
+from stages.run.errors import StageFailure
 from stages.run.fingerprint import ROOT
 from stages.run.settings import Settings
 from tests.conftest import clean_environment, copy_project, torchrun
@@ -255,23 +255,3 @@ def test_steps_cover_every_row_as_often_as_there_are_epochs() -> None:
     )
     assert sequences_per_step(settings) == 64
     assert total_steps(settings, 1581) == 75
-
-
-def test_all_that_keeps_a_model_from_training_is_said_together(base: Settings) -> None:
-    settings = replace(
-        base, nproc_per_node=3, tensor_parallel_size=3, max_length=1023, zero_1=False
-    )
-    with pytest.raises(InputError) as refused:
-        check(settings, base_config(settings), vocabulary=3000)
-    told = str(refused.value)
-    assert all(
-        part in told
-        for part in (
-            "ids up to 2999",
-            "4 attention heads",
-            "2 KV heads",
-            "2048 vocabulary",
-            "512 positions",
-            "ZERO_1=0",
-        )
-    )

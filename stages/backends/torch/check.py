@@ -1,0 +1,80 @@
+"""What the torch backend refuses, from the settings and the model's config.json.
+
+Standard library only, so that make can ask before anything runs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from stages.model.fit import (
+    division_problems,
+    fit_problems,
+    position_problems,
+    rope_problems,
+    unsupported,
+)
+from stages.run.settings import Settings
+
+ARCHITECTURES = ("llama",)
+SHORTEST_SEQUENCE = 16
+
+
+def training_problems(settings: Settings, config: Any, vocabulary: int) -> Iterator[str]:
+    """Everything that keeps the model of `config` from being trained with these settings.
+
+    `vocabulary` is the number of ids that the tokenizer can give, 0 where it is not known yet.
+    """
+    if config.model_type in ARCHITECTURES:
+        yield from division_problems(settings, config)
+        size, heads = settings.tensor_parallel_size, config.num_key_value_heads
+        if heads and heads % size:
+            yield (
+                f"TENSOR_PARALLEL_SIZE={size} does not divide the model's {heads} KV heads. Set a "
+                "divisor of it."
+            )
+    else:
+        yield unsupported(settings, config, "torch", ARCHITECTURES)
+    yield from fit_problems(settings, config, vocabulary)
+    if settings.pipeline_parallel_size > 1:
+        yield (
+            f"PIPELINE_PARALLEL_SIZE={settings.pipeline_parallel_size}: the torch backend has no "
+            "pipeline. Leave it 1."
+        )
+    if settings.lora_r:
+        yield f"LORA_R={settings.lora_r}: the torch backend trains all weights. Set LORA_R=0."
+    if not settings.zero_1:
+        yield "ZERO_1=0: the torch backend always shards the optimizer (FSDP2). Leave ZERO_1=1."
+
+
+def inference_problems(settings: Settings, config: Any) -> Iterator[str]:
+    """Everything that keeps the model of `config` from being compiled with these settings."""
+    length = settings.inference_sequence_length
+    if config.model_type not in ARCHITECTURES:
+        yield unsupported(settings, config, "torch", ARCHITECTURES)
+    if length < SHORTEST_SEQUENCE:
+        yield (
+            f"INFERENCE_SEQUENCE_LENGTH={length} tokens, prompt and answer together, is too short. "
+            f"Set at least {SHORTEST_SEQUENCE}."
+        )
+    yield from position_problems("INFERENCE_SEQUENCE_LENGTH", length, config)
+    yield from rope_problems(config)
+
+
+def machine_problems(settings: Settings, stages: Collection[str]) -> Iterator[str]:
+    """What this machine lacks to run `stages`."""
+    compiler = cpp_compiler()
+    if "compile-inference" in stages and shutil.which(compiler) is None:
+        yield (
+            f"The C++ compiler {compiler} is not on the PATH. Install it (Debian, Ubuntu: apt "
+            "install g++) or name another in CXX."
+        )
+
+
+def cpp_compiler() -> str:
+    """The C++ compiler that inductor calls: CXX, or its default."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
