@@ -199,20 +199,24 @@ def dataset_source(settings: Settings) -> Iterator[CheckResult]:
 def prompts_source(settings: Settings) -> Iterator[CheckResult]:
     try:
         asked = read_questions(settings)
-    except InputError:
-        return  # `fit` reports it
+    except InputError as error:
+        for problem in error.problems:
+            yield fail("PROMPTS", problem.removeprefix("PROMPTS="))
+        return
     yield CheckResult("PROMPTS", f"{settings.prompts}, {len(asked.questions):,} prompts")
     if line := asked.note(settings):
         yield note("PROMPTS", line.partition(": ")[2])
 
 
 def fit(settings: Settings) -> Iterator[CheckResult]:
-    """What the stages would refuse: the settings, the model's config.json and PROMPTS together."""
+    """What the stages would refuse because of the settings, the model's config.json, or what this
+    machine lacks."""
     try:
         config = local_config(str(config_folder(settings.model_id, settings.model_revision)))
     except InputError:
         config = None  # `model_source` reports it
-    found = [*problems(settings, config, STAGES), *machine_problems(settings, STAGES)]
+    stages = [stage for stage in STAGES if stage != "eval"]  # `prompts_source` checks PROMPTS
+    found = [*problems(settings, config, stages), *machine_problems(settings, STAGES)]
     if found:
         yield from (fail("settings", problem) for problem in found)
     elif config is not None:

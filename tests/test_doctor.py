@@ -42,7 +42,9 @@ def test_where_all_is_well_every_line_is_ok(project: Project) -> None:
         "PROMPTS": "data/tiny/prompts.jsonl",
     }
     before = project.snapshot()
-    done = examined(project.folder, BACKEND="torch", MAX_LENGTH="64", **tiny)
+    done = examined(
+        project.folder, BACKEND="torch", MAX_LENGTH="64", INFERENCE_SEQUENCE_LENGTH="64", **tiny
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     *lines, last = done.stdout.splitlines()
     assert last == "every stage can run here"
@@ -285,7 +287,7 @@ def test_the_price_of_the_machine_is_said(
 
 def test_without_a_compiler_it_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    finding = only(torch.compiler(Settings()))
+    finding = only(doctor.fit(Settings(inference_sequence_length=512, max_length=512)))
     assert (finding.state, "no-such-compiler is not on the PATH" in finding.text) == ("FAIL", True)
 
 
@@ -298,5 +300,5 @@ def test_what_train_would_refuse_is_refused_here(
     )
     assert any(
         "TENSOR_PARALLEL_SIZE=3" in finding.text and finding.state == "FAIL"
-        for finding in torch.training(settings)
+        for finding in doctor.fit(settings)
     )

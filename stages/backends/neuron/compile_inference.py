@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.backends.neuron.arguments import cache_repository
-from stages.backends.neuron.check import SCRATCH, TARGETS, inference_problems
+from stages.backends.neuron.check import SCRATCH, TARGETS, inference_problems, machine_problems
 from stages.backends.neuron.compiled import (
     PROGRAM,
     missing_files,
@@ -109,7 +109,11 @@ def _refuse_unfit(model_dir: Path, settings: Settings) -> None:
             f"{model_dir} has no model: {CONFIG_FILE} is missing. Run `make consolidate` first."
         )
     config = json.loads((model_dir / CONFIG_FILE).read_text(encoding="utf-8"))
-    problems = [*inference_problems(settings, raw_config(config)), *_machine_problems()]
+    problems = [
+        *inference_problems(settings, raw_config(config)),
+        *machine_problems(settings, {"compile-inference"}),
+        *_package_problems(),
+    ]
     dtype = config.get("dtype", config.get("torch_dtype"))
     if dtype != "bfloat16":
         # The compiler takes the dtype from config.json, and float32 would need twice the memory and
@@ -121,7 +125,7 @@ def _refuse_unfit(model_dir: Path, settings: Settings) -> None:
     refuse(problems)
 
 
-def _machine_problems() -> Iterator[str]:
+def _package_problems() -> Iterator[str]:
     if missing := missing_packages():
         yield (
             f"Compiling needs AWS's Neuron packages; not installed: {', '.join(missing)}. Run "

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from stages.backends.torch.check import inference_problems
+from stages.backends.torch.check import inference_problems, machine_problems
 from stages.backends.torch.check_compiled import (
     TOLERANCE,
     Probe,
@@ -104,13 +104,14 @@ def _checked_config(work: Compilation, settings: Settings) -> dict[str, Any]:
     refuse(
         [
             *inference_problems(settings, raw_config(config)),
-            *_compiler_problems(work.device),
+            *machine_problems(settings, {"compile-inference"}),
+            *_cuda_problems(work.device),
         ]
     )
     return config
 
 
-def _compiler_problems(device: str) -> Iterator[str]:
+def _cuda_problems(device: str) -> Iterator[str]:
     if device == "cuda":
         from torch.utils.cpp_extension import CUDA_HOME
 

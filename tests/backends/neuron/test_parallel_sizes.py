@@ -13,6 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GraniteConfig, LlamaConfig, Qwen3Config
 
+from stages.backends.neuron.check import machine_problems
 from stages.backends.neuron.hardware import INSTANCES, Hardware, neuron_cores
 from stages.backends.neuron.parallel_sizes import (
     Sizes,
@@ -209,7 +210,7 @@ REFUSED = [
         "trn1.32xlarge",
         "gpt2",
         {"NPROC_PER_NODE": 2},
-        "is a gpt2; on Neuron llama, qwen3, granite are trained",
+        "is a gpt2; the neuron backend trains and compiles llama, qwen3, granite",
         1,
     ),
     ("trn1.32xlarge", "with biases", {"NPROC_PER_NODE": 2}, "has biases (attention_bias", 1),
@@ -407,12 +408,12 @@ def test_every_remedy_works_when_it_is_applied(training: tuple[Settings, Any, Ha
 
 
 def test_a_machine_without_neuron_cores_is_said_to_have_none(fake_machine: FakeMachine) -> None:
-    problems = topology_problems(
-        Settings(nproc_per_node=32, tensor_parallel_size=8), MODELS["llama 2 7B"]
-    )
-    assert len(problems) == 1
-    assert "No NeuronCores here" in problems[0]
-    assert "BACKEND=torch" in problems[0]
+    settings = Settings(nproc_per_node=32, tensor_parallel_size=8)
+    assert topology_problems(settings, MODELS["llama 2 7B"]) == []
+    [problem] = machine_problems(settings, {"train"})
+    assert "No NeuronCores here" in problem
+    assert "BACKEND=torch" in problem
+    assert not list(machine_problems(settings, {"data", "compile-inference"}))
 
 
 def test_the_cores_are_those_that_neuron_ls_tells(fake_machine: FakeMachine) -> None:
