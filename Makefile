@@ -22,6 +22,13 @@ endif
 ifeq (undefined,$(origin RUN))
   RUN := $(value RECIPE)
 endif
+# PROMPT asks one question where it is typed on the command line, or exported for `make eval`. In the
+# environment of another goal, PROMPT and CONTEXT may be anybody's.
+asking := $(if $(value PROMPT),$(or $(filter PROMPT,$(given)),$(filter eval,$(MAKECMDGOALS))))
+ifeq (,$(asking))
+  unasked := $(filter-out $(given),PROMPT CONTEXT)
+  unexport $(unasked)
+endif
 # Stages read their settings from the environment, then from the recipe, then from the defaults.
 export RECIPE RUN $(filter-out MAKE%,$(given))
 out := outputs/$(RUN)
@@ -50,9 +57,9 @@ comma := ,
 empty :=
 # data::  train:data:precompile  eval:data,consolidate,compile-inference:  ...
 graph := $(foreach s,$(STAGES),$s:$(subst $(empty) ,$(comma),$($s.from)):$($s.after))
-plan = env $(foreach v,RECIPE RUN $(given),$(call quoted,$v=$(value $v))) $(PYTHON) -I -S stages/make/plan.py \
+plan = env $(foreach v,$(unasked),-u $v) $(foreach v,RECIPE RUN $(given),$(call quoted,$v=$(value $v))) $(PYTHON) -I -S stages/make/plan.py \
   $(call quoted,$(out)) $(graph) --given $(call quoted,$(given)) --goals $(call quoted,$(MAKECMDGOALS))
-answering := $(and $(filter eval,$(MAKECMDGOALS)),$(value PROMPT),$(wildcard $(out)/compile-inference/manifest.json))
+answering := $(and $(filter eval,$(MAKECMDGOALS)),$(asking),$(wildcard $(out)/compile-inference/manifest.json))
 dry_run := $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS))))
 uses_run := $(filter all demo outputs/% $(STAGES),$(MAKECMDGOALS))
 ifneq (,$(or $(uses_run),$(filter status verify clean,$(MAKECMDGOALS))))
@@ -110,7 +117,7 @@ endef
 .PRECIOUS: $(STAGES:%=$(out)/%/manifest.json)
 $(foreach s,$(STAGES),$(eval $(call stage_rule,$s)))
 
-ifeq (,$(value PROMPT))
+ifeq (,$(asking))
 eval: $(out)/eval/manifest.json ## Answers and validation losses; PROMPT="..." only answers that
 else
 eval: | $(out)/compile-inference/manifest.json
@@ -184,4 +191,5 @@ clean: ## Remove outputs/RUN; asks before it removes a trained model (YES=1 does
 	@if [[ -e $(out)/train && -z "$(filter 1,$(YES))" ]]; then \
 	  read -r -p "$(out) holds a trained model. Remove it? [y/N] " answer || answer=no; \
 	  [[ $$answer == [yY]* ]] || { echo "kept $(out)"; exit 1; }; \
-	fi; rm -rf $(out)
+	fi; rm -rf $(out); [[ ! -e outputs/.cache ]] || \
+	  echo "kept outputs/.cache, $$(du -sh outputs/.cache | cut -f1): models and compiled code that all runs share"

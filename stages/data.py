@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from stages.checks import require
 from stages.run.cli import stage_command
 from stages.run.layout import PROMPT_FILE, TOKENIZER_FOLDER
-from stages.run.progress import Progress
+from stages.run.progress import Progress, printable
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
 
@@ -61,7 +61,8 @@ def pack(settings: Settings, work: Path) -> StageResult:
     tokenizer.save(work / TOKENIZER_FOLDER)
     template.save(work / PROMPT_FILE)
     print(
-        f"a sample of {account.tokens_in:,} tokens:\n\n{account.sample}\n\n{account.table()}",
+        f"a sample of {account.tokens_in:,} tokens:\n\n{printable(account.sample)}\n\n"
+        f"{account.table()}",
         flush=True,
     )
     return StageResult(

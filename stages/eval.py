@@ -13,7 +13,7 @@ from pathlib import Path
 from stages.run.backend import backend_module
 from stages.run.cli import stage_command
 from stages.run.layout import ANSWERS_FILE, VALIDATION_SPLIT
-from stages.run.progress import Progress
+from stages.run.progress import Progress, printable
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
 from stages.text.answer import Answer, Answerer, write_answers
@@ -57,7 +57,7 @@ def answer_one(settings: Settings, compiled: Path) -> None:
     for piece in Answerer(compiled, model, settings).stream(
         Question(settings.prompt, settings.context)
     ):
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
     print(flush=True)
 
 
@@ -76,7 +76,7 @@ def answer_all(settings: Settings, compiled: Path) -> list[Answer]:
     for answer in answers[:SHOWN]:
         context = f"\n   ({answer.context})" if answer.context else ""
         cut = "" if answer.ended else " [cut]"
-        print(f"\nQ: {answer.instruction}{context}\nA: {answer.answer}{cut}", flush=True)
+        print(printable(f"\nQ: {answer.instruction}{context}\nA: {answer.answer}{cut}"), flush=True)
     if len(answers) > SHOWN:
         print(f"\n... {len(answers) - SHOWN} more in answers.jsonl", flush=True)
     return answers

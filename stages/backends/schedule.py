@@ -41,14 +41,20 @@ def derivation(settings: Settings, sequences: int) -> list[str]:
     s, batch, replicas = settings, sequences_per_step(settings), data_parallel_size(settings)
     steps = total_steps(settings, sequences)
     steps_arithmetic = (
-        f"ceil({sequences:,} sequences x {s.num_train_epochs} epochs / {batch})"
+        f"ceil({sequences:,} sequences x {s.num_train_epochs:g} epochs / {batch})"
         if s.max_steps < 0
         else f"MAX_STEPS={s.max_steps}"
     )
     pipeline = (
         f"x pipeline parallel {s.pipeline_parallel_size} " if s.pipeline_parallel_size > 1 else ""
     )
+    weights = (
+        f"random, from config.json and SEED={s.seed}"
+        if s.init_weights == "random"
+        else "pretrained"
+    )
     return [
+        f"weights          {weights} (MODEL_ID={s.model_id})",
         f"world size       {s.nproc_per_node} = tensor parallel {s.tensor_parallel_size} "
         f"{pipeline}x data parallel {replicas}",
         f"global batch     {batch:,} sequences = {s.per_device_train_batch_size} per device "

@@ -21,9 +21,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from stages.run.errors import InputError
+from stages.run.layout import SHARDS_FOLDER
 from stages.run.manifest import manifest_of
 from stages.run.provenance import reasons
-from stages.run.settings import Settings, unknown_names
+from stages.run.settings import Settings, recipe_note, unknown_names
 
 MAKE_VARIABLES = (
     *("RECIPE", "RUN", "PYTHON", "VENV", "YES", "TORTURE_SEED"),
@@ -54,6 +55,8 @@ def stale_stages(graph: Graph, run_folder: Path, settings: Settings) -> dict[str
             removed = (manifest_of(run_folder / name) or {}).get("removed")
             if removed and name not in stale:
                 stale[name] = [f"{removed}, which {stage} needs"]
+    if not settings.keep_shards and (run_folder / "train" / SHARDS_FOLDER).is_dir():
+        stale.setdefault("consolidate", ["KEEP_SHARDS=0, and train's shards are still there"])
     return {stage: stale[stage] for stage in graph if stage in stale}
 
 
@@ -113,6 +116,34 @@ def parse_graph(words: list[str]) -> tuple[Graph, Graph]:
     return graph, after
 
 
+def typed_problems(given: list[str], goals: list[str]) -> list[str]:
+    """What is wrong with the variables and goals of the command line."""
+    unknown = unknown_names(given, also=MAKE_VARIABLES)
+    if os.environ.get("MAKELEVEL", "0") != "0":  # an outer make passes its own variables on, as V=1
+        for problem in unknown:
+            print(f"note: from the outer make: {problem}", file=sys.stderr)
+        unknown = []
+    if "CONTEXT" in given and "PROMPT" not in given:
+        unknown.append(
+            "CONTEXT without PROMPT: there is no instruction that it belongs to. Set PROMPT."
+        )
+    # make takes `LEARNING RATE=1` for a goal, and would only miss it after making the others.
+    return unknown + [
+        f"{goal[:60]!r} is not a setting: its name must not contain spaces."
+        for goal in goals
+        if "=" in goal
+    ]
+
+
+def print_status(stale: dict[str, list[str]], graph: Graph, found: list[str]) -> None:
+    """A line per stage, and why one of them would refuse."""
+    for stage in graph:
+        state = f"to run: {'; '.join(stale[stage])}" if stage in stale else "up to date"
+        print(f"{stage:>18}  {state}")
+    for problem in found:
+        print(f"would be refused: {problem}", file=sys.stderr)
+
+
 def main(run_folder: str, *words: str) -> None:
     options = words.index("--given")
     given, goals = words[options + 1].split(), words[options + 3].split()
@@ -122,13 +153,7 @@ def main(run_folder: str, *words: str) -> None:
     if "--check-run" in flags:
         refuse(found)
         return
-    found += unknown_names(given, also=MAKE_VARIABLES)
-    # make takes `LEARNING RATE=1` for a goal, and would only miss it after making the others.
-    found += [
-        f"{goal[:60]!r} is not a setting: its name must not contain spaces."
-        for goal in goals
-        if "=" in goal
-    ]
+    found += typed_problems(given, goals)
     try:
         settings = Settings.read()
     except InputError as error:
@@ -138,24 +163,23 @@ def main(run_folder: str, *words: str) -> None:
         stale = stale_stages(graph, Path(run_folder), settings)
     except OSError as error:
         refuse([f"{error.filename} cannot be read: {error.strerror}."])
-    wanted = needed(goals, graph, after)
-    found = foreseen(settings, stale.keys() & wanted) if "--answer" not in flags else []
-    if "--show" in flags:
-        for stage in graph:
-            state = f"to run: {'; '.join(stale[stage])}" if stage in stale else "up to date"
-            print(f"{stage:>18}  {state}")
-        for problem in found:
-            print(f"would be refused: {problem}", file=sys.stderr)
-        return
-    refuse(found)
+    to_run = stale.keys() & needed(goals, graph, after)
     if "--answer" in flags:
         outdated = [
             stage for stage in stale if stage != "eval" and not stale[stage][0].startswith("unless")
         ]
         note = "note: the existing model answers; {stage} would run again: {reasons}"
         print_notes(stale, outdated, note)
+    else:
+        found = foreseen(settings, to_run)
+        if to_run and (line := recipe_note(os.environ)):
+            print(f"note: {line}", file=sys.stderr)
+        if "--show" in flags:
+            print_status(stale, graph, found)
+            return
+        refuse(found)
     if "--dry-run" in flags:
-        print_notes(stale, [stage for stage in graph if stage in wanted], "# {stage}: {reasons}")
+        print_notes(stale, [stage for stage in graph if stage in to_run], "# {stage}: {reasons}")
     print(" ".join(f"stale-{stage}" for stage in stale))
 
 

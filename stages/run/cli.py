@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from stages.run.disk import disk_failure
 from stages.run.errors import InputError, StageFailure
 from stages.run.guard import guard_stage
 from stages.run.setting import kind, variable
-from stages.run.settings import Settings, with_recipe
+from stages.run.settings import Settings
 
 
 def stage_command(
@@ -35,11 +36,15 @@ def stage_command(
         def run(**given: Any) -> None:
             paths = {name: given.pop(name) for name in (*folders, "output")}
             guard_stage()
+            for stream in (sys.stdout, sys.stderr):
+                # What a terminal cannot show is escaped: printing never ends a stage.
+                if isinstance(stream, io.TextIOWrapper):
+                    stream.reconfigure(errors="backslashreplace")
             if not sys.stderr.isatty():
                 # Redrawn bars of libraries fill a log; `Progress` writes lines instead.
                 os.environ.setdefault("TQDM_DISABLE", "1")
             with_exit_status(
-                lambda: main(Settings.read(with_recipe({**os.environ, **_set(given)})), **paths),
+                lambda: main(Settings.read({**os.environ, **_set(given)}), **paths),
                 paths["output"].parent,
             )
 

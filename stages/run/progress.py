@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
+import unicodedata
 from types import TracebackType
 
 # Without a terminal, work that updates often prints at most this often.
@@ -105,3 +106,16 @@ def show_size(size: float) -> str:
                 else f"{size / scale:.0f} {unit}"
             )
     return f"{int(size)} B"
+
+
+def printable(text: str) -> str:
+    """`text` for the terminal: control characters of a dataset or an answer, which could move the
+    cursor or set the title, are escaped; line breaks and tabs are not."""
+    return "".join(
+        character
+        if character in "\n\t"
+        or unicodedata.category(character) not in ("Cc", "Cf", "Cs")
+        or character in "\u200c\u200d"  # joiners of scripts and emoji
+        else ascii(character)[1:-1]
+        for character in text
+    )

@@ -15,15 +15,17 @@ _LINE = re.compile(r"([A-Za-z_]\w*)[ \t]*\?=[ \t]*(.*)", re.ASCII)
 _MAX_BYTES = 2**16  # all settings together have to fit one command (128 KiB on Linux)
 
 
-def read_recipe(name: str, folder: Path = RECIPES) -> dict[str, str]:
-    """Setting -> value as text, of recipe `name`; raises InputError for a recipe that does not
-    exist, and with every line that is no setting."""
+def read_recipe(name: str, folder: Path = RECIPES) -> dict[str, tuple[str, str]]:
+    """Setting -> value as text, and its place ("recipes/demo.mk, line 3"), of recipe `name`.
+
+    Raises InputError for a recipe that does not exist, and with every line that is no setting.
+    """
     path = folder / f"{name}.mk"
     # The name becomes a path: compare it with those that exist instead of looking it up.
     names = sorted(file.stem for file in folder.glob("*.mk"))
     if name not in names:
         raise InputError(f"RECIPE={name[:60]!r} does not exist. There are: {', '.join(names)}.")
-    values: dict[str, str] = {}
+    values: dict[str, tuple[str, str]] = {}
     problems = []
     if (size := path.stat().st_size) > _MAX_BYTES:
         raise InputError(f"{_shown(path)} has {size:,} bytes. A recipe has at most {_MAX_BYTES:,}.")
@@ -34,11 +36,11 @@ def read_recipe(name: str, folder: Path = RECIPES) -> dict[str, str]:
     for number, line in enumerate(lines, start=1):
         text = re.sub(r"(^|\s)#.*", "", line).strip()
         match = _LINE.fullmatch(text)
+        place = f"{_shown(path)}, line {number}"
         if match:
-            values[match[1]] = match[2]
+            values[match[1]] = match[2], place
         elif text:
-            remedy = "Write SETTING ?= value."
-            problems.append(f"{_shown(path)}, line {number}: {text[:60]!r} sets nothing. {remedy}")
+            problems.append(f"{place}: {text[:60]!r} sets nothing. Write SETTING ?= value.")
     if problems:
         raise InputError(problems)
     return values

@@ -144,6 +144,7 @@ def _number(f: Field[Any], text: str, shown: str) -> int | float:
     if broken or not math.isfinite(value):
         unit = f" {facts['unit']}" if facts["unit"] else ""
         raise InputError(
-            f"{name}={shown.strip()}{unit} must be {' and '.join(broken) or 'finite'}."
+            f"{name}={shown.strip()}{unit} must be {' and '.join(broken) or 'finite'}. "
+            f"{facts['help']}"
         )
     return value

@@ -139,8 +139,8 @@ class Settings:
     )
 
     # Training.
-    num_train_epochs: int = setting(
-        3, "Passes over the training sequences.", "train", unit="epochs", least=1
+    num_train_epochs: float = setting(
+        3.0, "Passes over the training sequences.", "train", unit="epochs", above=0, most=1000
     )
     max_steps: int = setting(
         -1, "Optimizer steps; -1 = NUM_TRAIN_EPOCHS decides.", "train", unit="steps", least=-1
@@ -285,7 +285,12 @@ class Settings:
     do_sample: bool = setting(
         False, "Sample the answer; 0 = take the likeliest token each time.", "eval"
     )
-    temperature: float = setting(1.0, "Divides the logits before sampling.", "eval", least=0.001)
+    temperature: float = setting(
+        1.0,
+        "Divides the logits before sampling; DO_SAMPLE=0 takes the likeliest token.",
+        "eval",
+        least=0.001,
+    )
     top_k: int = setting(50, "Sample from the k likeliest tokens; 0 = all.", "eval", least=0)
     top_p: float = setting(
         1.0,
@@ -303,13 +308,15 @@ class Settings:
     )
 
     @classmethod
-    def read(cls, given: Mapping[str, str] | None = None) -> Settings:
-        """Settings from variables by name (default: the environment on top of the recipe), checked.
+    def read(cls, environment: Mapping[str, str] | None = None) -> Settings:
+        """Settings from variables by name (default: this process's environment) on top of the
+        recipe that RECIPE names, checked.
 
         Raises InputError with every problem.
         """
-        given = with_recipe(os.environ) if given is None else given
-        values, problems = {}, []
+        environment = os.environ if environment is None else environment
+        given, values = with_recipe(environment), {}
+        problems = _random_weights_problem(environment)
         for f in fields(cls):
             text = given.get(variable(f))
             if text is not None:
@@ -348,10 +355,6 @@ class Settings:
             problems.append(
                 "MAX_STEPS=0 trains nothing. Set a number of steps, or -1 for NUM_TRAIN_EPOCHS."
             )
-        if self.context and not self.prompt:
-            problems.append(
-                "CONTEXT without PROMPT: there is no instruction that it belongs to. Set PROMPT."
-            )
         return problems
 
     def environment(self) -> dict[str, str]:
@@ -375,13 +378,50 @@ class Settings:
 def with_recipe(environment: Mapping[str, str], recipes: Path = RECIPES) -> dict[str, str]:
     """`environment` on top of the settings of the recipe that it names in RECIPE, if any.
 
-    Raises InputError for a recipe that cannot be read or sets something else.
+    Raises InputError for a recipe that cannot be read, or sets something else or a wrong value.
     """
     name = environment.get("RECIPE")
-    values = read_recipe(name, recipes) if name else {}
-    if problems := unknown_names(list(values)):
-        raise InputError(f"recipes/{name}.mk: {problem}" for problem in problems)
-    return {**values, **environment}
+    recipe = read_recipe(name, recipes) if name else {}
+    known = {variable(f): f for f in fields(Settings)}
+    problems = []
+    for key, (value, place) in recipe.items():
+        problems += [f"{place}: {problem}" for problem in unknown_names([key])]
+        if key in known and key not in environment:
+            try:
+                parse(known[key], value)
+            except InputError as error:
+                problems += [f"{place}: {problem}" for problem in error.problems]
+    if problems:
+        raise InputError(problems)
+    return {**{key: value for key, (value, _) in recipe.items()}, **environment}
+
+
+def _random_weights_problem(environment: Mapping[str, str]) -> list[str]:
+    """A problem where a recipe would replace the weights of another model than its own by random
+    ones."""
+    name, model = environment.get("RECIPE"), environment.get("MODEL_ID")
+    if not name or not model or "INIT_WEIGHTS" in environment:
+        return []
+    recipe = {key: value for key, (value, _) in read_recipe(name).items()}
+    own = recipe.get("MODEL_ID", model)
+    if own == model or recipe.get("INIT_WEIGHTS") != "random":
+        return []
+    return [
+        f"RECIPE={name} starts MODEL_ID={own} from random weights; those of MODEL_ID={model[:60]} "
+        "would not be read. Set INIT_WEIGHTS=pretrained to fine-tune them, or "
+        "INIT_WEIGHTS=random to replace them."
+    ]
+
+
+def recipe_note(environment: Mapping[str, str], recipes: Path = RECIPES) -> str:
+    """What a recipe that was made for another model sets for MODEL_ID, as a line; else empty."""
+    name, model = environment.get("RECIPE"), environment.get("MODEL_ID")
+    recipe = read_recipe(name, recipes) if name else {}
+    own, _ = recipe.get("MODEL_ID", (model, ""))
+    acting = [f"{key}={value}" for key, (value, _) in recipe.items() if key not in environment]
+    if not model or own == model or not acting:
+        return ""
+    return f"RECIPE={name}, made for MODEL_ID={own}, also sets {' '.join(acting)}"
 
 
 def unknown_names(names: list[str], also: tuple[str, ...] = ()) -> list[str]:
@@ -390,8 +430,9 @@ def unknown_names(names: list[str], also: tuple[str, ...] = ()) -> list[str]:
     problems = []
     for name in names:
         if name not in known:
-            near = get_close_matches(name.upper(), known, n=1)
-            hint = f"Did you mean {near[0]}?" if near else "`make help` lists them."
+            near = [one for one in known if name.upper() in one] if len(name) > 3 else []
+            near = near or get_close_matches(name.upper(), known, n=1)
+            hint = f"Did you mean {' or '.join(near[:3])}?" if near else "`make help` lists them."
             if SECRET.fullmatch(name):
                 hint = "Everyone on this machine can see an argument: export it instead."
             shown = name if name.isidentifier() and len(name) <= 60 else ascii(name[:60])

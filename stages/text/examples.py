@@ -172,7 +172,7 @@ def _example(place: str, record: Record, columns: Columns) -> Example | list[str
         (columns.response, bool(columns.response)),
     ):
         text: Any = record.get(name) if name else ""
-        if text is None and not required:
+        if not required and (text is None or text != text):  # null, or pandas' NaN
             text = ""
         problem = fault(text, name in record)
         if problem:

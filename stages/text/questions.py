@@ -100,8 +100,11 @@ def _question(place: str, record: Record, columns: list[str]) -> Question | str:
     for name, text, required in zip(
         columns, (instruction, context, expected), (True, False, False), strict=True
     ):
-        if problem := fault(text, name in record) if required or text is not None else "":
+        absent = text is None or text != text  # null, or pandas' NaN
+        if problem := fault(text, name in record) if required or not absent else "":
             return f"{place}, column {name!r} {problem}"
     if not instruction.strip():
         return f"{place}, column {columns[0]!r} is empty."
+    given = (value if isinstance(value, str) else None for value in (context, expected))
+    context, expected = given
     return Question(instruction, context or "", expected, place)

@@ -58,7 +58,6 @@ def test_all_problems_are_reported_together() -> None:
         "TOP_P": "2",
         "NPROC_PER_NODE": "3",
         "TENSOR_PARALLEL_SIZE": "2",
-        "CONTEXT": "alone",
     }
     with pytest.raises(InputError) as refused:
         Settings.read(wrong)
@@ -68,7 +67,6 @@ def test_all_problems_are_reported_together() -> None:
         "LEARNING_RATE",
         "TOP_P",
         "NPROC_PER_NODE",
-        "CONTEXT",
     ]
 
 

@@ -62,7 +62,11 @@ WRONG: list[tuple[str, dict[str, str], list[str]]] = [
         {"GRADIENT_ACCUMULATION_STEPS": "0"},
         ["GRADIENT_ACCUMULATION_STEPS=0 must be at least 1"],
     ),
-    (EXPORTED, {"NUM_TRAIN_EPOCHS": "0"}, ["NUM_TRAIN_EPOCHS=0 epochs must be at least 1"]),
+    (
+        EXPORTED,
+        {"NUM_TRAIN_EPOCHS": "0"},
+        ["NUM_TRAIN_EPOCHS=0 epochs must be "],
+    ),
     (TYPED, {"MAX_LENGTH": "1"}, ["MAX_LENGTH=1 tokens must be at least 2"]),
     (TYPED, {"MAX_LENGTH": "2000000"}, ["MAX_LENGTH=2000000 tokens must be at most 1,048,576"]),
     (TYPED, {"MAX_STEPS": "-2"}, ["MAX_STEPS=-2 steps must be at least -1"]),
@@ -121,7 +125,11 @@ WRONG: list[tuple[str, dict[str, str], list[str]]] = [
     (TYPED, {"BF16": ""}, ["BF16='' is neither 1 nor 0"]),
     (EXPORTED, {"INSTRUCTION_COLUMN": ""}, ["INSTRUCTION_COLUMN is empty"]),
     # Unknown.
-    (TYPED, {"LEARNIG_RATE": "1"}, ["LEARNIG_RATE is not a setting. Did you mean LEARNING_RATE?"]),
+    (
+        TYPED,
+        {"LEARNIG_RATE": "1"},
+        ["LEARNIG_RATE is not a setting. Did you mean LEARNING_RATE?"],
+    ),
     (
         TYPED,
         {"learning_rate": "1"},
@@ -181,7 +189,7 @@ WRONG: list[tuple[str, dict[str, str], list[str]]] = [
     (TYPED, {"SEED": "--help"}, ["SEED='--help' is not a whole number"]),
     (TYPED, {"SEED": "\x1b[31m1"}, ["SEED='\\x1b[31m1' is not a whole number"]),
     (TYPED, {"INSTANCE_PRICE": "> pwned"}, ["INSTANCE_PRICE='> pwned' is not a number"]),
-    (EXPORTED, {"PROMPT": "\udcff"}, ["PROMPT='\\udcff' is not UTF-8"]),
+    (EXPORTED, {"DATASET_SPLIT": "\udcff"}, ["DATASET_SPLIT='\\udcff' is not UTF-8"]),
     (TYPED, {"RUN": "a;touch${IFS}pwned"}, ["must be the name of a folder in outputs"]),
     (EXPORTED, {"RUN": "$(touch${IFS}pwned)"}, ["must be the name of a folder in outputs"]),
     (TYPED, {"RUN": "`touch${IFS}pwned`"}, ["must be the name of a folder in outputs"]),
@@ -274,13 +282,20 @@ def recipe(project: Project) -> Iterator[Path]:
 
 
 RECIPES = {
+    "random weights for another model": (
+        "MODEL_ID ?= data/demo/model\nINIT_WEIGHTS ?= random\n",
+        ["RECIPE=written starts MODEL_ID=data/demo/model from random weights; those of MODEL_ID="],
+    ),
     "an unknown name": (
         "LEARNIG_RATE ?= 1\n",
-        ["LEARNIG_RATE is not a setting. Did you mean LEARNING_RATE?"],
+        ["written.mk, line 1: LEARNIG_RATE is not a setting. Did you mean LEARNING_RATE?"],
     ),
     "wrong values": (
         "SEED ?= -1\nTOP_P ?= $$(touch pwned)\n",
-        ["SEED=-1 must", "TOP_P='$$(touch pwned)' is not a number"],
+        [
+            "written.mk, line 1: SEED=-1 must",
+            "written.mk, line 2: TOP_P='$$(touch pwned)' is not a number",
+        ],
     ),
     "10 MB": (f"PROMPT ?= {'x' * 10_000_000}\n", ["has 10,000,011 bytes", "nothing was run"]),
     "a run": ("RUN ?= a;touch${IFS}pwned\n", ["RUN is not a setting"]),
@@ -294,7 +309,7 @@ RECIPES = {
 def test_a_wrong_recipe_is_refused_too(project: Project, recipe: Path, name: str) -> None:
     text, told = RECIPES[name]
     recipe.write_text(text, encoding="latin-1")
-    message = refused(project, "RECIPE=written")
+    message = refused(project, "RECIPE=written", MODEL_ID="data/tiny")
     assert all(part in message for part in told), message
 
 

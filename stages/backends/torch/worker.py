@@ -96,6 +96,8 @@ def train(
     state = _prepare(settings, base, data, device)
     total = max_steps if max_steps > 0 else total_steps(settings, len(state.train))
     first = checkpoint.resume(work / CHECKPOINTS_FOLDER, state.model, state.optimizer)
+    if first and dist.get_rank() == 0:
+        print(f"continuing from the checkpoint of step {first:,} of {total:,}", flush=True)
     metrics = Metrics(work / METRICS_FILE, first, writes=dist.get_rank() == 0)
     with Progress("train", total, "steps", done=first, shown=dist.get_rank() == 0) as progress:
         for step in range(first, total):
