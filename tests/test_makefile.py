@@ -54,7 +54,7 @@ def test_a_comment_or_a_blank_line_reruns_nothing(built: Project) -> None:
         ("LOSS_ON=response", ["data", *AFTER_DATA]),
         ("LOGGING_STEPS=2", []),
         ("SAVE_STEPS=7", []),
-        ("KEEP_SHARDS=0", []),
+        ("KEEP_SHARDS=0", ["consolidate"]),  # it removes them, and publishes nothing
         ("LEARNING_RATE=0.001", []),  # as it was, written in another way
     ],
 )
@@ -132,6 +132,10 @@ def test_eval_alone_runs_again_for_another_temperature(built: Project) -> None:
 def test_shards_that_were_removed_are_trained_again_only_when_they_are_needed(
     built: Project,
 ) -> None:
+    consolidated = built.manifest("consolidate")
+    built.make("consolidate", *TINY, "KEEP_SHARDS=0")  # set after the fact, it frees the disk too
+    assert not (built.folder / "outputs/tiny/train/shards").exists()
+    assert built.manifest("consolidate") == consolidated
     built.make("consolidate", *TINY, "KEEP_SHARDS=0", "MAX_SHARD_SIZE=20kB")
     assert not (built.folder / "outputs/tiny/train/shards").exists()
     assert len(list((built.folder / "outputs/tiny/consolidate").glob("*.safetensors"))) > 1
@@ -219,6 +223,21 @@ def test_a_bad_recipe_or_run_is_refused(project: Project, argument: str) -> None
     assert not (project.folder / "pwned").exists()
 
 
+def test_exported_variables_of_others_change_no_goal(built_once: Project) -> None:
+    for exported in ({"CONTEXT": "prod"}, {"PROMPT": "$ "}, {"MAKELEVEL": "1", "V": "1"}):
+        assert built_once.stages_to_run("all", *TINY, **exported) == [], exported
+    outer = built_once.make("-n", "all", *TINY, "V=1", MAKELEVEL="1")
+    assert "from the outer make: V is not a setting" in outer.stderr
+    assert built_once.make("-n", "all", *TINY, "CONTEXT=c", check=False).returncode == 2
+
+
+def test_what_a_recipe_sets_for_another_model_is_said(project: Project) -> None:
+    other = ("RECIPE=tiny", "MODEL_ID=data/demo/model", "INIT_WEIGHTS=random")
+    said = project.make("-n", "data", *other).stderr
+    assert "note: RECIPE=tiny, made for MODEL_ID=data/tiny, also sets DATASET=" in said
+    assert "made for" not in project.make("-n", "data", "RECIPE=tiny").stderr
+
+
 # Values arrive as typed.
 
 AWKWARD = (
@@ -292,8 +311,8 @@ def test_every_setting_of_a_shipped_recipe_takes_effect(project: Project, recipe
 def test_clean_asks_before_it_removes_a_trained_model(built: Project) -> None:
     outputs = built.folder / "outputs/tiny"
     assert built.make("clean", *TINY, check=False).returncode != 0 and outputs.exists()
-    built.make("clean", *TINY, "YES=1")
-    assert not outputs.exists()
+    cleaned = built.make("clean", *TINY, "YES=1")
+    assert not outputs.exists() and "kept outputs/.cache" in cleaned.stdout
 
 
 def test_runs_lie_side_by_side(built_once: Project) -> None:

@@ -74,6 +74,15 @@ def test_a_misspelt_name_is_refused_with_the_nearest() -> None:
     assert unknown_names(["LEARNIG_RATE", "RECIPE"], also=("RECIPE",)) == [
         "LEARNIG_RATE is not a setting. Did you mean LEARNING_RATE?"
     ]
+    assert unknown_names(["BATCH_SIZE"]) == [
+        "BATCH_SIZE is not a setting. Did you mean PER_DEVICE_TRAIN_BATCH_SIZE or "
+        "INFERENCE_BATCH_SIZE?"
+    ]
+
+
+def test_a_temperature_of_zero_is_told_of_do_sample() -> None:
+    with pytest.raises(InputError, match=r"TEMPERATURE=0 must be at least 0.001\. .*DO_SAMPLE=0"):
+        Settings.read({"TEMPERATURE": "0"})
 
 
 def test_what_is_not_set_has_its_default() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from stages.run.errors import InputError
 from stages.run.settings import Settings
+from stages.text.examples import Columns, read_examples
 from stages.text.questions import Question, read_questions
 
 
@@ -113,3 +114,11 @@ def test_columns_of_the_prompts_that_are_not_read_are_said(tmp_path: Path) -> No
         "CONTEXT_COLUMN=input, RESPONSE_COLUMN=response)"
     )
     assert not read_questions(Settings(prompts="data/demo/prompts.jsonl")).note(settings)
+
+
+def test_nan_in_an_optional_column_is_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"instruction": "a", "context": NaN, "response": NaN}\n')
+    assert read(file) == [Question("a")]
+    [[example]] = read_examples(str(file), columns=Columns(response=""))
+    assert example.context == ""
