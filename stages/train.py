@@ -10,6 +10,8 @@ from pathlib import Path
 from stages.checks import require
 from stages.run.backend import backend_module
 from stages.run.cli import stage_command
+from stages.run.manifest import manifest_of
+from stages.run.provenance import reasons
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
 
@@ -25,7 +27,24 @@ def main(settings: Settings, data: Path, precompile: Path, output: Path) -> None
         require(settings, "train")
         return backend.train(settings, data, precompile, work)
 
-    publish("train", settings, {"data": data}, output, build, resumable=True)
+    publish(
+        "train",
+        settings,
+        {"data": data},
+        output,
+        build,
+        resumable=True,
+        needed=lambda: shards_needed(settings, output),
+    )
+
+
+def shards_needed(settings: Settings, output: Path) -> str:
+    """Why the shards that KEEP_SHARDS=0 removed have to be trained again; empty if they have not."""
+    removed = (manifest_of(output) or {}).get("removed")
+    consolidated = output.with_name("consolidate")
+    if not removed or not reasons("consolidate", settings, {"train": output}, consolidated):
+        return ""
+    return f"{removed}, which consolidate needs"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ that needs the graph, also under `make -n` and `make -q`. So it writes nothing a
 standard library (`-I -S`: no site-packages). INPUTS (stages whose content counts) and AFTER (stages
 that only have to exist) are separated by commas. --show prints a line per stage instead,
 --dry-run and --answer add notes for `make -n` and `make eval PROMPT=...`, --check-run only checks
-RUN.
+RUN and RECIPE.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stages.run.errors import InputError
 from stages.run.layout import SHARDS_FOLDER
 from stages.run.manifest import manifest_of
 from stages.run.provenance import reasons
-from stages.run.settings import Settings, recipe_note, unknown_names
+from stages.run.settings import Settings, recipe_note, unknown_names, with_recipe
 
 MAKE_VARIABLES = (
     *("RECIPE", "RUN", "PYTHON", "VENV", "YES", "TORTURE_SEED"),
@@ -151,6 +151,10 @@ def main(run_folder: str, *words: str) -> None:
     graph, after = parse_graph(list(words[:options]))
     found = run_problems(os.environ.get("RUN", Path(run_folder).name))
     if "--check-run" in flags:
+        try:
+            with_recipe(os.environ)
+        except InputError as error:
+            found += error.problems
         refuse(found)
         return
     found += typed_problems(given, goals)

@@ -58,8 +58,11 @@ def publish(
     output: Path,
     build: Callable[[Path], StageResult],
     resumable: bool = False,
+    needed: Callable[[], str] = lambda: "",
 ) -> bool:
     """Run `build(work_folder)` and publish the folder as `output`, unless that is up to date.
+
+    `needed` gives a reason to build again although nothing changed; empty for none.
 
     `inputs` are the upstream outputs whose content counts. Returns whether anything was built. The
     provenance is taken before the work starts: an edit during a long training is not recorded.
@@ -71,6 +74,7 @@ def publish(
         published = manifest_of(output)
         made_from, seen = provenance.provenance_now(stage, settings, inputs, published)
         why = provenance.reasons_of(published, made_from, output, verify=settings.verify)
+        why += [reason] if not why and (reason := needed()) else []
         if not why:
             print(f"{stage}: up to date ({output})", flush=True)
             return False
