@@ -39,7 +39,7 @@ def main(settings: Settings, data: Path, precompile: Path, output: Path) -> None
 
 
 def shards_needed(settings: Settings, output: Path) -> str:
-    """Why the shards that KEEP_SHARDS=0 removed have to be trained again; empty if they have not."""
+    """Why shards that KEEP_SHARDS=0 removed have to be trained again; empty if they have not."""
     removed = (manifest_of(output) or {}).get("removed")
     consolidated = output.with_name("consolidate")
     if not removed or not reasons("consolidate", settings, {"train": output}, consolidated):
