@@ -22,7 +22,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
 os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "5")
 
-from stages.model.base import base_config
+from stages.model.base import base_config, config_folder, config_notes
 from stages.model.hub import from_hub
 from stages.model.location import local_model, local_path
 from stages.model.size import bytes_written, parameters
@@ -30,7 +30,7 @@ from stages.run.backend import backend_module, choose
 from stages.run.check_result import FAIL, Check, CheckResult, fail, folder_result, note
 from stages.run.cost import hourly_price, instance_type
 from stages.run.disk import REMEDY, free_space
-from stages.run.errors import InputError
+from stages.run.errors import InputError, StageFailure
 from stages.run.progress import show_size
 from stages.run.provenance import REQUIREMENTS, installed_version, pinned_versions
 from stages.run.settings import Settings
@@ -154,9 +154,11 @@ def memory(settings: Settings) -> Iterator[CheckResult]:
 def model_source(settings: Settings) -> Iterator[CheckResult]:
     try:
         base_config(settings)
-    except InputError as error:
+        notes = config_notes(config_folder(settings.model_id, settings.model_revision))
+    except (InputError, StageFailure) as error:
         yield fail("MODEL_ID", str(error).removeprefix("MODEL_ID="))
         return
+    yield from (note("MODEL_ID", text) for text in notes)
     name, folder = settings.model_id, local_model(settings.model_id)
     if folder is None:
         yield CheckResult("MODEL_ID", f"{name} at {settings.model_revision}, {_hub()}")

@@ -21,7 +21,7 @@ from stages.model.check import (
     tied_weights,
     unused_keys,
 )
-from stages.model.config import generation_settings, translated_config
+from stages.model.config import generation_config, generation_settings, translated_config
 from stages.model.files import (
     CONFIG_FILES,
     INDEX_FILE,
@@ -62,14 +62,16 @@ def base_config(settings: Settings) -> Any:
 
 
 def config_folder(model: str, revision: str) -> Path:
-    """A local folder with the model's config.json, which is downloaded from the Hub if needed."""
-    return local_model(model) or download_files(model, revision, (CONFIG_FILE,))
+    """A local folder with the model's configs, which are downloaded from the Hub if needed."""
+    return local_model(model) or download_files(model, revision, CONFIG_FILES)
 
 
 def config_notes(folder: Path) -> list[str]:
     """A line for each thing in `folder`'s config.json that is read in another way than it is
-    written, or not at all. Raises StageFailure as `pretrained_config` does."""
+    written, or not at all. Raises StageFailure where one of its configs cannot be used."""
     config = pretrained_config(folder)
+    if (folder / GENERATION_CONFIG_FILE).is_file():
+        generation_config(folder)
     values, lines = translated_config(folder)
     if unused := unused_keys(config, values):
         lines.append(f"{', '.join(unused)}: not used by a {config.model_type}")
@@ -84,9 +86,11 @@ def base_model_folder(settings: Settings) -> Path:
     config.json describes.
     """
     base_config(settings)  # raises before gigabytes of weights are downloaded
-    described = config_folder(settings.model_id, settings.model_revision)
-    for note in config_notes(described):
-        _say(f"MODEL_ID={settings.model_id}: {note}")
+    try:
+        for note in config_notes(config_folder(settings.model_id, settings.model_revision)):
+            _say(f"MODEL_ID={settings.model_id}: {note}")
+    except StageFailure as failure:
+        raise InputError(f"MODEL_ID={settings.model_id}: {failure}") from failure
     if settings.init_weights == "random":
         return _random_model(settings)
     folder = local_model(settings.model_id) or _fetched(settings)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.run.errors import StageFailure
-from stages.run.layout import CONFIG_FILE
+from stages.run.layout import CONFIG_FILE, GENERATION_CONFIG_FILE
 
 # What transformers 4 moves from a model's config to its generation_config.json, or refuses to save.
 GENERATION_KEYS = (
@@ -46,6 +46,17 @@ def translated_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
         raise StageFailure(f"{path} cannot be used: {failure}") from failure
     except (ValueError, TypeError, RecursionError) as error:
         raise StageFailure(f"{path} cannot be used: {error!r}") from error
+
+
+def generation_config(folder: Path) -> dict[str, Any]:
+    """The content of generation_config.json; raises StageFailure where it is no JSON object."""
+    path = folder / GENERATION_CONFIG_FILE
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise StageFailure(
+            f"{path} cannot be used: {error!r}. Correct it, or remove it."
+        ) from error
 
 
 def translated(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -13,8 +14,9 @@ from stages.run.errors import InputError
 from stages.run.provenance import TOKENIZER_FILES
 from stages.text.documents import encode
 from stages.text.examples import Example
+from stages.text.find_tokenizer import find_tokenizer
 from stages.text.prompt import PromptTemplate
-from stages.text.tokens import TextTokenizer, find_tokenizer
+from stages.text.tokens import TextTokenizer
 from tests.text.conftest import KINDS
 from tests.torture.plugin import examples
 
@@ -78,15 +80,55 @@ def test_a_document_has_one_bos_and_one_eos_and_no_other_control_token(
     assert tokenizer.controls.isdisjoint(ids[len(tokenizer.bos) : -1])
 
 
+def as_tokenized(kind: str, text: str) -> str:
+    """What is left of a text in a tokenizer's own form of it."""
+    if kind in ("llama", "mistral", "gemma", "metaspace"):
+        return text.replace("▁", " ")  # SentencePiece has no other sign for a space
+    return unicodedata.normalize("NFC", text) if kind == "qwen" else text
+
+
 @pytest.mark.torture("fuzz")
 @pytest.mark.parametrize("kind", ["byte_level", "llama"])
 @examples(150, 300)
 @given(instruction=texts, response=texts)
 def test_a_document_decodes_to_its_text(tokenizers, kind, instruction, response):
-    text = TEMPLATE.text(instruction, "", response)
-    if kind == "llama":
-        text = text.replace("▁", " ")  # SentencePiece has no other sign for a space
+    text = as_tokenized(kind, TEMPLATE.text(instruction, "", response))
     assert tokenizers[kind].decode(document(tokenizers[kind], instruction, "", response)) == text
+
+
+@pytest.mark.torture("fuzz")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "unigram"])
+@examples(100, 300)
+@given(response=texts)
+def test_an_answer_decodes_to_the_response_that_it_was_trained_on(tokenizers, kind, response):
+    """Whatever it begins with: white space, line ends, a space mark, the spelling of a control
+    token."""
+    tokenizer = tokenizers[kind]
+    [[ids], _] = tokenizer.encode_responses(TEMPLATE.response, [response])
+    assert tokenizer.decode_answer(ids) == as_tokenized(kind, response)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("response", ["    return y", "\ttab", "\n\n1. A chip", " a", "It is."])
+def test_an_answer_keeps_the_white_space_that_it_begins_with(tokenizers, kind, response):
+    [[ids], _] = tokenizers[kind].encode_responses(TEMPLATE.response, [response])
+    answer = tokenizers[kind].decode_answer(ids)
+    assert answer == response or kind == "unigram"  # which has no letter for a line end
+
+
+@pytest.mark.parametrize(
+    "kind, roles",
+    [
+        ("gpt2", "BOS EOS UNK"),
+        ("smollm2", "BOS EOS UNK PAD"),
+        ("gpt2_without_special", "BOS EOS UNK"),
+    ],
+)
+def test_one_token_may_have_several_roles(tokenizers, kind, roles):
+    tokenizer = tokenizers[kind]
+    ids = document(tokenizer, "Why?", "", "Because of <|endoftext|>.")
+    assert ids.count(tokenizer.eos) == 1 and ids[-1] == tokenizer.eos
+    assert tokenizer.eos in tokenizer.controls and tokenizer.pad == tokenizer.eos
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "llama", "metaspace"])

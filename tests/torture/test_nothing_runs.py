@@ -19,7 +19,7 @@ from stages.run.errors import InputError, StageFailure
 from stages.run.fingerprint import ROOT
 from stages.run.settings import Settings
 from stages.text.examples import Columns, read_examples
-from stages.text.tokens import find_tokenizer
+from stages.text.find_tokenizer import find_tokenizer
 from tests.conftest import Project
 from tests.tiny_llama import tiny_llama
 from tests.torture.plugin import Torture
