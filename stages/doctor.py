@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "5")
 
 from stages.model.base import base_config, config_folder, config_notes
 from stages.model.hub import from_hub
-from stages.model.location import local_model, local_path
+from stages.model.location import local_model, local_path, own_output_problems
 from stages.model.size import bytes_written, parameters
 from stages.run.backend import backend_module, choose
 from stages.run.check_result import FAIL, Check, CheckResult, fail, folder_result, note
@@ -159,6 +159,9 @@ def model_source(settings: Settings) -> Iterator[CheckResult]:
         yield fail("MODEL_ID", str(error).removeprefix("MODEL_ID="))
         return
     yield from (note("MODEL_ID", text) for text in notes)
+    if run := os.environ.get("RUN"):
+        for problem in own_output_problems(settings.model_id, OUTPUTS / run):
+            yield fail("MODEL_ID", problem.removeprefix("MODEL_ID="))
     name, folder = settings.model_id, local_model(settings.model_id)
     if folder is None:
         yield CheckResult("MODEL_ID", f"{name} at {settings.model_revision}, {_hub()}")

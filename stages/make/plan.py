@@ -23,6 +23,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from stages.model.fit import division_problems, length_problems
+from stages.model.location import own_output_problems
 from stages.run.errors import InputError
 from stages.run.layout import CONFIG_FILE
 from stages.run.manifest import manifest_of
@@ -139,6 +140,8 @@ def main(run_folder: str, *words: str) -> None:
         settings = Settings.read()
     except InputError as error:
         refuse(problems + error.problems)
+    if "--answer" not in flags:  # an answer needs no base model
+        problems += own_output_problems(settings.model_id, Path(run_folder))
     refuse(problems)
     try:
         stale = stale_stages(graph, Path(run_folder), settings)

@@ -143,7 +143,7 @@ def llama(folder: Path) -> Path:
         folder,
         tokenizer,
         bos_token="<s>",
-        eos_token={"content": "</s>"},
+        eos_token={"__type": "AddedToken", "content": "</s>"},
         unk_token="<unk>",
         add_bos_token=True,
     )
