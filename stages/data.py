@@ -30,8 +30,8 @@ def pack(settings: Settings, work: Path) -> StageResult:
     from stages.model.notes import model_notes
     from stages.text.dataset import Layout, build
     from stages.text.examples import Columns, read_examples
-    from stages.text.prompt import PromptTemplate
     from stages.text.find_tokenizer import find_tokenizer
+    from stages.text.prompt import PromptTemplate
 
     s = settings
     template, tokenizer = PromptTemplate(), find_tokenizer(s.model_id, s.model_revision)

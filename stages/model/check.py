@@ -152,13 +152,14 @@ def pretrained_config(folder: Path) -> Any:
     try:
         kind = values["model_type"]
         if kind not in CONFIG_MAPPING:
-            own_code = "auto_map" in values
             reason = (
                 "a model with code of its own (auto_map), which is never run"
-                if own_code
+                if "auto_map" in values
                 else "not a model that the installed transformers knows"
             )
-            raise StageFailure(f"{path} cannot be used: {kind!r} is {reason}. Choose another model.")
+            raise StageFailure(
+                f"{path} cannot be used: {kind!r} is {reason}. Choose another model."
+            )
         config = CONFIG_MAPPING[kind].from_dict(values)
     except StageFailure:
         raise

@@ -7,6 +7,7 @@ change. Standard library only.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +66,7 @@ def translated(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     Settings of generation are taken out: `generation_settings` returns them. Raises StageFailure
     for RoPE that version 4 cannot express, and where two keys contradict each other.
     """
-    values = dict(config)
+    values = copy.deepcopy(dict(config))
     lines = [*_numbers(values), *_rope(values), *_no_tokens(values)]
     if moved := generation_settings(values):
         values = {name: value for name, value in values.items() if name not in moved}
@@ -82,25 +83,13 @@ def generation_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def _numbers(values: dict[str, Any]) -> Iterator[str]:
     """Replace numbers that are written as text; yields a line for each."""
-    rope = [values[name] for name in ("rope_parameters", "rope_scaling") if name in values]
-    for table in (values, *(part for part in rope if isinstance(part, dict))):
+    nested = (values.get("rope_parameters"), values.get("rope_scaling"))
+    for table in (values, *(part for part in nested if isinstance(part, dict))):
         for name, value in list(table.items()):
-            number = _number(value) if name not in _NO_NUMBERS else None
+            number = None if name in _NO_NUMBERS else _number(value)
             if number is not None:
-                # A nested table is replaced, not changed: the caller keeps what it gave.
-                table = _with(values, table, name, number)
+                table[name] = number
                 yield f'{name} is the text "{value}": read as the number {number}'
-
-
-def _with(values: dict[str, Any], table: dict[str, Any], name: str, number: Any) -> dict[str, Any]:
-    if table is values:
-        values[name] = number
-        return values
-    changed = {**table, name: number}
-    for key in ("rope_parameters", "rope_scaling"):
-        if values.get(key) is table:
-            values[key] = changed
-    return changed
 
 
 def _number(value: Any) -> int | float | None:

@@ -52,9 +52,7 @@ def ignored_files(folder: Path) -> list[str]:
     """The weights and the index in `folder` that are not read because others are."""
     read = weight_files(folder)
     index = [INDEX_FILE] * (folder / INDEX_FILE).is_file()
-    return [
-        name for name in (*index, *(p.name for p in _safetensors(folder))) if name not in read
-    ]
+    return [name for name in (*index, *(p.name for p in _safetensors(folder))) if name not in read]
 
 
 def weight_map(index: Path) -> dict[str, str]:

@@ -12,6 +12,8 @@ from stages.run.layout import TOKENIZER_FILES
 from stages.text.tokens import TextTokenizer
 
 _MOST_IDS = 2**24  # in a vocabulary; the largest today have 2**18
+_PLAIN = ("vocab.json", "vocab.txt")  # vocabularies that transformers reads by itself
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _REMEDY = "Name a model whose folder has tokenizer.json"
 
 
@@ -36,10 +38,15 @@ def find_tokenizer(model: str, revision: str = "") -> TextTokenizer:
 
 def _converted(model: str, folder: Path) -> TextTokenizer:
     files = {path.name for path in folder.iterdir()}
-    only_sentencepiece = "tokenizer.model" in files and "vocab.json" not in files
-    if only_sentencepiece and importlib.util.find_spec("sentencepiece") is None:
+    if not files & {*_PLAIN, *_SENTENCEPIECE}:
         raise InputError(
-            f"MODEL_ID={model}: its tokenizer is only a tokenizer.model, whose conversion needs "
+            f"MODEL_ID={model}: it has no tokenizer.json, and nothing to make one of "
+            f"({', '.join((*_PLAIN, *_SENTENCEPIECE))}). {_REMEDY}."
+        )
+    if not files & {*_PLAIN} and importlib.util.find_spec("sentencepiece") is None:
+        only = min(files & {*_SENTENCEPIECE})
+        raise InputError(
+            f"MODEL_ID={model}: its tokenizer is only a {only}, whose conversion needs "
             f"the package sentencepiece, which is not installed. {_REMEDY}, or convert it once "
             "where sentencepiece and transformers are: "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
@@ -54,7 +61,7 @@ def _converted(model: str, folder: Path) -> TextTokenizer:
             return TextTokenizer.load(Path(converted))
         # The converters of transformers raise anything for files that are not what they expect.
         except Exception as error:
-            lines = [line for line in str(error).splitlines() if line.strip(" ()")]
+            lines = [line.strip() for line in str(error).splitlines() if line.strip(" ()")]
             reason = lines[0] if lines else type(error).__name__  # the rest is advice
             raise InputError(
                 f"MODEL_ID={model}: its files give no tokenizer ({reason}). {_REMEDY}."

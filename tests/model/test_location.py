@@ -33,7 +33,9 @@ def test_a_run_is_not_trained_from_its_own_output(outputs: Path, model: str) -> 
     assert not (outputs / "a/train").exists()
 
 
-@pytest.mark.parametrize("model", ["outputs/a2/consolidate", "outputs", "owner/name", "\0", "nowhere"])
+@pytest.mark.parametrize(
+    "model", ["outputs/a2/consolidate", "outputs", "owner/name", "\0", "nowhere"]
+)
 def test_another_runs_output_is_a_base_like_any_other(outputs: Path, model: str) -> None:
     assert own_output_problems(model, Path("outputs/a")) == []
 

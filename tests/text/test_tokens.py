@@ -252,6 +252,30 @@ def test_a_model_without_tokenizer_json_is_converted(folders, tmp_path):
     assert tokenizer.decode(tokenizer.encode_prompt("the cat sat")) == "the cat sat"
 
 
+def test_a_tokenizer_model_alone_is_refused_with_the_reason_and_a_remedy(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"sentencepiece")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"only a tokenizer\.model.*sentencepiece.*convert it"):
+        find_tokenizer(str(tmp_path))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(InputError, match=r"no tokenizer\.json, and nothing to make one of"):
+        find_tokenizer(str(tmp_path))
+
+
+def test_why_files_give_no_tokenizer_is_never_left_empty(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("\n()")
+
+    (tmp_path / "vocab.json").write_text("{}")
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(InputError, match=r"give no tokenizer \(ValueError\)\. Name a model"):
+        find_tokenizer(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "settings_of, message",
     [
