@@ -2,7 +2,7 @@
 
 python -m stages.doctor        exit status 1 when a stage could not run
 
-Changes no file and fetches only the model's config.json. Each backend has a `doctor` module
+Changes no file and fetches only the model's configs. Each backend has a `doctor` module
 with its requirements.
 """
 

@@ -166,7 +166,12 @@ def pretrained_config(folder: Path) -> Any:
     except Exception as error:  # transformers' constructors raise anything for bad values
         reason = str(error).partition("\n")[0] if isinstance(error, ValueError) else repr(error)
         raise StageFailure(f"{path} cannot be used: {reason}") from error
-    if problems := list(_count_problems(config)):
+    problems = list(_count_problems(config))
+    partial = "partial_rotary_factor"
+    if partial in unused_keys(config, values):
+        # The architecture ignores it, but the function that makes RoPE's table does not.
+        problems.append(f"{partial} is {values[partial]!r}, and a {kind} turns whole heads")
+    if problems:
         raise StageFailure(f"{path} cannot be used: {'; '.join(problems)}.")
     return config
 

@@ -10,7 +10,7 @@ from typing import Any
 from stages.model.config import generation_config, translated_config
 from stages.model.files import CONFIG_FILES
 from stages.model.location import local_model
-from stages.run.errors import StageFailure
+from stages.run.errors import InputError, StageFailure
 from stages.run.layout import CONFIG_FILE, GENERATION_CONFIG_FILE, PROMPT_FILE
 from stages.run.settings import Settings
 from stages.text.tokens import TextTokenizer
@@ -18,17 +18,17 @@ from stages.text.tokens import TextTokenizer
 
 def model_notes(settings: Settings, tokenizer: TextTokenizer) -> list[str]:
     """The lines for MODEL_ID; fetches its configs where it is on the Hub. A config.json that cannot
-    be read is left to the stage that needs it."""
-    folder = local_model(settings.model_id)
-    if folder is None:
-        from stages.model.hub import download_files
-
-        folder = download_files(settings.model_id, settings.model_revision, CONFIG_FILES)
+    be had or read is left to the stage that needs it."""
     try:
+        folder = local_model(settings.model_id)
+        if folder is None:
+            from stages.model.hub import download_files
+
+            folder = download_files(settings.model_id, settings.model_revision, CONFIG_FILES)
         _, changes = translated_config(folder)
         lines = [f"{CONFIG_FILE}, {change}." for change in changes]
         lines += published_notes(folder, tokenizer)
-    except StageFailure:
+    except (InputError, StageFailure):
         return []
     return [f"note: MODEL_ID={settings.model_id}: {line}" for line in lines]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,6 +13,7 @@ from stages.run.layout import TOKENIZER_FILES
 from stages.text.tokens import TextTokenizer
 
 _MOST_IDS = 2**24  # in a vocabulary; the largest today have 2**18
+_CONFIG = "tokenizer_config.json"
 _PLAIN = ("vocab.json", "vocab.txt")  # vocabularies that transformers reads by itself
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _REMEDY = "Name a model whose folder has tokenizer.json"
@@ -33,7 +35,28 @@ def find_tokenizer(model: str, revision: str = "") -> TextTokenizer:
             f"MODEL_ID={model}: its tokenizer.json has ids up to "
             f"{tokenizer.vocab_size - 1:,}. Name another model."
         )
+    if changes := _translate(tokenizer.files):
+        print(
+            f"note: MODEL_ID={model}: transformers 5 wrote its tokenizer_config.json, which "
+            f"version 4 does not load. It is published so that both do: {', '.join(changes)}.",
+            flush=True,
+        )
     return tokenizer
+
+
+def _translate(files: dict[str, bytes]) -> list[str]:
+    """Give tokenizer_config.json the names of transformers 4, which version 5 reads too; returns
+    the changes. `load` has read the file, so it is a JSON object."""
+    config, changes = json.loads(files.get(_CONFIG, b"{}")), []
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        changes.append("tokenizer_class PreTrainedTokenizerFast")
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        changes.append("additional_special_tokens")
+    if changes:
+        files[_CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return changes
 
 
 def _converted(model: str, folder: Path) -> TextTokenizer:

@@ -36,7 +36,7 @@ class TextTokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: dict[str, Any], files: dict[str, bytes]):
-        self._tokenizer, self._files = tokenizer, files
+        self._tokenizer, self.files = tokenizer, files
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # means: encode their spellings as plain text
@@ -109,10 +109,10 @@ class TextTokenizer:
             raise InputError(f"{folder}: {error}") from None
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files, byte for byte as they were loaded, so that `load` and
-        AutoTokenizer read them there."""
+        """Write `files`, which are those that were loaded, so that `load` and AutoTokenizer read
+        them there."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self._files.items():
+        for name, content in self.files.items():
             (folder / name).write_bytes(content)
 
     @property

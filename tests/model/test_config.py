@@ -168,6 +168,17 @@ def test_every_key_that_the_architecture_does_not_use_is_named(
     assert note == f"config.json, {', '.join(sorted(names))}: not used by a llama."
 
 
+def test_rope_for_a_part_of_each_head_is_refused_where_the_architecture_has_none(
+    folder: Path,
+) -> None:
+    rope = {"rope_type": "default", "partial_rotary_factor": 0.5}
+    write(folder, version_5(1e4, rope, **version_4(folder)))
+    with pytest.raises(StageFailure, match=r"partial_rotary_factor is 0\.5, and a llama"):
+        pretrained_config(folder)
+    write(folder, version_5(1e4, {**rope, "partial_rotary_factor": 1.0}, **version_4(folder)))
+    assert len(config_notes(folder)) <= 1
+
+
 def test_the_keys_of_generation_are_those_of_transformers() -> None:
     assert set(GENERATION_KEYS) == set(LlamaConfig()._get_global_generation_defaults())
 

@@ -18,6 +18,7 @@ from stages.text.find_tokenizer import find_tokenizer
 from stages.text.prompt import PromptTemplate
 from stages.text.tokens import TextTokenizer
 from tests.text.conftest import KINDS
+from tests.text.tokenizer_kinds import llama3
 from tests.torture.plugin import examples
 
 TEMPLATE = PromptTemplate()
@@ -250,6 +251,24 @@ def test_a_model_without_tokenizer_json_is_converted(folders, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     tokenizer = find_tokenizer(str(tmp_path))
     assert tokenizer.decode(tokenizer.encode_prompt("the cat sat")) == "the cat sat"
+
+
+def test_a_tokenizer_that_transformers_5_saved_is_published_so_that_version_4_loads_it(
+    tmp_path, capsys
+):
+    from transformers import AutoTokenizer
+
+    llama3(tmp_path / "model")
+    config = tmp_path / "model" / "tokenizer_config.json"
+    of_5 = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<|end_of_text|>"]}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **of_5}))
+    tokenizer = find_tokenizer(str(tmp_path / "model"))
+    assert "transformers 5 wrote" in capsys.readouterr().out
+    tokenizer.save(tmp_path / "saved")
+    published = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert published.eos_token_id == tokenizer.eos
+    assert published("Why?").input_ids == tokenizer.encode_prompt("Why?")
+    assert published.additional_special_tokens == ["<|end_of_text|>"]
 
 
 def test_a_tokenizer_model_alone_is_refused_with_the_reason_and_a_remedy(tmp_path, monkeypatch):
