@@ -8,14 +8,14 @@ checked by the first stage that has it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from stages.model.config import translated_config
 from stages.model.fit import raw_config
 from stages.run.backend import backend_module
-from stages.run.errors import InputError, refuse
+from stages.run.errors import InputError, StageFailure, refuse
 from stages.run.layout import CONFIG_FILE
 from stages.run.setting import STAGES
 from stages.run.settings import Settings
@@ -58,11 +58,16 @@ def machine_problems(settings: Settings, stages: Collection[str]) -> list[str]:
 
 
 def local_config(model: str) -> Any | None:
-    """config.json in the folder `model`, None where there is none that can be read."""
-    try:
-        return raw_config(json.loads((Path(model) / CONFIG_FILE).read_bytes()))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    """The values of config.json in the folder `model` as attributes, None where there is none.
+
+    Raises InputError for one that cannot be read, or means two things.
+    """
+    if not (Path(model) / CONFIG_FILE).is_file():
         return None
+    try:
+        return raw_config(translated_config(Path(model))[0])
+    except StageFailure as failure:
+        raise InputError(f"MODEL_ID={model}: {failure}") from failure
 
 
 def require(settings: Settings, stage: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from stages.run.backend import backend_module
 from stages.run.cli import stage_command
 from stages.run.errors import StageFailure
+from stages.run.json_file import write_json
 from stages.run.layout import GENERATION_CONFIG_FILE, PROMPT_FILE, SHARDS_FOLDER, TOKENIZER_FOLDER
 from stages.run.manifest import file_problems, manifest_of, manifest_problem
 from stages.run.progress import show_size
@@ -41,16 +42,27 @@ def join(settings: Settings, train: Path, work: Path) -> StageResult:
     is not published."""
     from stages.model.base import base_model_folder
     from stages.model.check import check_model_folder, pretrained_config, tied_weights
+    from stages.model.config import generation_config
+    from stages.model.notes import published_notes
+    from stages.text.tokens import TextTokenizer
 
     shards = published_shards(train)
     backend = backend_module("consolidate", settings)
     shutil.copytree(train / TOKENIZER_FOLDER, work, dirs_exist_ok=True)
-    for name in (PROMPT_FILE, GENERATION_CONFIG_FILE):
-        if (train / name).is_file():
-            shutil.copyfile(train / name, work / name)
+    shutil.copyfile(train / PROMPT_FILE, work / PROMPT_FILE)
     config = pretrained_config(train)
     config.dtype = "bfloat16" if settings.bf16 else "float32"
+    tokenizer = TextTokenizer.load(train / TOKENIZER_FOLDER)
+    # The one that the documents ended with: generation stops where eval stops.
+    config.eos_token_id = tokenizer.eos
     config.save_pretrained(work)
+    if (train / GENERATION_CONFIG_FILE).is_file():
+        write_json(
+            work / GENERATION_CONFIG_FILE,
+            {**generation_config(train), "eos_token_id": tokenizer.eos},
+        )
+    for line in published_notes(train, tokenizer):
+        print(f"note: {line}", flush=True)
     try:
         joined = backend.consolidate(
             train / SHARDS_FOLDER,

@@ -28,16 +28,19 @@ def main(settings: Settings, output: Path) -> None:
 
 def pack(settings: Settings, work: Path) -> StageResult:
     """Read, tokenise, split and pack DATASET into `work`; print the accounts and a sample."""
+    from stages.model.notes import model_notes
     from stages.text.answer import encode_questions
     from stages.text.dataset import Layout, build
     from stages.text.examples import Columns, read_examples
+    from stages.text.find_tokenizer import find_tokenizer
     from stages.text.prompt import PromptTemplate
     from stages.text.questions import read_questions
-    from stages.text.tokens import find_tokenizer
 
     s = settings
     require(s, "data")
     template, tokenizer = PromptTemplate(), find_tokenizer(s.model_id, s.model_revision)
+    for line in model_notes(s, tokenizer):
+        print(line, flush=True)
     # eval's prompts are checked now, not after the training is paid for.
     encode_questions(read_questions(s).questions, tokenizer, template, s.inference_sequence_length)
     columns = Columns(s.instruction_column, s.context_column, s.response_column)

@@ -2,7 +2,7 @@
 
 python -m stages.doctor        exit status 1 when a stage could not run
 
-Changes no file and fetches only the model's config.json. Each backend has a `doctor` module
+Changes no file and fetches only the model's configs. Each backend has a `doctor` module
 with its requirements.
 """
 
@@ -23,15 +23,15 @@ os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
 os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "5")
 
 from stages.checks import local_config, machine_problems, problems
-from stages.model.base import base_config, config_folder
+from stages.model.base import base_config, config_folder, config_notes
 from stages.model.hub import from_hub
-from stages.model.location import local_model, local_path
+from stages.model.location import local_model, local_path, own_output_problems
 from stages.model.size import bytes_written, parameters
 from stages.run.backend import backend_module, choose
 from stages.run.check_result import FAIL, Check, CheckResult, fail, folder_result, note
 from stages.run.cost import hourly_price, instance_type
 from stages.run.disk import REMEDY, free_space
-from stages.run.errors import InputError
+from stages.run.errors import InputError, StageFailure
 from stages.run.progress import show_size
 from stages.run.provenance import REQUIREMENTS, installed_version, pinned_versions
 from stages.run.setting import STAGES
@@ -157,9 +157,14 @@ def memory(settings: Settings) -> Iterator[CheckResult]:
 def model_source(settings: Settings) -> Iterator[CheckResult]:
     try:
         base_config(settings)
-    except InputError as error:
+        notes = config_notes(config_folder(settings.model_id, settings.model_revision))
+    except (InputError, StageFailure) as error:
         yield fail("MODEL_ID", str(error).removeprefix("MODEL_ID="))
         return
+    yield from (note("MODEL_ID", text) for text in notes)
+    if run := os.environ.get("RUN"):
+        for problem in own_output_problems(settings.model_id, OUTPUTS / run):
+            yield fail("MODEL_ID", problem.removeprefix("MODEL_ID="))
     name, folder = settings.model_id, local_model(settings.model_id)
     if folder is None:
         yield CheckResult("MODEL_ID", f"{name} at {settings.model_revision}, {_hub()}")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from stages.model.location import own_output_problems
 from stages.run.errors import InputError
 from stages.run.layout import SHARDS_FOLDER
 from stages.run.manifest import manifest_of
@@ -77,7 +78,10 @@ def foreseen(settings: Settings, stages: set[str]) -> list[str]:
         return []
     from stages.checks import local_config, machine_problems, problems  # a no-op needs none of it
 
-    config = local_config(settings.model_id)
+    try:
+        config = local_config(settings.model_id)
+    except InputError as error:
+        return error.problems
     return [*problems(settings, config, stages), *machine_problems(settings, stages)]
 
 
@@ -162,6 +166,8 @@ def main(run_folder: str, *words: str) -> None:
         settings = Settings.read()
     except InputError as error:
         refuse(found + error.problems)
+    if "--answer" not in flags:  # an answer needs no base model
+        found += own_output_problems(settings.model_id, Path(run_folder))
     refuse(found)
     try:
         stale = stale_stages(graph, Path(run_folder), settings)

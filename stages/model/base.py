@@ -7,14 +7,31 @@ only the tensors.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stages.model.check import base_model_problems, pretrained_config, tied_weights
-from stages.model.from_pickles import PICKLE_INDEX, content_of, convert, pickled_files
+from stages.model.check import (
+    base_model_problems,
+    pretrained_config,
+    tied_weights,
+    unused_keys,
+)
+from stages.model.config import generation_config, generation_settings, translated_config
+from stages.model.files import (
+    CONFIG_FILES,
+    INDEX_FILE,
+    PICKLE_INDEX,
+    SINGLE_FILE,
+    ignored_files,
+    weight_files,
+    weight_map,
+)
+from stages.model.from_pickles import content_of, convert, pickled_files
 from stages.model.hub import download_files
 from stages.model.location import local_model
 from stages.run.disk import disk_guard
@@ -32,7 +49,6 @@ from stages.run.settings import Settings
 
 # Base models that this module creates, random or from pickles. All runs share them.
 MADE_MODELS = Path("outputs/.cache/models")
-CONFIG_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE)
 
 
 def base_config(settings: Settings) -> Any:
@@ -46,28 +62,49 @@ def base_config(settings: Settings) -> Any:
 
 
 def config_folder(model: str, revision: str) -> Path:
-    """A local folder with the model's config.json, which is downloaded from the Hub if needed."""
-    return local_model(model) or download_files(model, revision, (CONFIG_FILE,))
+    """A local folder with the model's configs, which are downloaded from the Hub if needed."""
+    return local_model(model) or download_files(model, revision, CONFIG_FILES)
+
+
+def config_notes(folder: Path) -> list[str]:
+    """A line for each thing in `folder`'s config.json that is read in another way than it is
+    written, or not at all. Raises StageFailure where one of its configs cannot be used."""
+    config = pretrained_config(folder)
+    if (folder / GENERATION_CONFIG_FILE).is_file():
+        generation_config(folder)
+    values, lines = translated_config(folder)
+    if unused := unused_keys(config, values):
+        lines.append(f"{', '.join(unused)}: not used by a {config.model_type}")
+    return [f"config.json, {line}." for line in lines]
 
 
 def base_model_folder(settings: Settings) -> Path:
     """A local folder with config.json and the base model's safetensors, downloaded or created if it
-    does not exist yet.
+    does not exist yet. It has only what is read, under names and keys with one meaning.
 
     Raises InputError for weights that are missing, damaged, pickles, or not those of the model that
     config.json describes.
     """
+    base_config(settings)  # raises before gigabytes of weights are downloaded
+    try:
+        for note in config_notes(config_folder(settings.model_id, settings.model_revision)):
+            _say(f"MODEL_ID={settings.model_id}: {note}")
+    except StageFailure as failure:
+        raise InputError(f"MODEL_ID={settings.model_id}: {failure}") from failure
     if settings.init_weights == "random":
         return _random_model(settings)
-    base_config(settings)  # raises before gigabytes of weights are downloaded
-    folder = local_model(settings.model_id) or download_files(
-        settings.model_id, settings.model_revision, ("*.json", "*.safetensors")
-    )
-    if not any(folder.glob("*.safetensors")):
+    folder = local_model(settings.model_id) or _fetched(settings)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if not any(folder.glob("*.safetensors")) and not is_adapter:
         folder = _from_pickles(settings, folder)
     if problems := base_model_problems(folder):
         raise InputError(f"MODEL_ID={settings.model_id}: {problem}" for problem in problems)
-    return folder
+    if ignored := ignored_files(folder):
+        _say(
+            f"MODEL_ID={settings.model_id}: {', '.join(ignored)}: not read; the weights are in "
+            f"{weight_files(folder)[0]}."
+        )
+    return _as_read(folder)
 
 
 def copy_config(base: Path, data: Path, output: Path) -> None:
@@ -78,6 +115,55 @@ def copy_config(base: Path, data: Path, output: Path) -> None:
             shutil.copyfile(base / name, output / name)
     shutil.copytree(data / TOKENIZER_FOLDER, output / TOKENIZER_FOLDER, dirs_exist_ok=True)
     shutil.copyfile(data / PROMPT_FILE, output / PROMPT_FILE)
+
+
+def _fetched(settings: Settings) -> Path:
+    """The model's folder in the Hub's cache, with the weights that loaders look for and no second
+    copy of them."""
+    model, revision = settings.model_id, settings.model_revision
+    folder = download_files(model, revision, ("*.json",))
+    names = {SINGLE_FILE}
+    if (folder / INDEX_FILE).is_file():
+        try:
+            names = {*weight_map(folder / INDEX_FILE).values()}
+        except ValueError as error:
+            raise InputError(f"MODEL_ID={model}: {error}") from error
+    folder = download_files(model, revision, ("*.json", *sorted(names)))
+    if not all((folder / name).exists() for name in names):  # an index that was left behind
+        folder = download_files(model, revision, ("*.json", SINGLE_FILE))
+    return folder
+
+
+def _as_read(folder: Path) -> Path:
+    """`folder`, or where it has more than is read, or a config.json that says it in other words: a
+    folder with links to what is read, which no library can understand otherwise."""
+    values, changes = translated_config(folder)
+    if not changes and not ignored_files(folder):
+        return folder
+    original = json.loads((folder / CONFIG_FILE).read_bytes())
+    generation = generation_settings(original)
+    if {"temperature", "top_k", "top_p"} & generation.keys():
+        generation.setdefault("do_sample", True)  # what they are for
+    names = weight_files(folder)
+    if (folder / GENERATION_CONFIG_FILE).is_file():
+        names, generation = [*names, GENERATION_CONFIG_FILE], {}
+    key = json.dumps([str(folder.resolve()), original, values, names])
+
+    def write(output: Path) -> None:
+        (output / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        if generation:
+            text = json.dumps(generation, indent=2) + "\n"
+            (output / GENERATION_CONFIG_FILE).write_text(text, encoding="utf-8")
+        for name in names:
+            (output / name).symlink_to((folder / name).resolve())
+
+    return _create_once(hashlib.sha256(key.encode()).hexdigest(), "base model", write)
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Print a line, once a process."""
+    print(f"note: {line}", flush=True)
 
 
 def _from_pickles(settings: Settings, folder: Path) -> Path:
@@ -144,6 +230,8 @@ def _create_once(digest: str, name: str, write: Callable[[Path], None]) -> Path:
             with written_whole(folder) as writing:
                 write(writing)
                 for weights in writing.glob("*.safetensors"):
+                    if weights.is_symlink():
+                        continue
                     # safetensors writes files that only the owner can read.
                     shutil.copymode(writing / CONFIG_FILE, weights)
     return folder

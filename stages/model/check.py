@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.model.headers import listed, read_headers
-from stages.model.weights import FLOATING, INDEX_FILE, TensorSpec
+from stages.model.config import translated_config
+from stages.model.files import INDEX_FILE, listed, weight_files
+from stages.model.headers import read_headers
+from stages.model.weights import FLOATING, TensorSpec
 from stages.run.errors import StageFailure
 from stages.run.layout import CONFIG_FILE
 
@@ -34,6 +36,8 @@ COUNTS = (
     *("head_dim", "max_position_embeddings"),
 )
 MOST_LAYERS = 1000  # the modules of each layer are created, on the meta device too
+# Keys that tools leave in config.json about the file, and a former name of dtype.
+NOT_OF_THE_MODEL = ("_name_or_path", "_commit_hash", "_attn_implementation_autoset", "torch_dtype")
 # Llama 2's published weights hold this table, which no model reads: transformers ignores it too.
 NOT_A_WEIGHT = ".rotary_emb.inv_freq"
 
@@ -90,7 +94,7 @@ def base_model_problems(folder: Path) -> list[str]:
             f"{folder} has an adapter_config.json: loaders would treat it as an adapter of "
             "another model. Merge it, or remove the file."
         ]
-    headers = read_headers(folder)
+    headers = read_headers(folder, weight_files(folder))
     if headers.problems:
         return headers.problems
     try:
@@ -139,32 +143,45 @@ def untied(name: str, kept: str) -> StageFailure:
 
 
 def pretrained_config(folder: Path) -> Any:
-    """The `PretrainedConfig` in `folder`. Raises StageFailure where there is no valid one."""
-    from transformers import CONFIG_MAPPING, AutoConfig
+    """The `PretrainedConfig` in `folder`, whichever version of transformers wrote it. Raises
+    StageFailure where there is no valid one."""
+    from transformers import CONFIG_MAPPING
 
     path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise StageFailure(
-            f"{folder} has no config.json, which describes the weights. Name a "
-            "complete model folder."
-        )
+    values, _ = translated_config(folder)
     try:
-        described = json.loads(path.read_bytes())
-        kind = described["model_type"]
-        if kind not in CONFIG_MAPPING and "auto_map" in described:
-            raise StageFailure(
-                f"{path}: {kind!r} is a model with code of its own (auto_map), which is never "
-                "run. Choose another model."
+        kind = values["model_type"]
+        if kind not in CONFIG_MAPPING:
+            reason = (
+                "a model with code of its own (auto_map), which is never run"
+                if "auto_map" in values
+                else "not a model that the installed transformers knows"
             )
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            raise StageFailure(
+                f"{path} cannot be used: {kind!r} is {reason}. Choose another model."
+            )
+        config = CONFIG_MAPPING[kind].from_dict(values)
     except StageFailure:
         raise
     except Exception as error:  # transformers' constructors raise anything for bad values
         reason = str(error).partition("\n")[0] if isinstance(error, ValueError) else repr(error)
         raise StageFailure(f"{path} cannot be used: {reason}") from error
-    if problems := list(_count_problems(config)):
+    problems = list(_count_problems(config))
+    partial = "partial_rotary_factor"
+    if partial in unused_keys(config, values):
+        # The architecture ignores it, but the function that makes RoPE's table does not.
+        problems.append(f"{partial} is {values[partial]!r}, and a {kind} turns whole heads")
+    if problems:
         raise StageFailure(f"{path} cannot be used: {'; '.join(problems)}.")
     return config
+
+
+def unused_keys(config: Any, values: dict[str, Any]) -> list[str]:
+    """The keys of a config.json (`values`) that `config`, made from it, has no use for: the
+    architecture does not know them, so they change nothing."""
+    kind = type(config)
+    known = {*kind().to_dict(), *kind.attribute_map, *NOT_OF_THE_MODEL}
+    return [name for name in values if name not in known]
 
 
 def described_model(folder: Path) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.model.headers import weight_map
+from stages.model.files import PICKLE_INDEX, weight_map
 from stages.model.weights import DTYPES, TensorSpec, write_safetensors
 from stages.run.digests import combine, file_digest
 from stages.run.errors import StageFailure
@@ -23,7 +23,6 @@ from stages.run.layout import PICKLED_WEIGHTS
 if TYPE_CHECKING:
     import torch
 
-PICKLE_INDEX = "pytorch_model.bin.index.json"
 MAX_SHARD_SIZE = 5 * 10**9
 
 

@@ -8,14 +8,12 @@ are.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.model.weights import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, TensorSpec
-
-NAMES_SHOWN = 5
+from stages.model.files import INDEX_FILE, SINGLE_FILE, listed, weight_map
+from stages.model.weights import DTYPE_NAMES, TensorSpec
 
 
 @dataclass
@@ -27,21 +25,18 @@ class Headers:
     problems: list[str] = field(default_factory=list)
 
 
-def read_headers(folder: Path) -> Headers:
-    """The headers of all safetensors files in `folder`, compared with its index."""
-    headers = Headers()
-    for path in sorted(folder.glob("*.safetensors")):
-        headers.problems += _read_header(path, headers)
+def read_headers(folder: Path, names: Iterable[str] | None = None) -> Headers:
+    """The headers of safetensors files in `folder`, compared with its index: those that `names`
+    has, as `weight_files` gives them, or all."""
+    if names is None:
+        names = [path.name for path in folder.glob("*.safetensors")]
+        names += [INDEX_FILE] * (folder / INDEX_FILE).exists()
+    names, headers = {*names}, Headers()
+    for name in sorted(names - {INDEX_FILE}):
+        headers.problems += _read_header(folder / name, headers)
     if not headers.problems:
-        headers.problems += _index_problems(folder, headers)
+        headers.problems += _index_problems(folder, headers, INDEX_FILE in names)
     return headers
-
-
-def listed(kind: str, items: Iterable[str]) -> list[str]:
-    """One line, `kind (count): first, second, ...`, or none where there are no items."""
-    names = list(items)
-    more = f", and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return [f"{kind} ({len(names)}): {', '.join(names[:NAMES_SHOWN])}{more}"] if names else []
 
 
 def _read_header(path: Path, headers: Headers) -> Iterator[str]:
@@ -72,9 +67,9 @@ def _read_header(path: Path, headers: Headers) -> Iterator[str]:
     yield from listed(f"{path}: of a dtype that is not supported", unknown)
 
 
-def _index_problems(folder: Path, headers: Headers) -> Iterator[str]:
+def _index_problems(folder: Path, headers: Headers, has_index: bool) -> Iterator[str]:
     path = folder / INDEX_FILE
-    if not path.exists():
+    if not has_index:
         files = set(headers.files.values())
         if files != {SINGLE_FILE}:
             yield (
@@ -96,24 +91,3 @@ def _index_problems(folder: Path, headers: Headers) -> Iterator[str]:
         yield "\n".join(
             [f"{path} does not match the files next to it.", *listed("misplaced", misplaced)]
         )
-
-
-def weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file, from an index. Raises ValueError where it is not an index or names a file
-    outside its folder."""
-    try:
-        content = json.loads(index.read_bytes())["weight_map"]
-        files = {str(name): str(file) for name, file in content.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is not an index of weights: {error!r}.") from None
-    outside = sorted({file for file in files.values() if Path(file).name != file})
-    if outside:
-        raise ValueError(
-            "\n".join(
-                [
-                    f"{index} names files outside its folder, which are not opened.",
-                    *listed("files", outside),
-                ]
-            )
-        )
-    return files

@@ -36,3 +36,15 @@ def local_model(model: str) -> Path | None:
         problem = "is not a folder" if path.exists() else "is a broken link"
         raise InputError(f"MODEL_ID={model} {problem}. Name {kind}, or OWNER/NAME on the Hub.")
     return path
+
+
+def own_output_problems(model: str, run_folder: Path) -> list[str]:
+    """A message when MODEL_ID is what the run in `run_folder` itself publishes: each make would
+    train again, from its own last output, and overwrite what it began from."""
+    run, base = os.path.realpath(run_folder), os.path.realpath(model.replace("\0", ""))
+    if not os.path.lexists(model) or os.path.commonpath([run, base]) != run:
+        return []
+    return [
+        f"MODEL_ID={model} is inside {run_folder}, which this run overwrites. Set another RUN to "
+        "train it further."
+    ]

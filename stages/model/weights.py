@@ -23,15 +23,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.model.files import INDEX_FILE as INDEX_FILE
+from stages.model.files import SINGLE_FILE as SINGLE_FILE
 from stages.run.disk import disk_guard
 from stages.run.errors import StageFailure
 from stages.run.progress import Progress
 
 if TYPE_CHECKING:
     import torch
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 # torch's name of a dtype -> safetensors' code for it and the bytes of one element.
 DTYPES = {

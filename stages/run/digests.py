@@ -7,7 +7,7 @@ a file is read again. Standard library only.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 
@@ -32,16 +32,18 @@ def files_below(path: Path, patterns: tuple[str, ...] = ("*",)) -> Iterator[Path
             yield file
 
 
-def content_digest(path: Path, patterns: tuple[str, ...] = ("*",)) -> str:
-    """One SHA-256 for a file's content, or for the names and contents of a folder's files."""
-    return combine({_name(file, path): file_digest(file) for file in files_below(path, patterns)})
+def content_digest(path: Path, files: Iterable[Path] | None = None) -> str:
+    """One SHA-256 for a file's content, or for the names and contents of a folder's `files`: all
+    below it where none are given."""
+    files = files_below(path) if files is None else files
+    return combine({_name(file, path): file_digest(file) for file in files})
 
 
-def signature(path: Path, patterns: tuple[str, ...] = ("*",)) -> str:
-    """A digest of sizes, times and inodes: it changes whenever the content does, and sometimes when
-    it does not. Costs a stat per file."""
+def signature(path: Path, files: Iterable[Path] | None = None) -> str:
+    """A digest of sizes, times and inodes of the same files: it changes whenever their content
+    does, and sometimes when it does not. Costs a stat per file."""
     lines = []
-    for file in files_below(path, patterns):
+    for file in files_below(path) if files is None else files:
         s = file.stat()
         lines.append(f"{_name(file, path)} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

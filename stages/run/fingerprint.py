@@ -31,7 +31,7 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.run.manifest",
         "stages.run.provenance",
         "stages.run.publish",
-        # Processes, the terminal, errors and cost.
+        # Processes, the terminal, what is said and refused, errors and cost.
         "stages.checks",
         "stages.backends.neuron.check",
         "stages.backends.neuron.parallel_sizes",
@@ -46,6 +46,7 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.run.guard",
         "stages.run.launch",
         "stages.run.progress",
+        "stages.model.notes",
         # Programs that run no stage, and what only mypy reads.
         "stages.backends.conformance",
         "stages.backends.neuron.cache_cli",

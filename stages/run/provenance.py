@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from stages.model.files import model_files
 from stages.run import digests
 from stages.run.backend import find_backend
 from stages.run.fingerprint import ROOT, code_of, raw_digest
-from stages.run.layout import CONFIG_FILE, PICKLED_WEIGHTS, TOKENIZER_FILES
+from stages.run.layout import CONFIG_FILE, TOKENIZER_FILES
 from stages.run.manifest import file_problems, manifest_of, manifest_problem
 from stages.run.settings import Settings
 
@@ -39,7 +40,9 @@ NEURON_LIBRARIES = {
     "compile-inference": ("neuronx-cc", "optimum-neuron"),
     "eval": ("optimum-neuron",),
 }
-# The part of a model folder that a stage reads; the others read weights and configs.
+# The part of a model folder that a stage reads; the others read weights and configs. A manifest, a
+# prompt and checkpoints in it change nothing: a model that is made again with the same content is
+# the same model.
 MODEL_FILES = {
     "data": TOKENIZER_FILES,
     "precompile": (CONFIG_FILE,),
@@ -192,14 +195,17 @@ def _values(
         path = Path(str(values.get(name)))
         if name not in values or not path.exists():
             continue
-        patterns = (
-            MODEL_FILES.get(stage, ("*.json", "*.safetensors", PICKLED_WEIGHTS))
-            if name == "MODEL_ID"
-            else ("*",)
-        )
-        signatures[name] = digests.signature(path, patterns)
+        files = _model_files(stage, path) if name == "MODEL_ID" else None
+        signatures[name] = digests.signature(path, files)
         if signatures[name] == signatures_then.get(name) and name in values_then:
             values[name] = values_then[name]
         else:
-            values[name] = f"sha256:{digests.content_digest(path, patterns)}"
+            values[name] = f"sha256:{digests.content_digest(path, files)}"
     return values, signatures
+
+
+def _model_files(stage: str, folder: Path) -> list[Path]:
+    """The files of a model's folder that shape what `stage` publishes."""
+    if stage not in MODEL_FILES:
+        return model_files(folder)
+    return [folder / name for name in MODEL_FILES[stage] if (folder / name).is_file()]

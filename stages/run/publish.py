@@ -19,11 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stages.model.location import own_output_problems
 from stages.run import provenance
 from stages.run.backend import choose
 from stages.run.cost import cost_of
 from stages.run.digests import combine, file_digest
 from stages.run.disk import disk_guard, require_writable
+from stages.run.errors import InputError
 from stages.run.fsync import flush, fsync_tree, make_durable_folder
 from stages.run.json_file import write_json
 from stages.run.layout import MANIFEST_FILE
@@ -68,6 +70,10 @@ def publish(
     provenance is taken before the work starts: an edit during a long training is not recorded.
     """
     run_folder = output.parent
+    if "MODEL_ID" in settings.affecting(stage) and (
+        problems := own_output_problems(settings.model_id, run_folder)
+    ):
+        raise InputError(problems)
     require_writable(run_folder)
     with locked(run_folder, stage):
         _put_back(output)

@@ -54,12 +54,12 @@ class Answerer:
             if new is None:
                 break
             ids.append(new)
-            text = self.tokenizer.decode(ids)
+            text = self.tokenizer.decode_answer(ids)
             # A character of several bytes that is incomplete decodes as the replacement character.
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):
                 yield text[len(shown) :]
                 shown = text
-        yield self.tokenizer.decode(ids)[len(shown) :]
+        yield self.tokenizer.decode_answer(ids)[len(shown) :]
 
     def answers(self, questions: list[Question]) -> Iterator[Answer]:
         """The answers in order, INFERENCE_BATCH_SIZE questions at a time. Raises InputError, before
@@ -75,7 +75,7 @@ class Answerer:
                         answer_ids.append(new)
             for question, prompt, answer_ids in zip(group, prompts, ids, strict=True):
                 room = min(self.settings.max_new_tokens, self.model.sequence_length - len(prompt))
-                text = self.tokenizer.decode(answer_ids)
+                text = self.tokenizer.decode_answer(answer_ids)
                 yield Answer(
                     question.instruction,
                     question.context,

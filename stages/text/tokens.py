@@ -2,9 +2,9 @@
 
 `TextTokenizer.load(folder)` needs only the `tokenizers` package and takes milliseconds: the data
 stage saves the tokenizer's files next to its sequences, and every later stage reads them from
-there. `find_tokenizer` is for the data stage and also accepts a Hub id. Text never becomes a
-control token: "</s>" in an example is encoded as four characters, and only this module adds BOS and
-EOS.
+there. Text never becomes a control token: "</s>" in an example is encoded as four characters, and
+only this module adds BOS and EOS. One token may have several roles: EOS is BOS, UNK or PAD too in
+many models.
 """
 
 from __future__ import annotations
@@ -15,30 +15,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from stages.model.location import local_model
 from stages.run.errors import InputError
 from stages.run.layout import TOKENIZER_FILES
 
 # Texts to put before a continuation, so that it is not encoded as the start of a text. The first
 # one that shares no token with the continuation is used.
 _ANCHORS = ("\n", "a", ".", "0", " a", "\u4e2d")
-_MOST_IDS = 2**24  # in a vocabulary; the largest today have 2**18
 
 
 class TextTokenizer:
     """A model's tokenizer. A document's ids are `bos` + prompt + response + `eos`.
 
     `bos`: the ids that the tokenizer puts first, usually one or none. `eos`, `pad`: one
-    id each (`pad` is `eos` where the tokenizer has none). `controls`: ids that no text may produce.
+    id each (`pad` is `eos` where the tokenizer has none). `controls`: ids that no text may produce,
+    which UNK is only where it is BOS or EOS.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: dict[str, Any], files: dict[str, bytes]):
-        self._tokenizer, self._files = tokenizer, files
+        self._tokenizer, self.files = tokenizer, files
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # means: encode their spellings as plain text
@@ -59,7 +57,7 @@ class TextTokenizer:
             if token.special
         }
         unknown = self._token_id(settings, "unk_token")
-        self.controls = frozenset((special.keys() | {self.eos, *self.bos}) - {unknown})
+        self.controls = frozenset((special.keys() - {unknown}) | {self.eos, *self.bos})
         spellings = {id: tokenizer.id_to_token(id) for id in self.controls}
         if not all(spellings.values()):
             raise InputError(
@@ -72,6 +70,10 @@ class TextTokenizer:
         self._spelling = re.compile(
             "|".join(map(re.escape, sorted(spellings.values(), key=len, reverse=True)))
         )
+        self.has_chat_template = bool(
+            settings.get("chat_template") or "chat_template.jinja" in files
+        )
+        self._before_answer = self._reversible_anchor()
 
     @classmethod
     def load(cls, folder: Path) -> TextTokenizer:
@@ -107,16 +109,23 @@ class TextTokenizer:
             raise InputError(f"{folder}: {error}") from None
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files, byte for byte as they were loaded, so that `load` and
-        AutoTokenizer read them there."""
+        """Write `files`, which are those that were loaded, so that `load` and AutoTokenizer read
+        them there."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self._files.items():
+        for name, content in self.files.items():
             (folder / name).write_bytes(content)
 
     @property
     def vocab_size(self) -> int:
         """The least vocabulary that a model needs for every id of the tokenizer."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def spelling(self, id: int) -> str | None:
+        """The token of an id; None where the vocabulary has no such id."""
+        try:
+            return self._tokenizer.id_to_token(id)
+        except (TypeError, OverflowError):  # an id from a config, which may be anything
+            return None
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """BOS and the ids of a prompt: the start of a document in training, and the model's input
@@ -164,6 +173,15 @@ class TextTokenizer:
                 encoded.append(self._encode_as_text(response, continues=True))
         return encoded, split_again
 
+    def decode_answer(self, ids: Sequence[int]) -> str:
+        """The text of ids that continue a prompt: what `encode_responses` made them from.
+
+        The start of a text is decoded without its first space, so the ids are decoded after an
+        anchor, as they were encoded after the prompt's border, and the anchor is cut off.
+        """
+        anchor, before = self._before_answer
+        return self.decode([*before, *ids])[len(anchor) :]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without control tokens."""
         with _rust_errors("An answer cannot be decoded with this tokenizer.json"):
@@ -202,6 +220,15 @@ class TextTokenizer:
             if ids[: len(head)] == head:
                 return ids[len(head) :]
         return None
+
+    def _reversible_anchor(self) -> tuple[str, list[int]]:
+        """A text and its ids, after which ids are decoded to the text that they were encoded from;
+        nothing where the tokenizer does not decode so (words joined by spaces)."""
+        for anchor in _ANCHORS[1:]:  # a line end may be a byte, which joins a broken character
+            before, after = self._encode([anchor])[0], self._continuation(anchor)
+            if after and self.decode([*before, *after]) == 2 * anchor == 2 * self.decode(before):
+                return anchor, before
+        return "", []
 
     def _token_id(self, settings: dict[str, Any], role: str) -> int | None:
         """The id of the token that has a role in the settings, None if there is none; raises
@@ -266,35 +293,3 @@ def _marks_spaces(tokenizer: Tokenizer) -> bool:
     only_special = all(token.special for token in tokenizer.get_added_tokens_decoder().values())
     normalizer = {"type": "Sequence", "normalizers": marking}
     return only_special and json.loads(tokenizer.normalizer.__getstate__()) == normalizer
-
-
-def find_tokenizer(model: str, revision: str = "") -> TextTokenizer:
-    """The tokenizer of a model's folder or Hub id. One without tokenizer.json is converted by
-    transformers, which takes seconds."""
-    folder = local_model(model)
-    if folder is None:
-        from stages.model.hub import download_files
-
-        folder = download_files(model, revision, TOKENIZER_FILES)
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = TextTokenizer.load(folder)
-        if tokenizer.vocab_size > _MOST_IDS:
-            raise InputError(
-                f"MODEL_ID={model}: its tokenizer.json has ids up to "
-                f"{tokenizer.vocab_size - 1:,}. Name another model."
-            )
-        return tokenizer
-    from transformers import AutoTokenizer
-
-    with TemporaryDirectory() as converted:
-        try:
-            AutoTokenizer.from_pretrained(
-                folder, use_fast=True, trust_remote_code=False
-            ).save_pretrained(converted)
-            return TextTokenizer.load(Path(converted))
-        except (OSError, ValueError, ImportError, InputError) as error:
-            reason = str(error).partition("\n")[0]  # the rest is advice of transformers
-            remedy = "Name a model whose folder has tokenizer.json."
-            raise InputError(
-                f"MODEL_ID={model}: its files give no tokenizer ({reason}). {remedy}"
-            ) from None

@@ -68,8 +68,8 @@ def stage(dataset: str, model: str, output: Path) -> float:
     """The data stage with the tutorial's packing. Seconds of work."""
     from stages.text.dataset import Layout, build
     from stages.text.examples import read_examples
+    from stages.text.find_tokenizer import find_tokenizer
     from stages.text.prompt import PromptTemplate
-    from stages.text.tokens import find_tokenizer
 
     tokenizer = find_tokenizer(model)
     started = time.perf_counter()

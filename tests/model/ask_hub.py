@@ -112,7 +112,7 @@ def main() -> None:
     from stages.model import hub
     from stages.run.errors import InputError
     from stages.text.examples import Columns, read_examples
-    from stages.text.tokens import find_tokenizer
+    from stages.text.find_tokenizer import find_tokenizer
 
     pauses: list[float] = []
     really = time.monotonic

@@ -78,6 +78,13 @@ def in_parts(folder: Path) -> None:
     tiny_llama().save_pretrained(folder, max_shard_size="30KB")
 
 
+def in_two_parts(folder: Path) -> None:
+    """The same tensor in every part."""
+    for path in folder.glob("model-*.safetensors"):
+        found = {**load_file(path), NORM: torch.ones(32)}
+        save_file(found, path, metadata={"format": "pt"})
+
+
 def index(change: Callable[[dict[str, Any]], object]) -> Damage:
     def damage(folder: Path) -> None:
         in_parts(folder)

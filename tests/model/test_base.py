@@ -3,7 +3,9 @@ before a training's processes start."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ from tests.model.model_damage import (
     header,
     in_parts,
     in_place_of_weights,
+    in_two_parts,
     index,
     placed_at,
     tensors,
@@ -194,8 +197,8 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         r"misplaced \(\d+\)",
     ),
     "a tensor twice": (
-        lambda folder: save_file({NORM: torch.ones(32)}, folder / "more.safetensors"),
-        r"model\.norm\.weight is in model\.safetensors and in more\.safetensors",
+        and_then(in_parts, in_two_parts),
+        r"model\.norm\.weight is in model-0000\d-of-0000\d\.safetensors and in model-",
     ),
     "an empty file": (cut(0), DAMAGED),
     "a file of four bytes": (cut(4), DAMAGED),
@@ -307,6 +310,18 @@ ACCEPTED: dict[str, Damage] = {
     "as it was saved": lambda folder: None,
     "in parts": in_parts,
     "in another dtype than its config says": same_in_bfloat16,
+    "with an index that was left behind": lambda folder: (folder / INDEX_FILE).write_text(
+        json.dumps({"weight_map": {NORM: "model-00001-of-00002.safetensors"}})
+    ),
+    "with the same weights for another tool": lambda folder: shutil.copyfile(
+        folder / SINGLE_FILE, folder / "consolidated.safetensors"
+    ),
+    "in parts, with the same weights in one file": lambda folder: (
+        shutil.copyfile(folder / SINGLE_FILE, folder.parent / "kept"),
+        in_parts(folder),
+        (folder.parent / "kept").rename(folder / SINGLE_FILE),
+    ),
+    "with a damaged file that nobody reads": file("model.fp16.safetensors", SOMETHING),
     "with a table that no model reads": tensors(lambda found: found.update({TABLE: torch.ones(4)})),
     "tied, with its head written twice": config(tie_word_embeddings=True),
     "behind links, as the Hub's cache has it": lambda folder: (

@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from stages.text.tokens import TextTokenizer
+from tests.text.tokenizer_kinds import CORPUS, REAL, llama, write_tokenizer
 
-CORPUS = [
-    "### Instruction What is a Trainium core? ### Context A chip has two cores. ### Answer It is "
-    "an accelerator.",
-    "the cat sat on the mat and the dog sat on the log, and then they all went home",
-    "When the model answers, it answers in the words that it was trained with.",
-] * 3
-KINDS = ("byte_level", "llama", "metaspace", "unigram")
-
-
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, **settings: object) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return folder
+KINDS = ("byte_level", "metaspace", "unigram", *(make.__name__ for make in REAL))
 
 
 def byte_level(folder: Path) -> Path:
@@ -47,39 +26,6 @@ def byte_level(folder: Path) -> Path:
         trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet),
     )
     return write_tokenizer(folder, tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
-
-
-def llama(folder: Path) -> Path:
-    """As Llama 2: SentencePiece's BPE, a space before every text, bytes for what the vocabulary
-    lacks, BOS put first."""
-    trained = Tokenizer(models.BPE(unk_token="<unk>"))
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trained.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"])
-    )
-    parts = json.loads(trained.to_str())
-    vocabulary = parts["model"]["vocab"]
-    vocabulary.update({f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)})
-    parts["model"].update(byte_fallback=True, fuse_unk=True)
-    tokenizer = Tokenizer.from_str(json.dumps({**parts, "pre_tokenizer": None}))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    strip = decoders.Strip(" ", 1, 0)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    return write_tokenizer(
-        folder,
-        tokenizer,
-        bos_token="<s>",
-        eos_token={"content": "</s>"},
-        unk_token="<unk>",
-        add_bos_token=True,
-    )
 
 
 def metaspace(folder: Path) -> Path:
@@ -110,7 +56,7 @@ def unigram(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    makers = (byte_level, llama, metaspace, unigram)
+    makers = (byte_level, metaspace, unigram, *REAL)
     return {
         make.__name__: make(tmp_path_factory.mktemp("tokenizers") / make.__name__)
         for make in makers

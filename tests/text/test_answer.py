@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from stages.text.prompt import PromptTemplate
 from stages.text.questions import Question
 from stages.text.tokens import TextTokenizer
 from tests.conftest import ROOT
+from tests.text.tokenizer_kinds import REAL
 
 
 class Recites:
@@ -46,6 +47,22 @@ def answerer(folder: Path, text: str, **settings: int) -> Answerer:
 def test_a_character_of_several_bytes_is_shown_when_it_is_whole(folder: Path) -> None:
     pieces = list(answerer(folder, "naïve 🤗!").stream(Question("x")))
     assert "".join(pieces) == "naïve 🤗!"
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("make", REAL, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("response", ["    y = x + 1\n    return y", "\n- naïve 🤗!", "It is."])
+def test_an_answer_is_shown_as_it_was_trained_however_it_begins(
+    tmp_path: Path, make: Callable[[Path], Path], response: str
+) -> None:
+    tokenizer = TextTokenizer.load(make(tmp_path))
+    PromptTemplate().save(tmp_path / "prompt.json")
+    [[ids], _] = tokenizer.encode_responses(PromptTemplate().response, [response])
+    assert ids is not None
+    asked = Answerer(tmp_path, Recites(ids), Settings())
+    [answer] = asked.answers([Question("x", expected=response)])
+    pieces = list(asked.stream(Question("x")))
+    assert "".join(pieces) == answer.answer == answer.expected
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 

@@ -25,9 +25,10 @@ from stages.run.sizes import parse_size
 from stages.text.dataset import Layout, build
 from stages.text.documents import encode
 from stages.text.examples import Example, read_examples
+from stages.text.find_tokenizer import find_tokenizer
 from stages.text.prompt import PromptTemplate
 from stages.text.questions import read_questions
-from stages.text.tokens import TextTokenizer, find_tokenizer
+from stages.text.tokens import TextTokenizer
 from tests.text.conftest import KINDS, folders, tokenizers  # noqa: F401 (fixtures)
 from tests.torture.plugin import examples
 

@@ -3,18 +3,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from stages.run.errors import InputError
 from stages.run.provenance import TOKENIZER_FILES
 from stages.text.documents import encode
 from stages.text.examples import Example
 from stages.text.prompt import PromptTemplate
-from stages.text.tokens import TextTokenizer, find_tokenizer
+from stages.text.tokens import TextTokenizer
 from tests.text.conftest import KINDS
 from tests.torture.plugin import examples
 
@@ -78,15 +78,55 @@ def test_a_document_has_one_bos_and_one_eos_and_no_other_control_token(
     assert tokenizer.controls.isdisjoint(ids[len(tokenizer.bos) : -1])
 
 
+def as_tokenized(kind: str, text: str) -> str:
+    """What is left of a text in a tokenizer's own form of it."""
+    if kind in ("llama", "mistral", "gemma", "metaspace"):
+        return text.replace("▁", " ")  # SentencePiece has no other sign for a space
+    return unicodedata.normalize("NFC", text) if kind == "qwen" else text
+
+
 @pytest.mark.torture("fuzz")
 @pytest.mark.parametrize("kind", ["byte_level", "llama"])
 @examples(150, 300)
 @given(instruction=texts, response=texts)
 def test_a_document_decodes_to_its_text(tokenizers, kind, instruction, response):
-    text = TEMPLATE.text(instruction, "", response)
-    if kind == "llama":
-        text = text.replace("▁", " ")  # SentencePiece has no other sign for a space
+    text = as_tokenized(kind, TEMPLATE.text(instruction, "", response))
     assert tokenizers[kind].decode(document(tokenizers[kind], instruction, "", response)) == text
+
+
+@pytest.mark.torture("fuzz")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "unigram"])
+@examples(100, 300)
+@given(response=texts)
+def test_an_answer_decodes_to_the_response_that_it_was_trained_on(tokenizers, kind, response):
+    """Whatever it begins with: white space, line ends, a space mark, the spelling of a control
+    token."""
+    tokenizer = tokenizers[kind]
+    [[ids], _] = tokenizer.encode_responses(TEMPLATE.response, [response])
+    assert tokenizer.decode_answer(ids) == as_tokenized(kind, response)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("response", ["    return y", "\ttab", "\n\n1. A chip", " a", "It is."])
+def test_an_answer_keeps_the_white_space_that_it_begins_with(tokenizers, kind, response):
+    [[ids], _] = tokenizers[kind].encode_responses(TEMPLATE.response, [response])
+    answer = tokenizers[kind].decode_answer(ids)
+    assert answer == response or kind == "unigram"  # which has no letter for a line end
+
+
+@pytest.mark.parametrize(
+    "kind, roles",
+    [
+        ("gpt2", "BOS EOS UNK"),
+        ("smollm2", "BOS EOS UNK PAD"),
+        ("gpt2_without_special", "BOS EOS UNK"),
+    ],
+)
+def test_one_token_may_have_several_roles(tokenizers, kind, roles):
+    tokenizer = tokenizers[kind]
+    ids = document(tokenizer, "Why?", "", "Because of <|endoftext|>.")
+    assert ids.count(tokenizer.eos) == 1 and ids[-1] == tokenizer.eos
+    assert tokenizer.eos in tokenizer.controls and tokenizer.pad == tokenizer.eos
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "llama", "metaspace"])
@@ -194,46 +234,3 @@ print(sorted(heavy & set(sys.modules)))
         ).stdout.strip()
         == "[]"
     )
-
-
-def test_a_model_without_tokenizer_json_is_converted(folders, tmp_path):
-    """vocab.json and merges.txt alone, as old GPT-2 folders have them."""
-    model = json.loads((folders["byte_level"] / "tokenizer.json").read_text())["model"]
-    (tmp_path / "vocab.json").write_text(
-        json.dumps({**model["vocab"], "<|endoftext|>": len(model["vocab"])})
-    )
-    (tmp_path / "merges.txt").write_text(
-        "\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]) + "\n"
-    )
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    tokenizer = find_tokenizer(str(tmp_path))
-    assert tokenizer.decode(tokenizer.encode_prompt("the cat sat")) == "the cat sat"
-
-
-@pytest.mark.parametrize(
-    "settings_of, message",
-    [
-        ({}, "no end-of-sequence token"),
-        ({"eos_token": None}, "no end-of-sequence token"),
-        ({"eos_token": "<|nowhere|>"}, "not in its vocabulary"),
-    ],
-)
-def test_a_tokenizer_without_eos_is_refused_with_a_remedy(folders, tmp_path, settings_of, message):
-    (tmp_path / "tokenizer.json").write_bytes(
-        (folders["byte_level"] / "tokenizer.json").read_bytes()
-    )
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings_of))
-    with pytest.raises(InputError, match=message):
-        find_tokenizer(str(tmp_path))
-
-
-@pytest.mark.parametrize("content", [b"", b"{}", b"not json", b"\xff\xfe"])
-def test_a_damaged_tokenizer_file_is_refused_by_name(tmp_path, content):
-    (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"tokenizer\.json"):
-        find_tokenizer(str(tmp_path))
-
-
-def test_a_model_folder_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"does not exist\. Name a folder"):
-        find_tokenizer(str(tmp_path / "nowhere"))

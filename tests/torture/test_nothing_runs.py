@@ -19,7 +19,7 @@ from stages.run.errors import InputError, StageFailure
 from stages.run.fingerprint import ROOT
 from stages.run.settings import Settings
 from stages.text.examples import Columns, read_examples
-from stages.text.tokens import find_tokenizer
+from stages.text.find_tokenizer import find_tokenizer
 from tests.conftest import Project
 from tests.tiny_llama import tiny_llama
 from tests.torture.plugin import Torture
@@ -113,7 +113,7 @@ def test_a_model_that_needs_its_code_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("of", ["the tokenizer", "the model"])
 def test_a_tokenizer_that_needs_its_code_is_refused(folder: Path, of: str) -> None:
-    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").rename(folder / "vocab.json")
     edit(folder / "tokenizer_config.json", tokenizer_class="Evil")
     if of == "the model":
         (folder / "tokenizer_config.json").unlink()

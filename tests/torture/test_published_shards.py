@@ -20,6 +20,8 @@ from stages.consolidate import join
 from stages.run.errors import StageFailure
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
+from stages.text.tokens import TextTokenizer
+from tests.conftest import ROOT
 from tests.tiny_llama import tiny_llama
 from tests.torture.checkpoints import resumed
 
@@ -38,7 +40,7 @@ def train(tmp_path: Path) -> Path:
     def build(work: Path) -> StageResult:
         model = tiny_llama()
         model.config.save_pretrained(work)
-        (work / "tokenizer").mkdir()
+        TextTokenizer.load(ROOT / "data/demo/model").save(work / "tokenizer")
         (work / "prompt.json").write_text("{}")
         writer = HuggingFaceStorageWriter(str(work / "shards"), save_distributed=True)
         dcp.save(model.state_dict(), storage_writer=writer, no_dist=True)

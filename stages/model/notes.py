@@ -1,0 +1,75 @@
+"""What a user should know about a base model and its tokenizer, as lines to print. Nothing here
+changes what a stage publishes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stages.model.config import generation_config, translated_config
+from stages.model.files import CONFIG_FILES
+from stages.model.location import local_model
+from stages.run.errors import InputError, StageFailure
+from stages.run.layout import CONFIG_FILE, GENERATION_CONFIG_FILE, PROMPT_FILE
+from stages.run.settings import Settings
+from stages.text.tokens import TextTokenizer
+
+
+def model_notes(settings: Settings, tokenizer: TextTokenizer) -> list[str]:
+    """The lines for MODEL_ID; fetches its configs where it is on the Hub. A config.json that cannot
+    be had or read is left to the stage that needs it."""
+    try:
+        folder = local_model(settings.model_id)
+        if folder is None:
+            from stages.model.hub import download_files
+
+            folder = download_files(settings.model_id, settings.model_revision, CONFIG_FILES)
+        _, changes = translated_config(folder)
+        lines = [f"{CONFIG_FILE}, {change}." for change in changes]
+        lines += published_notes(folder, tokenizer)
+    except (InputError, StageFailure):
+        return []
+    return [f"note: MODEL_ID={settings.model_id}: {line}" for line in lines]
+
+
+def published_notes(folder: Path, tokenizer: TextTokenizer) -> Iterator[str]:
+    """Where the model that is published behaves in another way than its base in `folder`: the end
+    of an answer, and the format of a question. Raises StageFailure where a config is damaged."""
+    eos = tokenizer.eos
+    others = {
+        name: ids
+        for name, ids in _ends(folder).items()
+        if ids != [eos] and (ids or name == CONFIG_FILE)
+    }
+    if others:
+        says = " and ".join(
+            f"{name} ends an answer at {_shown(ids, tokenizer)}" for name, ids in others.items()
+        )
+        yield (
+            f"{says}; the tokenizer's EOS is {_shown([eos], tokenizer)}. The model is trained to "
+            f"end at {eos}, and the published files name that alone."
+        )
+    if tokenizer.has_chat_template:
+        yield (
+            "the tokenizer has a chat template, and the model is trained in the format of "
+            f"{PROMPT_FILE}. A server that applies the template (chat completions) asks the model "
+            f"in other words than it was trained with: send it text in the format of {PROMPT_FILE} "
+            "(completions)."
+        )
+
+
+def _ends(folder: Path) -> dict[str, list[Any]]:
+    """File -> the ids at which it ends an answer, none where it names none."""
+    configs = {CONFIG_FILE: translated_config(folder)[0]}
+    if (folder / GENERATION_CONFIG_FILE).is_file():
+        configs[GENERATION_CONFIG_FILE] = generation_config(folder)
+    found = {name: config.get("eos_token_id") for name, config in configs.items()}
+    return {
+        name: ids if isinstance(ids, list) else [] if ids is None else [ids]
+        for name, ids in found.items()
+    }
+
+
+def _shown(ids: list[Any], tokenizer: TextTokenizer) -> str:
+    return ", ".join(f"{id} ({tokenizer.spelling(id)!r})" for id in ids) or "no token"
