@@ -118,6 +118,7 @@ FIRST_FOUND = {
     "backends/torch/generate load": OUTPUT,
     "backends/torch/train prepare": MACHINE,
     "model/base _from_pickles": PRECOMPILE,
+    "model/base _fetched": PRECOMPILE,
     "model/base base_config": PRECOMPILE,
     "model/base base_model_folder": PRECOMPILE,
     "model/size _parameters": PRECOMPILE,
