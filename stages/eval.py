@@ -100,7 +100,7 @@ def compare_losses(settings: Settings, data: Path, tuned: Path) -> dict[str, dic
     from stages.backends.evaluate import validation_losses
 
     losses = validation_losses(settings, data, tuned)
-    print(f"\nheld-out rows      {'base':>10} {'fine-tuned':>12}")
+    print(f"\nheld-out sequences {'base':>10} {'fine-tuned':>12}")
     print(f"  loss (nats)      {losses['base']:>10.4f} {losses['fine_tuned']:>12.4f}")
     print(
         f"  perplexity       {perplexity(losses['base']):>10.2f} "

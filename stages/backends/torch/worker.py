@@ -186,8 +186,8 @@ def train_step(state: Training, step: int, total: int) -> dict[str, float]:
 
 @torch.no_grad()
 def validation_loss(state: Training, held_out: PackedSequences) -> float:
-    """Mean loss over the held-out rows, in nats per supervised token; the data-parallel ranks share
-    them."""
+    """Mean loss over the held-out sequences, in nats per supervised token; the data-parallel ranks
+    share them."""
     state.model.eval()
     size, ranks = state.settings.per_device_train_batch_size, data_parallel_size(state.settings)
     total, tokens = 0.0, 0
