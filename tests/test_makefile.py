@@ -51,6 +51,7 @@ def test_a_comment_or_a_blank_line_reruns_nothing(built: Project) -> None:
         ("MAX_SHARD_SIZE=1GB", ["consolidate", "compile-inference", "eval"]),
         ("INFERENCE_SEQUENCE_LENGTH=32", ["compile-inference", "eval"]),
         ("PER_DEVICE_TRAIN_BATCH_SIZE=2", ["precompile", *AFTER_DATA]),
+        ("WARMUP_STEPS=5", ["precompile", *AFTER_DATA]),  # was 0: another graph on Neuron
         ("LOSS_ON=response", ["data", *AFTER_DATA]),
         ("LOGGING_STEPS=2", []),
         ("SAVE_STEPS=7", []),

@@ -67,10 +67,14 @@ def derivation(settings: Settings, sequences: int) -> list[str]:
 
 
 def _warmup(settings: Settings, steps: int) -> list[str]:
-    """A line when the training ends before its learning rate has risen to its peak."""
-    if settings.warmup_steps < steps:
+    """What a warm-up does to the first steps, or that the training ends before its peak."""
+    warmup, peak = settings.warmup_steps, f"LEARNING_RATE={settings.learning_rate:g}"
+    if not warmup:
         return []
+    first = "the first step has the learning rate 0 and changes no weight"
+    if warmup < steps:
+        return [f"warm-up          {first}; step {warmup + 1:,} has {peak} (WARMUP_STEPS={warmup})"]
     return [
-        f"warm-up          WARMUP_STEPS={settings.warmup_steps} is not below the {steps:,} steps: "
-        f"LEARNING_RATE={settings.learning_rate:g} is never reached. Set fewer."
+        f"warm-up          WARMUP_STEPS={warmup} is not below the {steps:,} steps: {first}, and "
+        f"{peak} is never reached. Set fewer."
     ]

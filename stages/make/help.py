@@ -44,9 +44,10 @@ def settings_table(given: Mapping[str, str]) -> list[tuple[str, str, str, str]]:
             about += f" One of {', '.join(facts['choices'])}."
         if facts["unit"]:
             about += f" [{facts['unit']}]"
-        rows.append(
-            (variable(f), given.get(variable(f), default), about, " ".join(facts["stages"]))
-        )
+        stages = " ".join(facts["stages"])
+        if facts["on_or_off"]:
+            stages += f"; {' '.join(facts['on_or_off'])} if it becomes 0 or was 0"
+        rows.append((variable(f), given.get(variable(f), default), about, stages))
     return rows
 
 

@@ -96,7 +96,7 @@ def with_exit_status(work: Callable[[], None], folder: Path = Path("outputs")) -
 def _options(stage: str, more: tuple[str, ...]) -> list[click.Option]:
     options = []
     for f in fields(Settings):
-        if stage in f.metadata["stages"] or variable(f) in more:
+        if stage in (*f.metadata["stages"], *f.metadata["on_or_off"]) or variable(f) in more:
             unit = f" [{f.metadata['unit']}]" if f.metadata["unit"] else ""
             text = f"{f.metadata['help']}{unit} (default: {f.default})"
             # Values stay text: `Settings.read` parses them and reports all problems together.

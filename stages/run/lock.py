@@ -1,4 +1,4 @@
-"""One stage at a time per run folder, by flock on a file inside it.
+"""One stage at a time per run folder, by flock on a file inside it; and folders that stages share.
 
 The kernel releases the lock when its holder dies, however it dies, and a container that mounts the
 folder sees it. A file with a process id would do neither. (The filelock package truncates its file
@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,24 @@ def locked(run_folder: Path, stage: str) -> Iterator[None]:
             file.truncate(0)
 
 
+@contextmanager
+def shared(file: Path, alone: Callable[[], None]) -> Iterator[None]:
+    """Hold `file`'s folder together with other stages; `alone` runs first if no other holds it.
+
+    Raises OSError where the file cannot be opened or the file system has no locks.
+    """
+    make_durable_folder(file.parent)
+    with open(file, "a+", encoding="utf-8", opener=_no_link) as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        else:
+            alone()
+        fcntl.flock(opened, fcntl.LOCK_SH)  # waits only while another stage's `alone` runs
+        yield
+
+
 def _no_link(path: str, flags: int) -> int:
     """For `open`: the file is emptied, so it must not be a link that another user planted."""
     try:
@@ -67,9 +85,7 @@ def _no_link(path: str, flags: int) -> int:
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        raise InputError(
-            f"{path} is a link, and a run's lock must be a plain file. Remove it."
-        ) from None
+        raise InputError(f"{path} is a link, and a lock must be a plain file. Remove it.") from None
 
 
 def _holder(run_folder: Path) -> dict[str, Any]:

@@ -33,18 +33,21 @@ def setting(
     choices: tuple[str, ...] = (),
     path: bool = False,
     check: Callable[[str], object] | None = None,
+    on_or_off: str = "",
 ) -> Any:
     """A field of `Settings`. `stages` names those whose output it changes; "" is for none.
+    `on_or_off` names those that change only between 0 and any other value.
 
     `least` and `most` are inclusive bounds (MOST_WHOLE where a whole number has no `most`), `above`
     and `below` exclusive ones. `path` marks a value that may name a local file or folder: its
     content, not its name, then makes a stage stale. `check` raises InputError for a bad value.
     """
-    unknown = set(stages.split()) - set(STAGES)
+    unknown = {*stages.split(), *on_or_off.split()} - set(STAGES)
     assert not unknown, f"not stages: {unknown}"
     facts = {
         "help": help,
         "stages": tuple(stages.split()),
+        "on_or_off": tuple(on_or_off.split()),
         "unit": unit,
         "choices": choices,
         "path": path,

@@ -163,7 +163,12 @@ class Settings:
         choices=("cosine", "linear", "constant"),
     )
     warmup_steps: int = setting(
-        0, "Steps in which the learning rate rises from zero.", "train", unit="steps", least=0
+        0,
+        "Steps in which the learning rate rises from zero.",
+        "train",
+        unit="steps",
+        least=0,
+        on_or_off="precompile",
     )
     weight_decay: float = setting(
         0.0,
@@ -171,6 +176,7 @@ class Settings:
         "train",
         least=0,
         below=1,
+        on_or_off="precompile",
     )
     adam_beta1: float = setting(
         0.9, "AdamW's decay of the first moment.", "train", least=0, below=1
@@ -180,7 +186,11 @@ class Settings:
     )
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon.", "train", above=0)
     max_grad_norm: float = setting(
-        1.0, "Gradients are clipped to this norm; 0 = never.", "train", least=0
+        1.0,
+        "Gradients are clipped to this norm; 0 = never.",
+        "train",
+        least=0,
+        on_or_off="precompile",
     )
     bf16: bool = setting(
         True,
@@ -362,12 +372,18 @@ class Settings:
         return {name.upper(): as_text(value) for name, value in asdict(self).items()}
 
     def affecting(self, stage: str) -> dict[str, Any]:
-        """The settings that change what `stage` publishes, by variable name."""
-        return {
-            variable(f): getattr(self, f.name)
-            for f in fields(self)
-            if stage in f.metadata["stages"]
-        }
+        """The settings that change what `stage` publishes, by variable name.
+
+        Where only 0 or not 0 matters, the value is "off" or "on".
+        """
+        values = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if stage in f.metadata["stages"]:
+                values[variable(f)] = value
+            elif stage in f.metadata["on_or_off"]:
+                values[variable(f)] = "on" if value else "off"
+        return values
 
     @staticmethod
     def path_settings() -> list[str]:

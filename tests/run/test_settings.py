@@ -119,6 +119,14 @@ def test_settings_concern_what_they_change_and_nothing_else() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["warmup_steps", "weight_decay", "max_grad_norm"])
+def test_a_setting_that_switches_a_graph_concerns_precompile_only_as_a_switch(name: str) -> None:
+    without, some, more = (
+        Settings(**{name: value}).affecting("precompile") for value in (0, 0.5, 0.75)
+    )
+    assert (without[name.upper()], some[name.upper()]) == ("off", "on") and some == more
+
+
 @pytest.mark.torture("fuzz")
 @given(st.integers(min_value=1, max_value=10**12))
 def test_a_size_in_bytes_is_read_back(size: int) -> None:

@@ -120,19 +120,26 @@ def attention_implementation(max_length: int) -> str:
 def environment(settings: Settings) -> dict[str, str]:
     """The variables of the workers, the compiler and the runtime, besides the caller's."""
     return {
-        **cache_repository(settings),
+        # The Hub is asked for compiled graphs only if CUSTOM_CACHE_REPO names a repository. No
+        # other has this worker's graphs, and each rank would ask for each of them: an answer but
+        # yes or no (429, 5xx) ends the training (optimum-neuron, cache/hub_cache.py).
+        **(cache_repository(settings) or {"HF_HUB_OFFLINE": "1"}),
         **{name: os.environ.get(name, value) for name, value in RUNTIME.items()},
         **cache_environment(settings),
-        # Whichever torchrun is first on the PATH, it starts this Python. This Python's scripts come
-        # after the caller's PATH.
+        # Two Neuron SDKs must not mix: neuronx-cc's version is part of the name of every graph.
         "PYTHON_EXEC": sys.executable,
-        "PATH": f"{os.environ.get('PATH', os.defpath)}:{Path(sys.executable).parent}",
+        "PATH": own_path(),
         # With torchrun's default port only one training can run on a host.
         "PET_MASTER_PORT": os.environ.get("PET_MASTER_PORT", str(free_port())),
         # At ERROR torchrun repeats the error of a worker.
         "LOGLEVEL": os.environ.get("LOGLEVEL", "CRITICAL"),
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+def own_path() -> str:
+    """The PATH of what is launched: this Python's programs, then the caller's."""
+    return f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
 
 
 def free_port() -> int:

@@ -5,20 +5,25 @@
 
 A graph that failed to compile has a model.log instead of a model.neff; runs try it again only if
 --retry_failed_compilation is among the compiler's flags. A process that was killed leaves its
-*.lock, and other processes wait for it forever.
+*.lock: neuron_parallel_compile passes over such a graph without a word, and a training waits for it
+forever. So stages hold the cache while they compile (`in_use`).
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.run.lock import shared
 from stages.run.progress import duration
 
 STATES = ("done", "poisoned", "locked", "unfinished")
+# optimum-neuron's upload of a cache leaves out a file of this name (cache/hub_cache.py).
+LOCK_FILE = "lock"
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,46 @@ def names(url: str | Path, state: str = "done") -> set[str]:
     What a run compiled is the difference between the names after it and before it.
     """
     return {entry.name for entry in entries(url) if entry.state == state}
+
+
+@contextmanager
+def in_use(url: str | Path) -> Iterator[None]:
+    """Hold the cache while something of ours compiles into it; several stages may at once.
+
+    While nobody else holds it, a locked graph is one whose compiler was killed: its locks are
+    removed, and a line says so. Where the cache cannot be held (in S3, another user's, a file
+    system without locks), locks are left alone; a line says so if there are any.
+    """
+    folder = folder_of(url)
+    with ExitStack() as held:
+        if folder:
+            try:
+                held.enter_context(shared(folder / LOCK_FILE, lambda: _clear_locks(folder)))
+            except OSError as error:
+                if lines := blocked([e for e in entries(url) if e.state == "locked"], url):
+                    print(
+                        f"note: {folder / LOCK_FILE}: {error.strerror}, so locks in the compile "
+                        "cache are left alone.",
+                        *lines,
+                        sep="\n",
+                        flush=True,
+                    )
+        yield
+
+
+def _clear_locks(folder: Path) -> None:
+    """Remove every lock in the cache, where no process of ours can hold one."""
+    stale = [entry for entry in entries(folder) if entry.state == "locked"]
+    for entry in stale:
+        for path in (folder / entry.name).rglob("*.lock"):
+            path.unlink(missing_ok=True)
+    if stale:
+        oldest = duration(max(entry.lock_seconds or 0.0 for entry in stale))
+        print(
+            f"compile cache {folder}: no stage is compiling, so {_count(stale)} locked for up to "
+            f"{oldest} had lost their compilers; the locks are removed",
+            flush=True,
+        )
 
 
 def _entry(module: Path) -> Entry:

@@ -9,12 +9,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import click
 
 from stages.backends.neuron import cache
-from stages.backends.neuron.arguments import cache_environment, cache_repository
+from stages.backends.neuron.arguments import cache_environment, cache_repository, own_path
 from stages.run.cli import with_exit_status
 from stages.run.errors import InputError, StageFailure
 from stages.run.progress import show_size
@@ -82,8 +81,7 @@ def run(command: list[str], settings: Settings) -> None:
 
     When it fails, raises StageFailure with the last line of its error output.
     """
-    path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
-    tool = shutil.which(command[0], path=path)
+    tool = shutil.which(command[0], path=own_path())
     if tool is None:
         raise InputError(
             f"{command[0]} is not installed here. It comes with optimum-neuron "

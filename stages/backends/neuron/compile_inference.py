@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stages.backends.neuron import cache
 from stages.backends.neuron.arguments import cache_repository
 from stages.backends.neuron.check import SCRATCH, TARGETS, inference_problems, machine_problems
 from stages.backends.neuron.compiled import (
@@ -46,7 +47,10 @@ def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[
     require_space("each core's part of the weights", output, weight_bytes(model_dir))
     scratch = SCRATCH.absolute()
     started = time.monotonic()
-    with locked(scratch, "compile-inference"):
+    with (
+        locked(scratch, "compile-inference"),
+        cache.in_use(settings.neuron_compile_cache_url),
+    ):
         try:
             launch(
                 export_command(model_dir, output, scratch / "error", settings),

@@ -18,6 +18,7 @@ _TOTAL = re.compile(r"Total (graphs|successful compilations|failed compilations)
 # Printed instead of the totals when the cache has every graph.
 _NOTHING = "No todo hlos found"
 _HIT = re.compile(rf"Using a cached neff at {_ENTRY}")
+_EXTRACTED = re.compile(rf"Extracting graphs \({_ENTRY}")
 _FAILED_HIT = re.compile(rf"Got a cached failed neff at {_ENTRY}")
 # "/var/tmp/cache/neuronxcc-2.21/MODULE_1+2/model.hlo_module.pb": { and, one or more lines later,
 # "status": false,
@@ -30,13 +31,15 @@ class CompileReport:
 
     They are None if no summary was printed, because the process was killed. `hits`, `failed_hits`,
     `failed_graphs`: names of cache entries (`neuronxcc-VERSION/MODULE_x`) that the cache had
-    compiled, that it had poisoned, and that were reported as failed.
+    compiled, that it had poisoned, and that were reported as failed. `extracted`: those that the
+    training left to be compiled.
     """
 
     graphs: int | None = None
     succeeded: int | None = None
     failed: int | None = None
     hits: set[str] = field(default_factory=set)
+    extracted: set[str] = field(default_factory=set)
     failed_hits: set[str] = field(default_factory=set)
     failed_graphs: set[str] = field(default_factory=set)
 
@@ -56,6 +59,7 @@ def read_compile_report(lines: Iterable[str]) -> CompileReport:
         if _NOTHING in line:
             report.graphs = report.succeeded = report.failed = 0
         report.hits.update(_HIT.findall(line))
+        report.extracted.update(_EXTRACTED.findall(line))
         report.failed_hits.update(_FAILED_HIT.findall(line))
         for name, status in _REPORTED.findall(line):
             if status == "false" and graph:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stages.backends.neuron import cache, hardware
+from stages.backends.neuron.arguments import own_path
 from stages.run.check_result import Check, CheckResult, fail, folder_result, note
 from stages.run.cost import instance_type
 from stages.run.settings import Settings
@@ -92,11 +93,12 @@ def driver(settings: Settings) -> Iterator[CheckResult]:
 def tools(settings: Settings) -> Iterator[CheckResult]:
     """The programs that a training starts, and whether they run this Python.
 
-    Another Python has other versions of the libraries.
+    Another Python has other versions of the libraries: a graph would be compiled by one compiler
+    under the name of another. Another's torchrun is harmless, because it starts this Python.
     """
     scripts = Path(sys.executable).parent
     for name in TOOLS:
-        tool = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:{scripts}")
+        tool = shutil.which(name, path=own_path())
         if tool is None:
             yield fail(
                 name,
@@ -106,10 +108,12 @@ def tools(settings: Settings) -> Iterator[CheckResult]:
         elif _is_of_this_python(Path(tool)):
             yield CheckResult(name, tool)
         else:
-            yield note(
+            finding = note if name == "torchrun" else fail
+            yield finding(
                 name,
-                f"{tool} belongs to another Python than {sys.executable}. Put {scripts} first in "
-                "PATH.",
+                f"{tool} belongs to another Python than {sys.executable}; {name} is not in "
+                f"{scripts}. Install docker/requirements.txt there (`make` does), or run in the "
+                "image.",
             )
 
 

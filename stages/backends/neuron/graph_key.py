@@ -68,6 +68,8 @@ def graph_key(settings: Settings) -> dict[str, str]:
         "row": f"{settings.max_length} tokens",
         "attention": attention_implementation(settings.max_length),
         "LoRA": lora,
+        # A warm-up starts at the rate 0, which torch_xla makes a constant of the first graph.
+        "warm-up": "on" if settings.warmup_steps else "off",
         "weight decay": "on" if settings.weight_decay else "off",
         "gradient clipping": "on" if settings.max_grad_norm else "off",
         **{name: arguments[name] for name in SHAPING_ARGUMENTS},

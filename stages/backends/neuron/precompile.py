@@ -26,6 +26,8 @@ from stages.run.publish import StageResult
 from stages.run.settings import Settings
 
 # Where NeuronTrainer logs, it reduces the loss in a separate graph: the run must pass that step.
+# How many steps lie between two logs shapes no graph, so it logs the first.
+LOGGING_STEPS = 1
 STEPS_PAST_LOGGING = 5
 
 
@@ -37,12 +39,14 @@ def precompile(settings: Settings, data: Path, work: Path) -> StageResult:
     """
     prepare(settings, data)
     url = settings.neuron_compile_cache_url
-    compiled_before = cache.names(url)
-    report = _compile(settings, data, work / "rehearsal")
+    before = cache.entries(url)
+    with cache.in_use(url):
+        report = _compile(settings, data, work / "rehearsal")
     graphs = cache.entries(url)
     require_all_compiled(report, graphs, url)
+    require_all_done(report, before, graphs, url)
     compiled = {entry.name for entry in graphs if entry.state == "done"}
-    new = compiled - compiled_before
+    new = compiled - {entry.name for entry in before if entry.state == "done"}
     metrics: dict[str, int | None] = {
         "graphs": report.graphs,
         "compile_cache_hits": len(report.hits),
@@ -103,14 +107,14 @@ def _compile(settings: Settings, data: Path, rehearsal: Path) -> CompileReport:
 def precompile_command(settings: Settings, data: Path, rehearsal: Path) -> list[str]:
     """neuron_parallel_compile and the command of train.
 
-    Only the number of steps and the folder differ from train's, and nothing is saved.
+    Only the numbers of steps and the folder differ from train's, and nothing is saved.
     """
     command = training_command(
-        replace(settings, save_steps=0),
+        replace(settings, save_steps=0, logging_steps=LOGGING_STEPS),
         base_model_folder(settings),
         data,
         rehearsal,
-        steps=settings.logging_steps + STEPS_PAST_LOGGING,
+        steps=LOGGING_STEPS + STEPS_PAST_LOGGING,
     )
     # The default folder is the same for all runs of a user, and is emptied at each start.
     return [
@@ -134,3 +138,23 @@ def require_all_compiled(report: CompileReport, graphs: list[cache.Entry], url: 
         names = "".join(f"\n  {name}" for name in failed) or " It does not say which."
         message = f"{count} of {report.graphs} graphs did not compile:{names}"
         raise StageFailure("\n".join([message, *cache.blocked(graphs, url)]))
+
+
+def require_all_done(
+    report: CompileReport, before: list[cache.Entry], graphs: list[cache.Entry], url: str
+) -> None:
+    """Raise StageFailure when a graph of this run is not compiled, whatever the summary says.
+
+    neuron_parallel_compile passes over a graph that is locked: it is in no total, and the exit
+    status is 0. Where it does not name its graphs, they are those that the cache lacked `before`.
+    """
+    own = report.extracted or {entry.name for entry in graphs} - {entry.name for entry in before}
+    missing = [entry for entry in graphs if entry.name in own and entry.state != "done"]
+    if missing:
+        names = "".join(f"\n  {entry.name} ({entry.state})" for entry in missing)
+        message = (
+            f"{len(missing)} of this training's graphs are not compiled, although "
+            f"neuron_parallel_compile reports no failure:{names}\nIf another process is compiling "
+            "them, run the same command again when it has ended."
+        )
+        raise StageFailure("\n".join([message, *cache.blocked(missing, url)]))

@@ -58,10 +58,10 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Stag
         command = training_command(
             settings, start.base, data, work, steps=steps, first_step=start.step
         )
-        with disk_guard(
-            "the training's checkpoints and shards",
-            work,
-            training_bytes(settings, "neuron", steps - start.step),
+        needed = training_bytes(settings, "neuron", steps - start.step)
+        with (
+            disk_guard("the training's checkpoints and shards", work, needed),
+            cache.in_use(settings.neuron_compile_cache_url),
         ):
             launch(command, environment(settings), work / "error")
     if not is_whole(work / SHARDS_FOLDER):

@@ -29,11 +29,11 @@ def adamw(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
 def learning_rate(step: int, total: int, settings: Settings) -> float:
     """The learning rate of optimizer step `step` (from 0) of `total`.
 
-    It rises linearly over WARMUP_STEPS, then follows LR_SCHEDULER_TYPE. The shapes are those of
-    transformers' schedules of the same names.
+    It rises linearly from 0 over WARMUP_STEPS, then follows LR_SCHEDULER_TYPE. The rates are those
+    of transformers' schedules of the same names (optimization.py), and so those on Neuron.
     """
     if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / (settings.warmup_steps + 1)
+        return settings.learning_rate * step / settings.warmup_steps
     progress = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
     shape = {
         "constant": 1.0,

@@ -4,6 +4,7 @@ depend on."""
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ def test_precompile_runs_the_command_of_train_for_fewer_steps_and_saves_nothing(
     } == {
         "--work": ("work", "rehearsal"),
         "--output_dir": ("work/checkpoints", "rehearsal/checkpoints"),
-        "--max_steps": ("72", "15"),  # LOGGING_STEPS + 5
+        "--max_steps": ("72", "6"),  # the step that is logged, and five more
+        "--logging_steps": ("10", "1"),
         "--save_strategy": ("steps", "no"),
         "--save_steps": ("100", "1"),
     }
@@ -144,11 +146,11 @@ def test_the_callers_compiler_flags_are_kept_but_for_another_cache(
     )
 
 
-def test_the_callers_path_comes_before_this_pythons_scripts(
+def test_this_pythons_programs_come_before_those_on_the_callers_path(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PATH", "/first:/second")
-    assert environment(LLAMA)["PATH"].startswith("/first:/second:/")
+    assert environment(LLAMA)["PATH"] == f"{Path(sys.executable).parent}:/first:/second"
 
 
 def test_an_empty_cache_repository_is_not_handed_on() -> None:
@@ -156,6 +158,18 @@ def test_an_empty_cache_repository_is_not_handed_on() -> None:
     assert (
         environment(replace(LLAMA, custom_cache_repo="me/cache"))["CUSTOM_CACHE_REPO"] == "me/cache"
     )
+
+
+def test_training_asks_the_hub_for_graphs_only_where_a_repository_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert environment(LLAMA)["HF_HUB_OFFLINE"] == "1"
+    assert "HF_HUB_OFFLINE" not in environment(replace(LLAMA, custom_cache_repo="me/cache"))
+
+
+def test_the_length_of_a_warm_up_shapes_no_graph() -> None:
+    assert graph_key(replace(LLAMA, warmup_steps=3)) == graph_key(replace(LLAMA, warmup_steps=9))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +180,6 @@ def test_an_empty_cache_repository_is_not_handed_on() -> None:
                 "learning_rate": 1e-4,
                 "seed": 7,
                 "num_train_epochs": 9,
-                "warmup_steps": 3,
                 "logging_steps": 5,
                 "weight_decay": 0.0,
             },
@@ -178,6 +191,7 @@ def test_an_empty_cache_repository_is_not_handed_on() -> None:
         ({"gradient_accumulation_steps": 8}, "gradient_accumulation_steps"),
         ({"weight_decay": 0.1}, "weight decay"),
         ({"max_grad_norm": 0.0}, "gradient clipping"),
+        ({"warmup_steps": 3}, "warm-up"),
         ({"lora_r": 8}, "LoRA"),
     ],
 )

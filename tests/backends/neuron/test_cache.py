@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from stages.backends.neuron import cache
+from stages.backends.neuron.compile_report import CompileReport
+from stages.backends.neuron.precompile import require_all_done
+from stages.run.errors import StageFailure
 from tests.fakes.neuron_cache import COMPILER, graph
 
 
@@ -77,3 +80,38 @@ def test_a_lock_is_as_old_as_its_file(tmp_path: Path) -> None:
 def test_a_cache_that_is_in_s3_or_not_there_yet_has_no_graphs(url: str) -> None:
     assert cache.entries(url) == []
     assert cache.names(url) == set()
+
+
+def test_locks_are_removed_only_where_no_stage_compiles(
+    filled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with cache.in_use(filled):
+        assert "1 graph locked for up to" in capsys.readouterr().out
+        assert not cache.names(filled, "locked")
+        lock = filled / COMPILER / "MODULE_3+aa" / "model.hlo_module.pb.lock"
+        lock.touch()
+        with cache.in_use(filled):
+            assert lock.exists()
+    assert capsys.readouterr().out == ""
+    with cache.in_use("s3://bucket/graphs"):
+        pass
+
+
+def test_a_cache_that_cannot_be_held_keeps_its_locks_and_says_so(
+    filled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (filled / cache.LOCK_FILE).mkdir()
+    with cache.in_use(filled):
+        assert cache.names(filled, "locked")
+    said = capsys.readouterr().out
+    assert "are left alone" in said and "clear-locks" in said
+
+
+def test_a_graph_that_nothing_reports_is_missed(filled: Path) -> None:
+    graphs = cache.entries(filled)
+    named = CompileReport(0, 0, 0, extracted={f"{COMPILER}/MODULE_3+aa"})
+    with pytest.raises(StageFailure, match=r"1 of .*\n  neuronxcc\S+MODULE_3\+aa \(locked\)"):
+        require_all_done(named, graphs, graphs, str(filled))
+    with pytest.raises(StageFailure, match=r"3 of this training's graphs"):
+        require_all_done(CompileReport(0, 0, 0), [], graphs, str(filled))
+    require_all_done(CompileReport(0, 0, 0), graphs, graphs, str(filled))  # another run's

@@ -77,21 +77,34 @@ def test_a_driver_that_the_image_cannot_work_with_is_refused(
     assert only(neuron.driver(Settings())).state == state
 
 
-def test_the_tools_must_be_there_and_should_be_this_pythons(
+def test_the_tools_must_be_there_and_be_this_pythons(
     tmp_path: Path, fake_machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = tmp_path / "ours"
     ours.mkdir()
     monkeypatch.setattr(sys, "executable", str(ours / "python"))
     monkeypatch.setenv("PATH", str(fake_machine.bin))
+    for folder in (ours, fake_machine.bin):
+        (folder / "neuronx-cc").write_text(f"#!{folder}/python\n")
+        (folder / "neuronx-cc").chmod(0o755)
     fake_machine.program("torchrun", "").write_text("#!/opt/conda/bin/python3.11\n")
-    (ours / "neuronx-cc").write_text(f"#!{ours}/python\n")
-    (ours / "neuronx-cc").chmod(0o755)
     assert [(finding.about, finding.state) for finding in neuron.tools(Settings())] == [
-        ("torchrun", "note"),
+        ("torchrun", "note"),  # it starts this Python all the same
         ("neuron_parallel_compile", "FAIL"),
-        ("neuronx-cc", "OK"),
+        ("neuronx-cc", "OK"),  # though another is first on the caller's PATH
     ]
+
+
+def test_the_compiler_of_another_python_is_refused(
+    tmp_path: Path, fake_machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(fake_machine.bin))
+    for name in neuron.TOOLS:
+        fake_machine.program(name, "").write_text("#!/opt/ami/bin/python3.10\n")
+    found = {finding.about: finding for finding in neuron.tools(Settings())}
+    assert [found[name].state for name in neuron.TOOLS] == ["note", "FAIL", "FAIL"]
+    assert "neuronx-cc is not in" in found["neuronx-cc"].text
 
 
 def test_poisoned_graphs_in_the_cache_are_shown_with_their_remedy(tmp_path: Path) -> None:

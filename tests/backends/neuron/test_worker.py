@@ -52,7 +52,8 @@ def neuron_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def on_neuron(patch: pytest.MonkeyPatch) -> None:
     for name in set(os.environ) - set(clean_environment()):
         patch.delenv(name)
-    patch.setenv("PATH", f"{FAKES / 'commands'}:{os.environ['PATH']}")
+    path = f"{FAKES / 'commands'}:{os.environ['PATH']}"
+    patch.setattr("stages.backends.neuron.arguments.own_path", lambda: path)
     patch.setenv("OMP_NUM_THREADS", "1")
     patch.setenv("HF_HUB_OFFLINE", "1")
     patch.chdir(ROOT)
@@ -347,7 +348,16 @@ def test_train_compiles_nothing_after_precompile(
     ):
         precompile(settings, data, precompiled)
     monkeypatch.delenv("STAND_IN_FAILS")
+    # A lock on it may be that of another stage's compiler; of a killed one where no other runs.
+    (failed,) = cache.names(settings.neuron_compile_cache_url, "poisoned")
+    lock = Path(settings.neuron_compile_cache_url) / failed / "model.hlo_module.pb.lock"
+    with cache.in_use(settings.neuron_compile_cache_url):
+        lock.touch()
+        with pytest.raises(StageFailure, match=r"1 of this training's graphs .*\n  neuronxcc"):
+            precompile(settings, data, precompiled)
+    assert lock.exists()
     figures = precompile(settings, data, precompiled).metrics
+    assert not lock.exists() and "the locks are removed" in capfd.readouterr().out
     assert (figures["graphs"], figures["compile_cache_hits"], figures["compile_cache_misses"]) == (
         1,
         1,

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import get_scheduler
 
 from stages.backends.batches import PackedSequences, sequences_of_step
 from stages.backends.loss import document_mask, loss_sum, next_token_labels, supervised
-from stages.backends.schedule import sequences_per_step, total_steps
+from stages.backends.schedule import derivation, sequences_per_step, total_steps
 from stages.backends.torch import optimizer
 from stages.backends.torch.train import environment, train, training_command
 from stages.data import pack
@@ -237,12 +238,28 @@ def test_every_row_is_read_once_an_epoch_in_an_order_that_the_seed_decides(
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
-def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing(shape: str) -> None:
-    settings = Settings(learning_rate=1.0, warmup_steps=4, lr_scheduler_type=shape)
+@pytest.mark.parametrize("warmup", [0, 1, 4, 30])
+def test_the_learning_rate_is_that_of_transformers_at_every_step(shape: str, warmup: int) -> None:
+    settings = Settings(learning_rate=1.0, warmup_steps=warmup, lr_scheduler_type=shape)
     rates = [optimizer.learning_rate(step, 20, settings) for step in range(20)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert rates[4:] == sorted(rates[4:], reverse=True)
-    assert rates[-1] == 1.0 if shape == "constant" else rates[-1] < 0.1
+    name = "constant_with_warmup" if shape == "constant" else shape
+    adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_scheduler(name, adamw, warmup, 20)
+    for rate in rates:
+        assert rate == pytest.approx(adamw.param_groups[0]["lr"])
+        adamw.step()
+        schedule.step()
+    assert (rates[0] == 0) == (warmup > 0)
+
+
+def test_a_warm_up_says_that_its_first_step_changes_nothing() -> None:
+    def said(warmup: int) -> str:
+        settings = Settings(learning_rate=1e-3, warmup_steps=warmup, max_steps=8)
+        return "\n".join(line for line in derivation(settings, 9) if line.startswith("warm-up"))
+
+    assert said(0) == ""
+    assert "changes no weight; step 4 has LEARNING_RATE=0.001" in said(3)
+    assert "changes no weight, and LEARNING_RATE=0.001 is never reached" in said(8)
 
 
 def test_steps_cover_every_row_as_often_as_there_are_epochs() -> None:

@@ -2,12 +2,14 @@
 optimum-neuron asks.
 
 optimum-neuron reads /proc/devices, /sys and the EC2 type; its modules get other answers right after
-they are imported, before those that import names from them.
+they are imported, before those that import names from them. The SDK's programs are those on the
+caller's PATH, where the fakes are; otherwise this Python's own would come first.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -24,6 +26,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "optimum.neuron.utils.neuron_device_memory": {
         "get_neuron_device_memory": lambda: "unknown"
     },  # for a line in the log
+    "stages.backends.neuron.arguments": {"own_path": lambda: os.environ["PATH"]},
 }
 
 

@@ -2,7 +2,7 @@
 
 A graph is the list of what would shape it. As with the compiler, a graph that the cache lacks is
 compiled (a file is written), under neuron_parallel_compile it is only left there for it, and an
-entry whose compilation failed stops the training.
+entry whose compilation failed, or that is locked, stops the training.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ def compile_graph(description: list[str]) -> None:
             "set --retry_failed_compilation"
         )
         raise RuntimeError("a graph could not be compiled")
+    if not collecting() and list(entry.glob("*.lock")):
+        raise RuntimeError(f"{entry} is locked; the real compiler waits here, without an end")
     entry.mkdir(parents=True, exist_ok=True)
     (entry / "model.hlo_module.pb").write_text("\n".join(description), encoding="utf-8")
     (entry / "compile_flags.json").write_text(json.dumps(flags), encoding="utf-8")
