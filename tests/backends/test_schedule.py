@@ -16,12 +16,14 @@ def test_which_weights_a_training_starts_from_is_said() -> None:
     assert random.split(None, 1)[1].startswith("random, from config.json and SEED=7")
 
 
-def test_a_warm_up_that_is_longer_than_the_training_is_said() -> None:
-    assert line(Settings(warmup_steps=3, max_steps=4), "warm-up") == ""
-    assert line(Settings(warmup_steps=500, max_steps=3), "warm-up") == (
-        "warm-up          WARMUP_STEPS=500 is not below the 3 steps: LEARNING_RATE=5e-05 is never "
-        "reached. Set fewer."
+def test_what_a_warm_up_does_is_said_and_that_one_longer_than_the_training_never_ends() -> None:
+    assert line(Settings(), "warm-up") == ""
+    assert line(Settings(warmup_steps=3, max_steps=4), "warm-up").endswith(
+        "changes no weight; step 4 has LEARNING_RATE=5e-05 (WARMUP_STEPS=3)"
     )
+    longer = line(Settings(warmup_steps=500, max_steps=3), "warm-up")
+    assert "WARMUP_STEPS=500 is not below the 3 steps" in longer
+    assert longer.endswith("LEARNING_RATE=5e-05 is never reached. Set fewer.")
 
 
 def test_epochs_may_be_a_fraction() -> None:
