@@ -40,7 +40,9 @@ def write(name: str) -> Callable[[Path], object]:
 
 @pytest.mark.parametrize("stage", ["data", "train"])
 @pytest.mark.parametrize(
-    "change", [write("manifest.json"), write("prompt.json"), with_checkpoint], ids=str
+    "change",
+    [write("manifest.json"), write("prompt.json"), with_checkpoint],
+    ids=["manifest.json", "prompt.json", "a checkpoint"],
 )
 def test_a_model_that_is_made_again_with_the_same_content_is_the_same(
     consolidated: Path, stage: str, change: Callable[[Path], object]
