@@ -45,6 +45,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         init_weights="random",
         dataset=str(folder / "rows.jsonl"),
         max_length=64,
+        inference_sequence_length=64,
         validation_fraction=0.2,
         max_steps=STEPS,
         learning_rate=3e-3,
