@@ -75,10 +75,12 @@ def driver(settings: Settings) -> Iterator[CheckResult]:
         return
     installed, (oldest, too_new) = (int(match[1]), int(match[2])), DRIVERS
     if installed >= too_new:
+        remedy = f"Install {SUITABLE} on the host."
+        if hardware.find_hardware().target == "trn2":  # AWS's newer SDKs for trn2 need that driver
+            remedy = "Keep the driver; train on a trn1 instance, which this SDK is for."
         yield fail(
             "Neuron driver",
-            f"{version} needs runtime 2.33 or newer, and the pinned SDK 2.26.1 has 2.28. Install "
-            f"{SUITABLE} on the host.",
+            f"{version} needs runtime 2.33 or newer, and the pinned SDK 2.26.1 has 2.28. {remedy}",
         )
     elif installed < oldest:
         yield note(

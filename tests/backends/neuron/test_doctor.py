@@ -77,6 +77,21 @@ def test_a_driver_that_the_image_cannot_work_with_is_refused(
     assert only(neuron.driver(Settings())).state == state
 
 
+def test_the_driver_of_a_trn2_is_not_to_be_downgraded(
+    fake_machine: FakeMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "version").write_text("2.31.0\n")
+    monkeypatch.setattr(neuron, "DRIVER_FILES", (tmp_path / "version",))
+    said = {}
+    for instance in ("trn1.32xlarge", "trn2.48xlarge"):
+        fake_machine.is_a(instance)
+        finding = only(neuron.driver(Settings()))
+        assert finding.state == "FAIL"
+        said[instance] = finding.text
+    assert "Install" in said["trn1.32xlarge"] and "Install" not in said["trn2.48xlarge"]
+    assert "Keep the driver" in said["trn2.48xlarge"]
+
+
 def test_the_tools_must_be_there_and_be_this_pythons(
     tmp_path: Path, fake_machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
