@@ -60,7 +60,11 @@ graph := $(foreach s,$(STAGES),$s:$(subst $(empty) ,$(comma),$($s.from)):$($s.af
 plan = env $(foreach v,$(unasked),-u $v) $(foreach v,RECIPE RUN $(given),$(call quoted,$v=$(value $v))) $(PYTHON) -I -S stages/make/plan.py \
   $(call quoted,$(out)) $(graph) --given $(call quoted,$(given)) --goals $(call quoted,$(MAKECMDGOALS))
 answering := $(and $(filter eval,$(MAKECMDGOALS)),$(asking),$(wildcard $(out)/compile-inference/manifest.json))
-dry_run := $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS))))
+flags := $(filter-out --%,$(firstword -$(MAKEFLAGS)))
+dry_run := $(findstring n,$(flags))
+ifneq (,$(findstring B,$(flags)))
+  $(error make -B is not for stages, which know what has changed. To make one again, remove $(out)/STAGE)
+endif
 uses_run := $(filter all demo outputs/% $(STAGES),$(MAKECMDGOALS))
 ifneq (,$(or $(uses_run),$(filter status verify clean,$(MAKECMDGOALS))))
   stale := $(shell $(plan) $(if $(uses_run),$(if $(answering),--answer,$(if $(dry_run),--dry-run)),--check-run))

@@ -232,6 +232,12 @@ def test_exported_variables_of_others_change_no_goal(built_once: Project) -> Non
     assert built_once.make("-n", "all", *TINY, "CONTEXT=c", check=False).returncode == 2
 
 
+def test_make_B_is_refused_with_what_to_do_instead(built_once: Project) -> None:
+    done = built_once.make("-B", "train", *TINY, check=False)
+    assert done.returncode == 2 and "remove outputs/tiny/STAGE" in done.stderr
+    assert built_once.make("-n", "-j4", "train", *TINY).returncode == 0
+
+
 def test_what_a_recipe_sets_for_another_model_is_said(project: Project) -> None:
     other = ("RECIPE=tiny", "MODEL_ID=data/demo/model", "INIT_WEIGHTS=random")
     said = project.make("-n", "data", *other).stderr
