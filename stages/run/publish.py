@@ -101,9 +101,13 @@ def publish(
             if not resumable:
                 _remove_work(work)
             raise
-        dollars = "" if cost["usd"] is None else f", {cost['usd']:.2f} USD"
-        print(f"{stage}: published {output} in {duration(cost['seconds'])}{dollars}", flush=True)
+        _say_published(stage, output, cost)
         return True
+
+
+def _say_published(stage: str, output: Path, cost: dict[str, Any]) -> None:
+    dollars = "" if cost["usd"] is None else f", {cost['usd']:.2f} USD"
+    print(f"{stage}: published {output} in {duration(cost['seconds'])}{dollars}", flush=True)
 
 
 def _work_folder(run_folder: Path, stage: str, made_from: dict[str, Any], resumable: bool) -> Path:

@@ -124,12 +124,8 @@ def train(
             progress.update(
                 1, {name: f"{value:.4g}" for name, value in figures.items()}, line=logged
             )
-            if (
-                settings.save_steps
-                and done % settings.save_steps == 0
-                and not last
-                and max_steps < 0
-            ):
+            saved = settings.save_steps and done % settings.save_steps == 0
+            if saved and not last and max_steps < 0:
                 metrics.flush()
                 checkpoint.save_checkpoint(
                     work / CHECKPOINTS_FOLDER,
