@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.backends.neuron.consolidate import consolidate
-from stages.backends.neuron.shards import read as shards
+from stages.backends.neuron.shards import sharded_tensor
 from stages.backends.neuron.shards import torch_archive as archive
 from stages.model import weights
 from stages.model.check import check_model_folder, tied_weights
@@ -33,7 +33,7 @@ PACKAGES = ("torch_xla", "neuronx_distributed", "torch_neuronx", "optimum", "pef
 def test_every_layout_gives_the_original_weights_and_what_the_library_reads(
     written_shards, output, name, piece_bytes, monkeypatch
 ):
-    monkeypatch.setattr(shards, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(sharded_tensor, "PIECE_BYTES", piece_bytes)
     monkeypatch.setattr(archive, "MAPPED_BYTES", piece_bytes)
     for package in PACKAGES:
         monkeypatch.setitem(sys.modules, package, None)  # importing it is an error

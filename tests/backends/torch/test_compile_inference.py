@@ -365,7 +365,7 @@ def test_a_compiled_model_whose_logits_differ_is_refused(copy, value):
 @pytest.mark.parametrize(
     ("config", "sequence_length", "told"),
     [
-        ({"model_type": "mistral"}, LENGTH, ["mistral", '"llama" only']),
+        ({"model_type": "mistral"}, LENGTH, ["is a mistral", "trains and compiles llama"]),
         (
             {"model_type": "llama", "max_position_embeddings": 64},
             65,
