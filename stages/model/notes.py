@@ -48,7 +48,7 @@ def published_notes(folder: Path, tokenizer: TextTokenizer) -> Iterator[str]:
         )
         yield (
             f"{says}; the tokenizer's EOS is {_shown([eos], tokenizer)}. The model is trained to "
-            f"end at {eos}, and the published files name that alone."
+            f"end at {eos}, and the published files name only that."
         )
     if tokenizer.has_chat_template:
         yield (
