@@ -57,7 +57,8 @@ comma := ,
 empty :=
 # data::  train:data:precompile  eval:data,consolidate,compile-inference:  ...
 graph := $(foreach s,$(STAGES),$s:$(subst $(empty) ,$(comma),$($s.from)):$($s.after))
-plan = env $(foreach v,$(unasked),-u $v) $(foreach v,RECIPE RUN $(given),$(call quoted,$v=$(value $v))) $(PYTHON) -I -S stages/make/plan.py \
+plan = env $(foreach v,$(unasked),-u $v) MAKELEVEL=$(MAKELEVEL) \
+  $(foreach v,RECIPE RUN $(given),$(call quoted,$v=$(value $v))) $(PYTHON) -I -S stages/make/plan.py \
   $(call quoted,$(out)) $(graph) --given $(call quoted,$(given)) --goals $(call quoted,$(MAKECMDGOALS))
 answering := $(and $(filter eval,$(MAKECMDGOALS)),$(asking),$(wildcard $(out)/compile-inference/manifest.json))
 flags := $(filter-out --%,$(firstword -$(MAKEFLAGS)))

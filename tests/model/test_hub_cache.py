@@ -154,13 +154,16 @@ def test_what_was_never_fetched_is_told_with_what_to_check(askers, asker):
     assert askers[asker].model("owner/nothing").pauses == ([] if asker == "offline" else [1.0, 4.0])
 
 
+TINY = ("RECIPE=tiny", "MODEL_ID=owner/tiny", "INIT_WEIGHTS=random")
+
+
 def test_make_works_a_second_time_without_the_hub(hub, tmp_path, torture):
     project = copy_project(tmp_path / "project")
     (hub.folder / "models" / "owner").mkdir(parents=True, exist_ok=True)
     shutil.copytree(project.folder / "data" / "tiny", hub.folder / "models" / "owner" / "tiny")
     rows = hub.add_rows(f"Because of {number}." for number in range(20))
     goal = "train" if torture.long else "data"
-    arguments = (goal, "RECIPE=tiny", "MODEL_ID=owner/tiny", f"DATASET={rows}")
+    arguments = (goal, *TINY, f"DATASET={rows}")
     environment = {
         "HF_ENDPOINT": hub.address,
         "HF_HOME": str(tmp_path / "home"),
@@ -170,7 +173,7 @@ def test_make_works_a_second_time_without_the_hub(hub, tmp_path, torture):
     assert hub.requests and "data: published" in fetched.stdout
     hub.requests.clear()
     assert project.stages_to_run(*arguments, **environment) == []
-    changed = (*arguments, "SEED=7", *(["INIT_WEIGHTS=random"] if torture.long else []))
+    changed = (*arguments, "SEED=7")
     cut_off = {
         "HF_HUB_OFFLINE": "0",
         "HF_ENDPOINT": f"http://127.0.0.1:{hubs.closed_port()}",

@@ -10,8 +10,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from stages.text.tokens import TextTokenizer
 from tests.text.tokenizer_kinds import CORPUS, REAL, llama, write_tokenizer
 
-KINDS = ("byte_level", "metaspace", "unigram", *(make.__name__ for make in REAL))
-
 
 def byte_level(folder: Path) -> Path:
     """As GPT-2, Llama 3 and Qwen: bytes, split by a regular expression; no BOS, and a padding token
@@ -54,12 +52,14 @@ def unigram(folder: Path) -> Path:
     )
 
 
+MAKERS = {make.__name__: make for make in (byte_level, metaspace, unigram, *REAL)}
+KINDS = tuple(MAKERS)
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    makers = (byte_level, metaspace, unigram, *REAL)
     return {
-        make.__name__: make(tmp_path_factory.mktemp("tokenizers") / make.__name__)
-        for make in makers
+        kind: make(tmp_path_factory.mktemp("tokenizers") / kind) for kind, make in MAKERS.items()
     }
 
 

@@ -33,7 +33,14 @@ def make_data(
     (project.folder / "data/tiny/rows.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
     )
-    done = project.make("data", "RECIPE=tiny", "VALIDATION_FRACTION=0", *settings, check=check)
+    done = project.make(
+        "data",
+        "RECIPE=tiny",
+        "INIT_WEIGHTS=random",
+        "VALIDATION_FRACTION=0",
+        *settings,
+        check=check,
+    )
     assert "Traceback" not in done.stderr
     return (
         project.manifest("data")["metrics"] if check else {"status": done.returncode}
@@ -156,13 +163,14 @@ def test_data_that_leave_nothing_to_learn_are_refused_and_the_former_rows_stay(
 def test_control_tokens_spelt_in_a_text_are_text(own: Project, kind: str) -> None:
     """As the models' tokenizers are: </s> in a row is four characters, and an answer still ends
     once."""
-    model = getattr(kinds, kind)(own.folder / "data" / kind)
+    model = kinds.MAKERS[kind](own.folder / "data" / kind)
     spelt = ["</s>", "<s>", "[INST]", "<|end|>", "<|pad|>", "<unk>", "</s></s>", "<s> </s>"]
     rows = [
         {"instruction": f"the {text} cat", "context": text, "response": f"{text} sat {text}"}
         for text in spelt
     ]
-    figures, _ = make_data(own, rows, f"MODEL_ID=data/{kind}", "MAX_LENGTH=512")
+    lengths = ("MAX_LENGTH=512", "INFERENCE_SEQUENCE_LENGTH=512")
+    figures, _ = make_data(own, rows, f"MODEL_ID=data/{kind}", *lengths)
     assert figures["rows_in"] == figures["train"]["documents"] == len(spelt)
     tokenizer = TextTokenizer.load(Path(model))
     ids = [

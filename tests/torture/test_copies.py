@@ -81,7 +81,7 @@ def edit_unseen(path: Path, old: str, new: str) -> None:
     ("file", "old", "new", "stages"),
     [
         ("data/tiny/rows.jsonl", "Trainium", "Tranquil", ["data", *AFTER_DATA]),
-        ("data/tiny/prompts.jsonl", "instruction", "Instruction", ["eval"]),
+        ("data/tiny/prompts.jsonl", "What", "Whom", ["eval"]),
         (
             "data/tiny/config.json",
             '"rms_norm_eps": 1e-06',
