@@ -27,8 +27,10 @@ def unsupported(
 ) -> str:
     """The message for a model whose architecture `backend` does not know."""
     other = "neuron" if backend == "torch" else "torch"
+    code = " with code of its own (auto_map), which is never run"
     return (
-        f"MODEL_ID={settings.model_id} is a {config.model_type}; the {backend} backend trains and "
+        f"MODEL_ID={settings.model_id} is a {config.model_type}"
+        f"{code if getattr(config, 'auto_map', None) else ''}; the {backend} backend trains and "
         f"compiles {', '.join(architectures)}. Choose such a model, or another BACKEND ({other})."
     )
 

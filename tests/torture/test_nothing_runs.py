@@ -161,7 +161,9 @@ def test_make_refuses_a_model_that_needs_its_code_and_asks_nothing(
 ) -> None:
     edit(folder / "config.json", model_type="evil")
     copy = Project(shutil.copytree(project.folder, tmp_path / "project", symlinks=True))
-    done = copy.make("train", "RECIPE=tiny", f"MODEL_ID={folder}", check=False)
+    done = copy.make(
+        "train", "RECIPE=tiny", f"MODEL_ID={folder}", "INIT_WEIGHTS=random", check=False
+    )
     assert done.returncode == 2
     assert "code of its own (auto_map), which is never run" in done.stderr
     assert "Traceback" not in done.stderr and "[y/N]" not in done.stdout + done.stderr
