@@ -67,7 +67,7 @@ def shared(file: Path, alone: Callable[[], None]) -> Iterator[None]:
     Raises OSError where the file cannot be opened or the file system has no locks.
     """
     make_durable_folder(file.parent)
-    with open(file, "a+", encoding="utf-8", opener=_no_link) as opened:
+    with open(file, encoding="utf-8", opener=_made_or_read) as opened:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -76,6 +76,14 @@ def shared(file: Path, alone: Callable[[], None]) -> Iterator[None]:
             alone()
         fcntl.flock(opened, fcntl.LOCK_SH)  # waits only while another stage's `alone` runs
         yield
+
+
+def _made_or_read(path: str, flags: int) -> int:
+    """For `open`: make the file; another user's, which may not be written, can be held too."""
+    try:
+        return _no_link(path, os.O_RDWR | os.O_CREAT)  # NFS locks only what may be written
+    except PermissionError:
+        return _no_link(path, flags)
 
 
 def _no_link(path: str, flags: int) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,32 +71,36 @@ def in_use(url: str | Path) -> Iterator[None]:
     """Hold the cache while something of ours compiles into it; several stages may at once.
 
     While nobody else holds it, a locked graph is one whose compiler was killed: its locks are
-    removed, and a line says so. Where the cache cannot be held (in S3, another user's, a file
-    system without locks), locks are left alone; a line says so if there are any.
+    removed, and a line says so. Other locks are left alone (another stage may be compiling, the
+    cache is another user's or cannot be held); a line says so if there are any, because a training
+    waits for them. Locks in S3 are not read.
     """
     folder = folder_of(url)
     with ExitStack() as held:
         if folder:
+            reason = "another stage uses the cache, or they are another user's"
             try:
                 held.enter_context(shared(folder / LOCK_FILE, lambda: _clear_locks(folder)))
             except OSError as error:
-                if lines := blocked([e for e in entries(url) if e.state == "locked"], url):
-                    print(
-                        f"note: {folder / LOCK_FILE}: {error.strerror}, so locks in the compile "
-                        "cache are left alone.",
-                        *lines,
-                        sep="\n",
-                        flush=True,
-                    )
+                reason = f"{folder / LOCK_FILE}: {error.strerror}"
+            if lines := blocked([e for e in entries(url) if e.state == "locked"], url):
+                print(
+                    f"note: locks in the compile cache are left alone ({reason}).",
+                    *lines,
+                    sep="\n",
+                    flush=True,
+                )
         yield
 
 
 def _clear_locks(folder: Path) -> None:
     """Remove every lock in the cache, where no process of ours can hold one."""
-    stale = [entry for entry in entries(folder) if entry.state == "locked"]
-    for entry in stale:
-        for path in (folder / entry.name).rglob("*.lock"):
-            path.unlink(missing_ok=True)
+    before = {entry.name: entry for entry in entries(folder) if entry.state == "locked"}
+    for name in before:
+        for path in (folder / name).rglob("*.lock"):
+            with suppress(PermissionError):  # another user's
+                path.unlink(missing_ok=True)
+    stale = [before[name] for name in before.keys() - names(folder, "locked")]
     if stale:
         oldest = duration(max(entry.lock_seconds or 0.0 for entry in stale))
         print(
@@ -158,10 +162,12 @@ def blocked(graphs: Sequence[Entry], url: str | Path) -> list[str]:
             f"{_count(locked)} locked, the longest for {oldest}. If nothing is compiling now, a "
             "run that was killed left the locks. Remove them:"
         )
-        lines.append(
-            f"  NEURON_COMPILE_CACHE_URL='{url}' neuron_parallel_compile --command clear-locks"
-        )
+        lines.append(f"  {clear_locks_command(url)}")
     return lines
+
+
+def clear_locks_command(url: str | Path) -> str:
+    return f"NEURON_COMPILE_CACHE_URL='{url}' neuron_parallel_compile --command clear-locks"
 
 
 def _count(graphs: Sequence[Entry]) -> str:

@@ -32,7 +32,7 @@ class CompileReport:
     They are None if no summary was printed, because the process was killed. `hits`, `failed_hits`,
     `failed_graphs`: names of cache entries (`neuronxcc-VERSION/MODULE_x`) that the cache had
     compiled, that it had poisoned, and that were reported as failed. `extracted`: those that the
-    training left to be compiled.
+    training left to be compiled. `compiled`: those that were reported as done.
     """
 
     graphs: int | None = None
@@ -40,6 +40,7 @@ class CompileReport:
     failed: int | None = None
     hits: set[str] = field(default_factory=set)
     extracted: set[str] = field(default_factory=set)
+    compiled: set[str] = field(default_factory=set)
     failed_hits: set[str] = field(default_factory=set)
     failed_graphs: set[str] = field(default_factory=set)
 
@@ -62,7 +63,7 @@ def read_compile_report(lines: Iterable[str]) -> CompileReport:
         report.extracted.update(_EXTRACTED.findall(line))
         report.failed_hits.update(_FAILED_HIT.findall(line))
         for name, status in _REPORTED.findall(line):
-            if status == "false" and graph:
-                report.failed_graphs.add(graph)
+            if status and graph:
+                (report.compiled if status == "true" else report.failed_graphs).add(graph)
             graph = name
     return report

@@ -145,16 +145,27 @@ def require_all_done(
 ) -> None:
     """Raise StageFailure when a graph of this run is not compiled, whatever the summary says.
 
-    neuron_parallel_compile passes over a graph that is locked: it is in no total, and the exit
-    status is 0. Where it does not name its graphs, they are those that the cache lacked `before`.
+    neuron_parallel_compile passes over a graph that is locked, or whose compiler was killed: it is
+    in no total, and the exit status is 0. Where it does not name its graphs, they are those that
+    the cache lacked `before`. A cache in S3 is not read: there the report must account for all.
     """
-    own = report.extracted or {entry.name for entry in graphs} - {entry.name for entry in before}
-    missing = [entry for entry in graphs if entry.name in own and entry.state != "done"]
+    if cache.folder_of(url):
+        own = report.extracted or {entry.name for entry in graphs} - {e.name for e in before}
+        states = {entry.name: entry.state for entry in graphs}
+        missing = {name: states.get(name, "gone") for name in own if states.get(name) != "done"}
+        remedy = cache.blocked([entry for entry in graphs if entry.name in missing], url)
+    else:
+        own = report.extracted - report.hits
+        missing = dict.fromkeys(own - report.compiled, "not in the report")
+        if len(own) <= (report.graphs or 0):
+            missing = {}
+        remedy = [f"If nothing is compiling now, remove locks: {cache.clear_locks_command(url)}"]
     if missing:
-        names = "".join(f"\n  {entry.name} ({entry.state})" for entry in missing)
+        names = "".join(f"\n  {name} ({state})" for name, state in sorted(missing.items()))
         message = (
             f"{len(missing)} of this training's graphs are not compiled, although "
             f"neuron_parallel_compile reports no failure:{names}\nIf another process is compiling "
-            "them, run the same command again when it has ended."
+            "them, run the same command again when it has ended. If the compiler was killed, "
+            "memory ran out."
         )
-        raise StageFailure("\n".join([message, *cache.blocked(missing, url)]))
+        raise StageFailure("\n".join([message, *remedy]))

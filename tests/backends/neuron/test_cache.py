@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from stages.backends.neuron import cache
 from stages.backends.neuron.compile_report import CompileReport
 from stages.backends.neuron.precompile import require_all_done
 from stages.run.errors import StageFailure
+from stages.run.lock import shared
 from tests.fakes.neuron_cache import COMPILER, graph
+from tests.test_doctor import as_an_ordinary_user
 
 
 def test_each_graph_has_the_state_that_its_files_tell(filled: Path) -> None:
@@ -92,7 +95,8 @@ def test_locks_are_removed_only_where_no_stage_compiles(
         lock.touch()
         with cache.in_use(filled):
             assert lock.exists()
-    assert capsys.readouterr().out == ""
+    said = capsys.readouterr().out
+    assert "left alone (another stage" in said and "--command clear-locks" in said
     with cache.in_use("s3://bucket/graphs"):
         pass
 
@@ -115,3 +119,29 @@ def test_a_graph_that_nothing_reports_is_missed(filled: Path) -> None:
     with pytest.raises(StageFailure, match=r"3 of this training's graphs"):
         require_all_done(CompileReport(0, 0, 0), [], graphs, str(filled))
     require_all_done(CompileReport(0, 0, 0), graphs, graphs, str(filled))  # another run's
+
+
+def test_in_s3_a_graph_that_the_report_leaves_out_is_missed() -> None:
+    url, one, other = "s3://bucket/graphs", "neuronxcc-2.21/MODULE_1", "neuronxcc-2.21/MODULE_2"
+    passed_over = CompileReport(1, 1, 0, extracted={one, other}, compiled={one})
+    with pytest.raises(StageFailure, match=r"1 of .*\n  \S+MODULE_2 \(not in the report\)") as told:
+        require_all_done(passed_over, [], [], url)
+    assert f"NEURON_COMPILE_CACHE_URL='{url}'" in str(told.value)
+    require_all_done(CompileReport(2, 2, 0, extracted={one, other}), [], [], url)
+    # One rank left it to be compiled, another had it from the cache a moment later.
+    require_all_done(CompileReport(0, 0, 0, extracted={one}, hits={one}), [], [], url)
+
+
+def test_a_cache_whose_lock_file_is_another_users_is_held_all_the_same() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own may not be entered by others
+        Path(folder).chmod(0o755)
+        lock = Path(folder) / cache.LOCK_FILE
+        lock.touch(mode=0o644)
+        alone: list[bool] = []
+        with shared(lock, lambda: alone.append(True)):
+
+            def held_by_another() -> bool:
+                with shared(lock, lambda: alone.append(False)):
+                    return alone == [True]
+
+            assert as_an_ordinary_user(held_by_another)

@@ -52,6 +52,7 @@ EXPECTED = CompileReport(
     failed=1,
     hits={entry(11), entry(12)},
     failed_hits={entry(13)},
+    compiled={entry(14)},
     failed_graphs={entry(15)},
 )
 
