@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 
 from stages.run.errors import refuse
 from stages.run.settings import Settings
-from stages.text.examples import PROBLEMS_SHOWN
 from stages.text.prompt import PromptTemplate
-from stages.text.questions import Question
+from stages.text.questions import Question, first_problems
 from stages.text.tokens import TextTokenizer
 
 if TYPE_CHECKING:
@@ -134,11 +133,7 @@ def encode_questions(
             )
         else:
             encoded.append(ids)
-    if len(problems) > PROBLEMS_SHOWN:
-        problems[PROBLEMS_SHOWN:] = [
-            f"{len(problems):,} prompts have problems; above are the first {PROBLEMS_SHOWN}."
-        ]
-    refuse(problems)
+    refuse(first_problems(problems))
     return encoded
 
 

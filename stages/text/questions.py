@@ -70,15 +70,20 @@ def read_questions(settings: Settings) -> Questions:
             problems.append(question)
     if not questions and not problems:
         problems.append(f"PROMPTS={path} holds no prompt. Write one object per line, {wanted}.")
-    if len(problems) > PROBLEMS_SHOWN:
-        problems[PROBLEMS_SHOWN:] = [
-            f"{len(problems):,} prompts have problems; above are the first {PROBLEMS_SHOWN}."
-        ]
     if problems:
+        problems = first_problems(problems)
         if seen and settings.instruction_column not in seen:
             problems = [_no_column(path, settings, list(seen)), *problems[:1]]
         raise InputError(problems)
     return Questions(questions, [name for name in seen if name not in columns])
+
+
+def first_problems(problems: list[str]) -> list[str]:
+    """The first of the prompts' problems, and how many there are if that is not all."""
+    if len(problems) <= PROBLEMS_SHOWN:
+        return problems
+    count = f"{len(problems):,} prompts have problems; above are the first {PROBLEMS_SHOWN}."
+    return [*problems[:PROBLEMS_SHOWN], count]
 
 
 def _no_column(path: Path, settings: Settings, columns: list[str]) -> str:
