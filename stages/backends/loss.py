@@ -15,18 +15,6 @@ from torch import Tensor
 from stages.run.layout import IGNORED_LABEL
 
 
-def document_mask(position_ids: Tensor) -> Tensor:
-    """Which position attends to which, bool [batch, 1, length, length].
-
-    Positions (int [batch, length]) restart at 0 with each document, so a running count of zeros
-    numbers the documents of a sequence. A position attends to the positions of its document up to
-    itself.
-    """
-    document = (position_ids == 0).cumsum(dim=1)
-    same = document[:, :, None] == document[:, None, :]
-    return (same & same.new_ones(same.shape[1:]).tril())[:, None]
-
-
 def next_token_labels(labels: Tensor, position_ids: Tensor) -> Tensor:
     """The id that each position must predict, int64 [batch, length].
 
@@ -48,6 +36,8 @@ def supervised(labels: Any, position_ids: Any) -> Any:
 def loss_sum(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Sum of the cross-entropy in nats over a micro-batch, whose columns are int64 [batch, length].
 
+    Positions restart at 0 with each document. Without an attention mask, transformers makes one of
+    them in which a document sees itself alone, and no further back than a layer's sliding window.
     Under tensor parallelism the logits stay sharded over the vocabulary; the caller's
     `loss_parallel` reduces them.
     """
@@ -55,7 +45,6 @@ def loss_sum(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     output = model(
         input_ids=batch["input_ids"],
         position_ids=positions,
-        attention_mask=document_mask(positions),
         use_cache=False,
     )
     targets = next_token_labels(batch["labels"], positions)

@@ -6,12 +6,22 @@ Standard library only: `make` calls this before any stage runs, with config.json
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from stages.run.settings import Settings
 
+# The architectures (`model_type` in config.json) that each backend trains and compiles. On Neuron
+# they are those that optimum-neuron has for both.
+ARCHITECTURES = {
+    "neuron": ("granite", "llama", "qwen3"),
+    "torch": (
+        *("gemma3_text", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"),
+        "smollm3",
+    ),
+}
 # RoPE whose frequencies depend on the length of the prompt. Those of a compiled graph are constant.
 ROPE_OF_VARYING_FREQUENCY = ("dynamic", "longrope")
 
@@ -22,17 +32,42 @@ def raw_config(values: Mapping[str, Any]) -> SimpleNamespace:
     return SimpleNamespace(**{"num_key_value_heads": heads, **values})
 
 
-def unsupported(
-    settings: Settings, config: Any, backend: str, architectures: tuple[str, ...]
-) -> str:
-    """The message for a model whose architecture `backend` does not know."""
-    other = "neuron" if backend == "torch" else "torch"
-    code = " with code of its own (auto_map), which is never run"
-    return (
-        f"MODEL_ID={settings.model_id} is a {config.model_type}"
-        f"{code if getattr(config, 'auto_map', None) else ''}; the {backend} backend trains and "
-        f"compiles {', '.join(architectures)}. Choose such a model, or another BACKEND ({other})."
-    )
+def architecture_problems(settings: Settings, config: Any, backend: str) -> Iterator[str]:
+    """A message when `backend` does not know the architecture of the model, or a part of it."""
+    kind = config.model_type
+    if kind not in ARCHITECTURES[backend]:
+        code = ", with code of its own (auto_map), which is never run"
+        lists = "; ".join(f"{name}: {', '.join(types)}" for name, types in ARCHITECTURES.items())
+        every = sorted({name for types in ARCHITECTURES.values() for name in types})
+        nearest = "".join(
+            f" The nearest to it is {name} (BACKEND="
+            f"{' or '.join(key for key, types in ARCHITECTURES.items() if name in types)})."
+            for name in difflib.get_close_matches(str(kind), every, n=1)
+        )
+        yield (
+            f"MODEL_ID={settings.model_id} is a {kind}"
+            f"{code if getattr(config, 'auto_map', None) else ''}, which the {backend} backend "
+            f"does not train or compile. The backends know {lists}.{nearest}"
+        )
+    elif cap := getattr(config, "attn_logit_softcapping", None):
+        yield (
+            f"MODEL_ID={settings.model_id}: attn_logit_softcapping={cap} in config.json is not "
+            "supported. Choose another model."
+        )
+
+
+def window_problems(setting: str, length: int, config: Any) -> Iterator[str]:
+    """A message when sequences of `length` tokens reach beyond the model's sliding window.
+
+    For a backend that lets every token see all before it.
+    """
+    window = getattr(config, "sliding_window", None)
+    used = getattr(config, "use_sliding_window", True)  # Qwen names a window that it does not use
+    if window and used and length > window:
+        yield (
+            f"{setting}={length} is above the model's sliding window of {window} tokens, which "
+            f"this backend does not have. Set at most {window}."
+        )
 
 
 def fit_problems(settings: Settings, config: Any, vocabulary: int) -> Iterator[str]:
@@ -69,22 +104,10 @@ def rope_problems(config: Any) -> Iterator[str]:
         )
 
 
-def division_problems(settings: Settings, config: Any) -> Iterator[str]:
-    """A message when tensor parallelism cannot divide the layers evenly among its processes."""
-    size = settings.tensor_parallel_size
-    if counts := not_divisible(size, config):
-        yield (
-            f"TENSOR_PARALLEL_SIZE={size} does not divide the model's {', '.join(counts)}. Set a "
-            "divisor of each."
-        )
-
-
 def not_divisible(tensor_parallel_size: int, config: Any) -> list[str]:
-    """The counts of a model that tensor parallelism cannot divide evenly: `32 attention heads`."""
+    """The counts of a layer that tensor parallelism cannot divide evenly: `32 attention heads`."""
     counts = {
         "attention heads": config.num_attention_heads,
         "intermediate columns": config.intermediate_size,
     }
-    if config.model_type != "granite":  # every process has its whole embedding and head
-        counts["vocabulary entries"] = config.vocab_size
     return [f"{count} {name}" for name, count in counts.items() if count % tensor_parallel_size]

@@ -12,12 +12,15 @@ from typing import Any
 
 from stages.backends.neuron.hardware import find_hardware
 from stages.backends.neuron.parallel_sizes import topology_problems
-from stages.model.fit import fit_problems, position_problems, rope_problems, unsupported
+from stages.model.fit import (
+    architecture_problems,
+    fit_problems,
+    position_problems,
+    rope_problems,
+    window_problems,
+)
 from stages.run.settings import Settings
 
-# The model types that training on Neuron gives and that optimum-neuron's inference takes
-# (models/inference/auto_models.py).
-ARCHITECTURES = ("granite", "llama", "qwen3")
 # For these optimum-neuron computes RoPE for heads of hidden_size / num_attention_heads, whatever
 # head_dim config.json has (models/inference/llama).
 HEADS_OF_HIDDEN_SIZE = ("granite", "llama")
@@ -57,8 +60,7 @@ def inference_problems(settings: Settings, config: Any) -> Iterator[str]:
     Heads, columns and hidden size need not be multiples of the number of cores: optimum-neuron pads
     them (modules/attention/gqa.py).
     """
-    if config.model_type not in ARCHITECTURES:
-        yield unsupported(settings, config, "neuron", ARCHITECTURES)
+    yield from architecture_problems(settings, config, "neuron")
     heads, hidden = config.num_attention_heads, config.hidden_size
     head_dim = getattr(config, "head_dim", None)
     if config.model_type in HEADS_OF_HIDDEN_SIZE and head_dim and head_dim * heads != hidden:
@@ -67,9 +69,9 @@ def inference_problems(settings: Settings, config: Any) -> Iterator[str]:
             f"optimum-neuron cannot compile such a {config.model_type}. Choose another model."
         )
     yield from rope_problems(config)
-    yield from position_problems(
-        "INFERENCE_SEQUENCE_LENGTH", settings.inference_sequence_length, config
-    )
+    length = settings.inference_sequence_length
+    yield from position_problems("INFERENCE_SEQUENCE_LENGTH", length, config)
+    yield from window_problems("INFERENCE_SEQUENCE_LENGTH", length, config)
     size, vocabulary = settings.inference_tensor_parallel_size, config.vocab_size
     _, cores = TARGETS[settings.instance_type]
     if size > cores:

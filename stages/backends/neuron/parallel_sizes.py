@@ -13,12 +13,11 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from stages.backends.neuron.hardware import Hardware, find_hardware
-from stages.model.fit import not_divisible, unsupported
+from stages.model.fit import architecture_problems, not_divisible, window_problems
 from stages.run.settings import Settings
 
-# Model types that optimum-neuron 0.4.5 trains -> whether it trains them with pipeline parallelism
-# (models/training/auto_models.py and the model classes).
-ARCHITECTURES = {"llama": True, "qwen3": True, "granite": False}
+# What optimum-neuron 0.4.5 trains without pipeline parallelism (its model classes).
+WITHOUT_PIPELINE = ("granite",)
 # Numbers of processes that Trainium connects, besides multiples of 32; and those that AWS trains
 # with on one node of Trainium2.
 TRAINIUM_COUNTS = (1, 2, 8)
@@ -68,13 +67,18 @@ def topology_problems(settings: Settings, config: Any) -> list[str]:
     """
     machine = find_hardware()
     problems = []
-    if config.model_type not in ARCHITECTURES:
-        return [unsupported(settings, config, "neuron", tuple(ARCHITECTURES))]
+    if unknown := list(architecture_problems(settings, config, "neuron")):
+        return unknown
     sizes = Sizes.of(settings)
     if unfit := list(size_problems(sizes, machine, config)):
         remedy = sizes.changed_to(nearest(settings, machine, config))
         problems += [f"{problem} Set {remedy}." for problem in unfit]
-    return [*problems, *model_problems(settings, config), *lora_problems(settings, config)]
+    return [
+        *problems,
+        *model_problems(settings, config),
+        *window_problems("MAX_LENGTH", settings.max_length, config),
+        *lora_problems(settings, config),
+    ]
 
 
 def size_problems(sizes: Sizes, machine: Hardware, config: Any) -> Iterator[str]:
@@ -112,7 +116,7 @@ def size_problems(sizes: Sizes, machine: Hardware, config: Any) -> Iterator[str]
             f"TENSOR_PARALLEL_SIZE={tp} of 64 processes gives groups that Trainium2 does not "
             "connect."
         )
-    if pp > 1 and not ARCHITECTURES[config.model_type]:
+    if pp > 1 and config.model_type in WITHOUT_PIPELINE:
         yield f"PIPELINE_PARALLEL_SIZE={pp}: {config.model_type} is trained without a pipeline."
     elif pp > config.num_hidden_layers:
         yield (
@@ -122,7 +126,11 @@ def size_problems(sizes: Sizes, machine: Hardware, config: Any) -> Iterator[str]
 
 
 def _division_problems(tp: int, config: Any) -> Iterator[str]:
-    if counts := not_divisible(tp, config):
+    counts = not_divisible(tp, config)
+    # In a Granite every process has the whole embedding and head.
+    if config.model_type != "granite" and config.vocab_size % tp:
+        counts.append(f"{config.vocab_size} vocabulary entries")
+    if counts:
         yield f"TENSOR_PARALLEL_SIZE={tp} does not divide the model's {', '.join(counts)}."
     kv_heads = kv_heads_of(config)
     # Either each process has complete heads, or each head is in equally many processes.

@@ -12,15 +12,17 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from stages.model.fit import (
-    division_problems,
+    architecture_problems,
     fit_problems,
+    not_divisible,
     position_problems,
     rope_problems,
-    unsupported,
 )
 from stages.run.settings import Settings
 
-ARCHITECTURES = ("llama",)
+# transformers has the matrices of these in a form that tensor parallelism cannot divide: joined
+# (phi3), or with a norm across all heads (olmo2).
+UNDIVIDED = ("olmo2", "phi3")
 SHORTEST_SEQUENCE = 16
 
 
@@ -29,16 +31,8 @@ def training_problems(settings: Settings, config: Any, vocabulary: int) -> Itera
 
     `vocabulary` is the number of ids that the tokenizer can give, 0 where it is not known yet.
     """
-    if config.model_type in ARCHITECTURES:
-        yield from division_problems(settings, config)
-        size, heads = settings.tensor_parallel_size, config.num_key_value_heads
-        if heads and heads % size:
-            yield (
-                f"TENSOR_PARALLEL_SIZE={size} does not divide the model's {heads} KV heads. Set a "
-                "divisor of it."
-            )
-    else:
-        yield unsupported(settings, config, "torch", ARCHITECTURES)
+    unknown = list(architecture_problems(settings, config, "torch"))
+    yield from unknown or _division_problems(settings, config)
     yield from fit_problems(settings, config, vocabulary)
     if settings.pipeline_parallel_size > 1:
         yield (
@@ -51,11 +45,31 @@ def training_problems(settings: Settings, config: Any, vocabulary: int) -> Itera
         yield "ZERO_1=0: the torch backend always shards the optimizer (FSDP2). Leave ZERO_1=1."
 
 
+def _division_problems(settings: Settings, config: Any) -> Iterator[str]:
+    """A message when tensor parallelism cannot divide the layers among its processes.
+
+    The vocabulary need not be divisible: DTensor gives the last process fewer rows.
+    """
+    size, kv_heads = settings.tensor_parallel_size, config.num_key_value_heads
+    counts = not_divisible(size, config)
+    if kv_heads and kv_heads % size:
+        counts.append(f"{kv_heads} KV heads")
+    if size > 1 and config.model_type in UNDIVIDED:
+        yield (
+            f"TENSOR_PARALLEL_SIZE={size}: the layers of a {config.model_type} cannot be divided. "
+            "Set 1; data parallelism divides its optimizer too."
+        )
+    elif counts:
+        yield (
+            f"TENSOR_PARALLEL_SIZE={size} does not divide the model's {', '.join(counts)}. Set a "
+            "divisor of each."
+        )
+
+
 def inference_problems(settings: Settings, config: Any) -> Iterator[str]:
     """Everything that keeps the model of `config` from being compiled with these settings."""
     length = settings.inference_sequence_length
-    if config.model_type not in ARCHITECTURES:
-        yield unsupported(settings, config, "torch", ARCHITECTURES)
+    yield from architecture_problems(settings, config, "torch")
     if length < SHORTEST_SEQUENCE:
         yield (
             f"INFERENCE_SEQUENCE_LENGTH={length} tokens, prompt and answer together, is too short. "

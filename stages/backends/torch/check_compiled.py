@@ -45,7 +45,7 @@ def random_probe(*, vocab_size: int, batch_size: int, sequence_length: int) -> P
 
 
 @torch.inference_mode()
-def eager_logits(llama: Any, probe: Probe) -> torch.Tensor:
+def eager_logits(model: Any, probe: Probe) -> torch.Tensor:
     """float32 logits [CHECKED_STEPS + 1, batch, vocab] of the eager model, on the CPU.
 
     They follow each slot's prompt and each of its CHECKED_STEPS tokens. Each sequence is read whole
@@ -53,9 +53,9 @@ def eager_logits(llama: Any, probe: Probe) -> torch.Tensor:
     """
     slots = []
     for sequence, length in zip(probe.sequences, probe.lengths, strict=True):
-        ids = sequence[None, : length + CHECKED_STEPS].to(llama.device)
+        ids = sequence[None, : length + CHECKED_STEPS].to(model.device)
         slots.append(
-            llama(ids, use_cache=False, logits_to_keep=CHECKED_STEPS + 1).logits[0].float().cpu()
+            model(ids, use_cache=False, logits_to_keep=CHECKED_STEPS + 1).logits[0].float().cpu()
         )
     return torch.stack(slots, dim=1)
 

@@ -32,7 +32,7 @@ from stages.backends.torch.check_compiled import (
     eager_logits,
     random_probe,
 )
-from stages.backends.torch.export import LlamaStep, StepName, export_step
+from stages.backends.torch.export import Step, StepName, export_step, head_dim
 from stages.backends.torch.generate import COMPILED_INFO, WEIGHTS, constant_type
 from stages.backends.torch.inductor import scratch_space
 from stages.backends.torch.instruction_set import instruction_set
@@ -58,7 +58,7 @@ class Compilation:
 
 
 def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[str, Any]:
-    """Compile the Llama in `model_dir` into `output`.
+    """Compile the model in `model_dir` into `output`.
 
     The compiled model takes INFERENCE_BATCH_SIZE prompts of INFERENCE_SEQUENCE_LENGTH tokens each,
     answers included. It has the dtype that config.json names, and runs on CUDA where there is a
@@ -125,29 +125,30 @@ def _cuda_problems(device: str) -> Iterator[str]:
             )
 
 
-def _load_llama(work: Compilation) -> Any:
+def _load_model(work: Compilation) -> Any:
     """The eager model in its dtype. Built in that dtype, not converted: RoPE stays float32."""
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    llama, report = LlamaForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         work.model_dir,
         dtype="auto",
         output_loading_info=True,
         use_safetensors=True,
         trust_remote_code=False,
     )
+    model, report = loaded
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:5])
         raise InputError(
             f"{work.model_dir} lacks {len(report['missing_keys'])} of its weights ({missing}). "
             "Run `make consolidate` again."
         )
-    if llama.dtype not in TOLERANCE:
+    if model.dtype not in TOLERANCE:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in TOLERANCE)
         raise InputError(
-            f"{work.model_dir} has weights of {llama.dtype}; the torch backend compiles {names}."
+            f"{work.model_dir} has weights of {model.dtype}; the torch backend compiles {names}."
         )
-    return llama.to(work.device).eval().requires_grad_(False)
+    return model.to(work.device).eval().requires_grad_(False)
 
 
 def _write_model(work: Compilation, probe: Probe) -> torch.Tensor:
@@ -157,10 +158,10 @@ def _write_model(work: Compilation, probe: Probe) -> torch.Tensor:
     """
     from safetensors.torch import save_file
 
-    llama = _load_llama(work)
-    step = LlamaStep(llama)
+    model = _load_model(work)
+    step = Step(model)
     constants = {**dict(step.named_parameters()), **dict(step.named_buffers())}
-    description = _description(work, llama, constants)
+    description = _description(work, model, constants)
     (work.output / COMPILED_INFO).write_text(
         json.dumps(description, indent=2) + "\n", encoding="utf-8"
     )
@@ -169,19 +170,18 @@ def _write_model(work: Compilation, probe: Probe) -> torch.Tensor:
     )
     # safetensors makes files that only their owner can read.
     shutil.copymode(work.output / COMPILED_INFO, work.output / WEIGHTS)
-    return eager_logits(llama, probe)
+    return eager_logits(model, probe)
 
 
 def _description(
-    work: Compilation, llama: Any, constants: dict[str, torch.Tensor]
+    work: Compilation, model: Any, constants: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     """compiled.json: what generate.py must know of the model, and what the packages assume."""
-    config, ids = llama.config, llama.generation_config
-    head_dim = llama.model.layers[0].self_attn.head_dim
+    config, ids = model.config, model.generation_config
     return {
         "model_type": config.model_type,
         "device": work.device,
-        "dtype": str(llama.dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": work.batch_size,
         "sequence_length": work.sequence_length,
         "vocab_size": config.vocab_size,
@@ -190,7 +190,7 @@ def _description(
             work.batch_size,
             config.num_key_value_heads,
             work.sequence_length,
-            head_dim,
+            head_dim(model),
         ],
         "bos_token_id": ids.bos_token_id,
         "eos_token_id": ids.eos_token_id,
@@ -253,7 +253,7 @@ def _compile_step(step: StepName, work: Compilation) -> None:
         with warnings.catch_warnings():
             # Deprecations inside torch and transformers, about which the user can do nothing.
             warnings.simplefilter("ignore")
-            program = export_step(step, _load_llama(work), work.batch_size, work.sequence_length)
+            program = export_step(step, _load_model(work), work.batch_size, work.sequence_length)
             aoti_compile_and_package(
                 program,
                 package_path=str(work.output / f"{step}.pt2"),

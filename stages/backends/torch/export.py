@@ -1,10 +1,10 @@
 """The two graphs of generation, as torch.export sees them: prefill reads prompts, decode one token.
 
-Both are Llama's layers from transformers with the attention spelled out, because the keys and
-values are in tensors that the caller owns and that the graphs write in place: two per layer, each
-[batch, kv heads, sequence length, head dim]. Prompts are padded on the right and every slot has its
-own positions, so a batch takes prompts of any lengths: causality hides the padding from the prompt,
-and decode overwrites the padding before its mask includes it.
+Both are the forward of transformers' own model, whatever its architecture. Only the attention is
+ours, because the keys and values are in tensors that the caller owns and that the graphs write in
+place: two per layer, each [batch, kv heads, sequence length, head dim]. Prompts are padded on the
+right and every slot has its own positions, so a batch takes prompts of any lengths: causality hides
+the padding from the prompt, and decode overwrites the padding before its mask includes it.
 """
 
 from __future__ import annotations
@@ -18,58 +18,84 @@ from torch.nn import functional
 from stages.backends.torch.generate import empty_cache
 
 StepName = Literal["prefill", "decode"]
-# attend(layer's index, queries, keys, values) -> context; all [batch, heads, new tokens, head dim]
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+ATTENTION = "caller_owned_cache"  # the name by which transformers calls `_attention`
+# attend(layer's index, queries, keys, values, scale, sliding window) -> context. Tensors are
+# [batch, heads, new tokens, head dim]; a window is the number of positions that a token sees, its
+# own included, or None.
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float, int | None], torch.Tensor]
 
 
-class LlamaStep(torch.nn.Module):
-    """The parts of a LlamaForCausalLM under their own names.
+class Step(torch.nn.Module):
+    """A causal language model of transformers with the attention of this file.
 
-    Its parameters and buffers are the constants of a package. Tied embeddings are registered once,
-    so that they are one constant and one tensor in the file of weights.
+    Its parameters and buffers, under their own names, are the constants of a package. Tied
+    embeddings are registered once, so that they are one constant and one tensor in the file of
+    weights.
     """
 
-    def __init__(self, llama: Any):
-        super().__init__()
-        self.model = llama.model
-        self.tied = llama.lm_head.weight is llama.model.embed_tokens.weight
-        if not self.tied:
-            self.lm_head = llama.lm_head
+    def __init__(self, model: Any):
+        from transformers import AttentionInterface
 
-    def hidden_states(
-        self, ids: torch.Tensor, positions: torch.Tensor, attend: Attend
+        super().__init__()
+        AttentionInterface.register(ATTENTION, _attention)
+        tied = model.config.tie_word_embeddings
+        if tied and not isinstance(model.lm_head, _TiedHead):
+            model.lm_head = _TiedHead(model.model.embed_tokens)
+        self.model, self.lm_head = model.model, model.lm_head
+        self._whole = [model]  # in a list: as a part of this module it would give names twice
+
+    def logits(
+        self, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor, attend: Attend
     ) -> torch.Tensor:
-        """Normalised hidden states [batch, tokens, hidden] of ids [batch, tokens].
+        """Logits [batch, vocab] of the token after token `last` [batch] of ids [batch, tokens].
 
         `positions` can be broadcast to the shape of `ids`.
         """
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+        slots = torch.arange(len(ids), device=ids.device)
 
-        hidden = self.model.embed_tokens(ids)
-        cos, sin = self.model.rotary_emb(hidden, positions)
-        for index, layer in enumerate(self.model.layers):
-            attention, normed = layer.self_attn, layer.input_layernorm(hidden)
-            projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-            queries, keys, values = (
-                p(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-                for p in projections
-            )
-            queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
-            context = attend(index, queries, keys, values)
-            hidden = hidden + attention.o_proj(context.transpose(1, 2).flatten(2))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return self.model.norm(hidden)
+        def only_last(_: Any, hidden: tuple[torch.Tensor]) -> torch.Tensor:
+            return hidden[0][slots, last].unsqueeze(1)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [batch, hidden] -> [batch, vocab]."""
-        return (
-            functional.linear(hidden, self.model.embed_tokens.weight)
-            if self.tied
-            else self.lm_head(hidden)
-        )
+        # The head is most of the work of a small model; the other tokens' logits are not needed.
+        hook = self.lm_head.register_forward_pre_hook(only_last)
+        whole = self._whole[0]
+        whole.config._attn_implementation = ATTENTION
+        try:
+            output = whole(input_ids=ids, position_ids=positions, use_cache=False, attend=attend)
+        finally:
+            hook.remove()
+        return output.logits[:, 0]
 
 
-class Prefill(LlamaStep):
+class _TiedHead(torch.nn.Module):
+    """A head whose weight has no name of its own: it is that of the embeddings."""
+
+    def __init__(self, embeddings: torch.nn.Embedding):
+        super().__init__()
+        self._embeddings = [embeddings]  # in a list, so that it is no part of this module
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return functional.linear(hidden, self._embeddings[0].weight)
+
+
+def _attention(
+    module: Any,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: None,
+    *,
+    attend: Attend,
+    scaling: float,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers: returns [batch, new tokens, heads, head dim]."""
+    context = attend(module.layer_idx, queries, keys, values, scaling, sliding_window)
+    return context.transpose(1, 2), None
+
+
+class Prefill(Step):
     """Reads prompts into an empty cache; computes logits only for each prompt's last token."""
 
     def forward(
@@ -79,25 +105,38 @@ class Prefill(LlamaStep):
 
         `lengths` [batch] are the prompts' lengths, at least 1 (int64).
         """
-        batch, longest = ids.shape
+        longest, sequence_length = ids.shape[1], cache[0].shape[2]
+        positions = torch.arange(longest, device=ids.device)
+        distance = positions.unsqueeze(1) - positions
 
         def attend(
-            layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+            layer: int,
+            queries: torch.Tensor,
+            keys: torch.Tensor,
+            values: torch.Tensor,
+            scale: float,
+            window: int | None,
         ) -> torch.Tensor:
             cache[2 * layer][:, :, :longest] = keys
             cache[2 * layer + 1][:, :, :longest] = values
-            # The cache was empty: these are all the keys, so no mask is needed.
+            # The cache was empty: these are all the keys, so causality alone needs no mask.
+            mask = None
+            if window is not None and window < sequence_length:
+                mask = (distance >= 0) & (distance < window)
             return functional.scaled_dot_product_attention(
-                queries, keys, values, is_causal=True, enable_gqa=True
+                queries,
+                keys,
+                values,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=True,
             )
 
-        positions = torch.arange(longest, device=ids.device).unsqueeze(0)
-        hidden = self.hidden_states(ids, positions, attend)
-        slots = torch.arange(batch, device=ids.device)
-        return self.logits(hidden[slots, lengths - 1])
+        return self.logits(ids, positions.unsqueeze(0), lengths - 1, attend)
 
 
-class Decode(LlamaStep):
+class Decode(Step):
     """Reads one token per slot, at that slot's position."""
 
     def forward(
@@ -109,28 +148,37 @@ class Decode(LlamaStep):
         """
         batch, kv_heads, sequence_length, head_dim = cache[0].shape
         slots = torch.arange(batch, device=ids.device)
-        mask = torch.arange(sequence_length, device=ids.device) <= positions.unsqueeze(1)
+        distance = positions.unsqueeze(1) - torch.arange(sequence_length, device=ids.device)
 
         def attend(
-            layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+            layer: int,
+            queries: torch.Tensor,
+            keys: torch.Tensor,
+            values: torch.Tensor,
+            scale: float,
+            window: int | None,
         ) -> torch.Tensor:
             past_keys, past_values = cache[2 * layer], cache[2 * layer + 1]
             past_keys[slots, :, positions] = keys[:, :, 0]
             past_values[slots, :, positions] = values[:, :, 0]
+            mask = distance >= 0
+            if window is not None and window < sequence_length:
+                mask = mask & (distance < window)
             # The query heads that share a KV head become its queries: grouped attention that does
             # not repeat the cache.
             grouped = queries.reshape(batch, kv_heads, -1, head_dim)
             context = functional.scaled_dot_product_attention(
-                grouped, past_keys, past_values, attn_mask=mask[:, None, None]
+                grouped, past_keys, past_values, attn_mask=mask[:, None, None], scale=scale
             )
             return context.reshape(queries.shape)
 
-        hidden = self.hidden_states(ids.unsqueeze(1), positions.unsqueeze(1), attend)
-        return self.logits(hidden[:, 0])
+        return self.logits(
+            ids.unsqueeze(1), positions.unsqueeze(1), torch.zeros_like(positions), attend
+        )
 
 
 def export_step(
-    step: StepName, llama: Any, batch_size: int, sequence_length: int
+    step: StepName, model: Any, batch_size: int, sequence_length: int
 ) -> torch.export.ExportedProgram:
     """The graph of one step, at a fixed batch size and cache size.
 
@@ -138,22 +186,22 @@ def export_step(
     lengths 0 and 1 separate graphs, so prefill starts at 2 and a single token is padded. It
     ends one short of the cache because a prompt that fills it leaves no room for an answer.
     """
-    config, device = llama.config, llama.device
+    config, device = model.config, model.device
     cache = empty_cache(
         layers=config.num_hidden_layers,
-        shape=(
-            batch_size,
-            config.num_key_value_heads,
-            sequence_length,
-            llama.model.layers[0].self_attn.head_dim,
-        ),
-        dtype=llama.dtype,
+        shape=(batch_size, config.num_key_value_heads, sequence_length, head_dim(model)),
+        dtype=model.dtype,
         device=device,
     )
     counts = torch.ones(batch_size, dtype=torch.int64, device=device)
     if step == "decode":
-        return torch.export.export(Decode(llama), (torch.zeros_like(counts), counts, cache))
+        return torch.export.export(Decode(model), (torch.zeros_like(counts), counts, cache))
     ids = torch.zeros(batch_size, sequence_length // 2, dtype=torch.int64, device=device)
     length = torch.export.Dim("prompt_length", min=2, max=sequence_length - 1)
     dynamic = ({1: length}, None, [None] * len(cache))
-    return torch.export.export(Prefill(llama), (ids, counts, cache), dynamic_shapes=dynamic)
+    return torch.export.export(Prefill(model), (ids, counts, cache), dynamic_shapes=dynamic)
+
+
+def head_dim(model: Any) -> int:
+    """The size of an attention head, which not every architecture has in its config."""
+    return model.model.layers[0].self_attn.head_dim

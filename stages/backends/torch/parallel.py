@@ -1,4 +1,4 @@
-"""Distributes a Llama over ranks: tensor and sequence parallelism, and FSDP2 for data parallelism.
+"""Distributes a model over ranks: tensor and sequence parallelism, and FSDP2 for data parallelism.
 
 The ranks form a mesh of data parallel x tensor parallel. Inside a tensor-parallel group every
 matrix is split by columns or rows, and the activations between them by sequence. Across the groups
@@ -9,6 +9,8 @@ bfloat16; like ZeRO-1, weights stay gathered between forward and backward. One p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +49,12 @@ def build_model(
     """The base model, parallelised over `mesh`; each rank reads only its part of the weights."""
     from transformers import AutoModelForCausalLM
 
-    config = pretrained_config(base)
-    with torch.device("meta"):  # no rank ever has the complete model
+    with _without_weights():  # no rank ever has the complete model
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+            pretrained_config(base),
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
         )
     model.train()
     if settings.tensor_parallel_size > 1:
@@ -73,32 +77,32 @@ def build_model(
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh["data"], mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh["data"], mp_policy=policy, reshard_after_forward=False)
-    model.to_empty(device=device)
-    # The rotary frequencies are not weights. The module computes them when it is created, which on
-    # "meta" gives no values.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config, device=device)
+    _allocate(model, device)
     _read_weights(model, base)
     return model
 
 
 def _split_layers(model: Any, mesh: DeviceMesh) -> None:
-    """Tensor parallelism, with sequence parallelism between the matrices."""
-    layer_plan = {
-        "input_layernorm": SequenceParallel(),
+    """Tensor parallelism, with sequence parallelism between the matrices.
+
+    Which matrices are split by columns and which by rows, transformers knows for each architecture
+    (`base_model_tp_plan`).
+    """
+    matrices = {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel(output_layouts=Shard(1))}
+    layer_plan: dict[str, Any] = {
         "self_attn": PrepareModuleInput(
             input_kwarg_layouts={"hidden_states": Shard(1)},
             desired_input_kwarg_layouts={"hidden_states": Replicate()},
         ),
-        "self_attn.q_proj": ColwiseParallel(),
-        "self_attn.k_proj": ColwiseParallel(),
-        "self_attn.v_proj": ColwiseParallel(),
-        "self_attn.o_proj": RowwiseParallel(output_layouts=Shard(1)),
-        "post_attention_layernorm": SequenceParallel(),
         "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
-        "mlp.gate_proj": ColwiseParallel(),
-        "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
     }
+    for name, style in model.config.base_model_tp_plan.items():
+        layer_plan[name.removeprefix("layers.*.")] = matrices[style]
+    for name, module in model.model.layers[0].named_modules():
+        if type(module).__name__.endswith("Norm"):
+            # A norm inside the attention (Qwen 3) sees this rank's heads: for its weight that is a
+            # part of the sequence like any other.
+            layer_plan[name] = SequenceParallel(use_local_output=True)
     # The sequence is scattered at the first layer, not at the embedding: the mask and the rotary
     # embedding need the full length.
     scatter = PrepareModuleInput(
@@ -117,6 +121,36 @@ def _split_layers(model: Any, mesh: DeviceMesh) -> None:
     for index in range(len(model.model.layers)):
         plan |= {f"model.layers.{index}.{name}": style for name, style in layer_plan.items()}
     parallelize_module(model, mesh, plan)
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Modules that are created have their parameters on the meta device, where they take no memory.
+
+    Their buffers are real: an architecture computes them when it is created (RoPE's frequencies,
+    the scale of an embedding), and no file holds them.
+    """
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        # One that is there already is shared: two modules with tied weights.
+        if parameter is not None and not parameter.is_meta:
+            parameter = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = on_meta  # type: ignore
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore
+
+
+def _allocate(model: torch.nn.Module, device: torch.device) -> None:
+    """Give the parameters memory on `device`, and move the buffers there."""
+    computed = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(computed[name])
 
 
 def _read_weights(model: torch.nn.Module, base: Path) -> None:

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from stages.backends.neuron import compiled
-from stages.backends.neuron.check import ARCHITECTURES, TARGETS
+from stages.backends.neuron.check import TARGETS
 from stages.backends.neuron.compile_inference import compile_model, environment
+from stages.model.fit import ARCHITECTURES
 from stages.run.errors import InputError, StageFailure
 from stages.run.layout import CONFIG_FILE
 from stages.run.settings import Settings
@@ -308,7 +309,7 @@ CONTRACT: dict[str, Callable[[], bool]] = {
     "get_available_cores": lambda: not parameters("utils.system:get_available_cores"),
     "current_instance_type": lambda: not parameters("utils.instance:current_instance_type"),
     "get_neuronxcc_version": lambda: not parameters("utils.version_utils:get_neuronxcc_version"),
-    "supported models": lambda: set(ARCHITECTURES) <= registered_models(),
+    "supported models": lambda: set(ARCHITECTURES["neuron"]) <= registered_models(),
 }
 
 

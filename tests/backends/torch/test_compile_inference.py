@@ -365,7 +365,11 @@ def test_a_compiled_model_whose_logits_differ_is_refused(copy, value):
 @pytest.mark.parametrize(
     ("config", "sequence_length", "told"),
     [
-        ({"model_type": "mistral"}, LENGTH, ["is a mistral", "trains and compiles llama"]),
+        (
+            {"model_type": "mixtral"},
+            LENGTH,
+            ["is a mixtral", "torch: gemma3_text, granite, llama", "nearest to it is mistral"],
+        ),
         (
             {"model_type": "llama", "max_position_embeddings": 64},
             65,
