@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from stages.backends.batches import PackedSequences, sequences_of_step
@@ -104,24 +106,28 @@ def batch_of(step: int, count: int, rows: PackedSequences, seed: int) -> dict[st
 
 @pytest.fixture(scope="module")
 def reference(base: Settings, data: Path) -> dict[int, list[float]]:
-    """Losses of a plain float32 loop over the Hugging Face model in this process, by rows per
-    step."""
-    losses: dict[int, list[float]] = {}
+    """Losses of a plain loop by rows per step."""
+    return {count: plain_loop(base, data, count)["loss"] for count in (1, 2)}
+
+
+def plain_loop(settings: Settings, data: Path, count: int) -> dict[str, list[float]]:
+    """`loss` and `grad_norm` by step of a plain float32 loop over the Hugging Face model in this
+    process, with `count` rows per step."""
     rows = PackedSequences(data / "train")
-    for count in (1, 2):
-        model = AutoModelForCausalLM.from_pretrained(base_model_folder(base), dtype=torch.float32)
-        adamw = torch.optim.AdamW(model.parameters(), lr=base.learning_rate, weight_decay=0)
-        schedule = get_scheduler(base.lr_scheduler_type, adamw, base.warmup_steps, STEPS)
-        losses[count] = []
-        for step in range(STEPS):
-            loss = model(**batch_of(step, count, rows, base.seed)).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), base.max_grad_norm)
-            adamw.step()
-            schedule.step()
-            adamw.zero_grad()
-            losses[count].append(loss.item())
-    return losses
+    model = AutoModelForCausalLM.from_pretrained(base_model_folder(settings), dtype=torch.float32)
+    adamw = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0)
+    schedule = get_scheduler(settings.lr_scheduler_type, adamw, settings.warmup_steps, STEPS)
+    lines: dict[str, list[float]] = {"loss": [], "grad_norm": []}
+    for step in range(STEPS):
+        loss = model(**batch_of(step, count, rows, settings.seed)).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        adamw.step()
+        schedule.step()
+        adamw.zero_grad()
+        lines["loss"].append(loss.item())
+        lines["grad_norm"].append(norm.item())
+    return lines
 
 
 def trained(settings: Settings, data: Path, work: Path) -> list[dict[str, Any]]:
@@ -178,6 +184,34 @@ def check_losses(lines: list[dict[str, Any]], expected: list[float]) -> None:
     assert expected[-1] < expected[0] - 10 * TOLERANCE, (
         "the reference is to learn enough to tell it from a model that stands still"
     )
+
+
+def test_a_token_weighs_the_same_whatever_its_micro_batch_and_rank_have(
+    base: Settings, data: Path, tmp_path: Path
+) -> None:
+    uneven = with_uneven_labels(data, tmp_path / "uneven")
+    settings = replace(base, nproc_per_node=2, gradient_accumulation_steps=2)
+    expected = plain_loop(settings, uneven, sequences_per_step(settings))
+    lines = trained(settings, uneven, tmp_path / "work")
+    check_losses(lines, expected["loss"])
+    norms = [line["grad_norm"] for line in lines]
+    assert norms == pytest.approx(expected["grad_norm"], rel=0.1)
+
+
+def with_uneven_labels(data: Path, folder: Path) -> Path:
+    """The packed data with the labels of the first 60, 0, 2 or 20 tokens of a row, as
+    LOSS_ON=response makes them of answers of different lengths. One rank has none in the last
+    step."""
+    shutil.copytree(data, folder)
+    shutil.rmtree(folder / "train")
+    rows = load_from_disk(str(data / "train"))
+
+    def keep(row: dict[str, Any], index: int) -> dict[str, Any]:
+        kept = list(row["labels"][: (60, 0, 2, 20)[index % 4]])
+        return {"labels": kept + [IGNORED_LABEL] * (len(row["labels"]) - len(kept))}
+
+    rows.map(keep, with_indices=True).save_to_disk(str(folder / "train"))
+    return folder
 
 
 @pytest.fixture(scope="module")
