@@ -23,6 +23,7 @@ import torch
 from transformers import HfArgumentParser, PrinterCallback, set_seed
 
 from stages.backends.neuron.arguments import attention_implementation
+from stages.backends.neuron.graphs_on_hub import survive_refusals
 from stages.backends.neuron.metrics_callback import MetricsCallback
 from stages.backends.neuron.ordered_sequences import OrderedSequences
 from stages.backends.neuron.trainer import make_trainer
@@ -66,6 +67,7 @@ def main() -> None:
     # neuron_parallel_compile has an option of that name.
     command_line = [*sys.argv[1:], "--log_level", "error"]
     own, arguments = HfArgumentParser(dataclasses).parse_args_into_dataclasses(command_line)
+    survive_refusals()
     try:
         train(own, arguments)
     except (InputError, StageFailure) as error:

@@ -34,6 +34,7 @@ from stages.run.launch import launch
 from stages.run.settings import Settings
 from stages.text.sequences import IGNORED_LABEL
 from tests.conftest import clean_environment, copy_project
+from tests.fakes.hub import FOR_EVER, running
 from tests.saved_weights import with_a_value_that_is_no_number
 
 pytest.importorskip("optimum.neuron", reason="optimum-neuron has no release for this Python")
@@ -411,6 +412,33 @@ def test_train_compiles_nothing_after_precompile(
     assert cache.names(settings.neuron_compile_cache_url) == compiled
     assert "compiles again" not in capfd.readouterr().out
     assert last_line(work / "metrics.jsonl")["step"] == STEPS
+
+
+def test_a_hub_that_refuses_compiled_graphs_is_one_that_has_none(
+    base: Settings,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    graphs = tmp_path / "models" / "me" / "graphs"
+    graphs.mkdir(parents=True)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    # First the Hub refuses to say what it has, then to send what it has.
+    for refused in ("HEAD /me/graphs/resolve", "GET /me/graphs/resolve"):
+        folder = tmp_path / refused[:4].strip()
+        url = str(folder / "cache")
+        settings = replace(base, custom_cache_repo="me/graphs", neuron_compile_cache_url=url)
+        folder.mkdir()
+        with running(tmp_path) as hub:
+            hub.misbehave(refused, "limited", FOR_EVER)
+            monkeypatch.setenv("HF_ENDPOINT", hub.address)
+            assert len(trained(settings, data, folder / "work")) == STEPS
+        said = capfd.readouterr().out
+        assert said.count("CUSTOM_CACHE_REPO=me/graphs: the Hub does not say") == 1
+        assert "429" in said and hub.asked(refused) == 3
+        shutil.copytree(url, graphs, dirs_exist_ok=True)
 
 
 def test_a_training_that_goes_on_counts_its_steps_and_rates_from_the_base_model(
