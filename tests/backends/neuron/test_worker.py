@@ -375,14 +375,14 @@ def test_train_compiles_nothing_after_precompile(
     precompiled, work = tmp_path / "precompile", tmp_path / "work"
     precompiled.mkdir()
     work.mkdir()
-    monkeypatch.setenv("STAND_IN_FAILS", "0")
+    monkeypatch.setenv("FAKE_FAILS", "0")
     # A graph that failed is poison to the next run, unless the compiler is told to try again: the
     # project tells it.
     with pytest.raises(
         StageFailure, match=r"1 of 2 graphs did not compile:\n  neuronxcc-\S+/MODULE_"
     ):
         precompile(settings, data, precompiled)
-    monkeypatch.delenv("STAND_IN_FAILS")
+    monkeypatch.delenv("FAKE_FAILS")
     # A lock on it may be that of another stage's compiler; of a killed one where no other runs.
     (failed,) = cache.names(settings.neuron_compile_cache_url, "poisoned")
     lock = Path(settings.neuron_compile_cache_url) / failed / "model.hlo_module.pb.lock"
