@@ -20,6 +20,7 @@ from stages.run.check_result import CheckResult, fail, folder_result, note
 from stages.run.cost import dollars, hourly_price, instance_type
 from stages.run.disk import REMEDY, free_space, write_speed
 from stages.run.errors import InputError
+from stages.run.host import host_memory
 from stages.run.progress import duration, show_size
 from stages.run.provenance import REQUIREMENTS, installed_version, pinned_versions
 from stages.run.settings import Settings
@@ -27,8 +28,6 @@ from stages.run.settings import Settings
 PYTHONS = {"torch": ((3, 10), (3, 12)), "neuron": ((3, 10), (3, 11))}
 OLDEST_MAKE = (4, 2)  # the first that reads a file with $(file <NAME)
 OUTPUTS = Path("outputs")
-MEMINFO = Path("/proc/meminfo")
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 ROOM_TO_MEASURE = 10**9  # bytes free, below which no speed is measured
 SLOW_DISK = 200e6  # bytes per second; a gp3 volume has 125 MB/s unless more is asked for
 
@@ -145,14 +144,9 @@ def disk_speed(settings: Settings) -> Iterator[CheckResult]:
 def memory(settings: Settings) -> Iterator[CheckResult]:
     """Compare the host memory with the model in float32, the most that one process has in memory:
     random weights, or the merged model."""
-    if not MEMINFO.exists():
+    total = host_memory()
+    if total is None:
         return
-    match = re.search(r"MemTotal:\s*(\d+) kB", MEMINFO.read_text(encoding="utf-8"))
-    total = int(match[1]) * 1024 if match else 0
-    limit = (
-        CONTAINER_LIMIT.read_text(encoding="utf-8").strip() if CONTAINER_LIMIT.exists() else "max"
-    )
-    total = min(total, int(limit)) if limit.isdigit() else total
     needed = 4 * (_parameters(settings) or 0)
     text = (
         f"{show_size(total)}, the model in float32 is {show_size(needed)}"

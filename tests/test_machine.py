@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stages import machine
-from stages.run import cost
+from stages.run import cost, host
 from stages.run.backend import Choice
 from stages.run.settings import Settings
 from tests.doctor_checks import llama_7b, only
@@ -150,8 +150,8 @@ def test_memory_that_cannot_hold_the_model_is_advice(
 ) -> None:
     (tmp_path / "meminfo").write_text(f"MemTotal:       {kilobytes} kB\nMemFree: 1 kB\n")
     (tmp_path / "memory.max").write_text(f"{limit}\n")
-    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(machine, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr(host, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(host, "CONTAINER_LIMIT", tmp_path / "memory.max")
     assert only(machine.memory(llama_7b(tmp_path))).state == state
 
 
