@@ -2,156 +2,34 @@
 
 python -m stages.doctor        exit status 1 when a stage could not run
 
-Changes no file and fetches only the model's configs. Each backend has a `doctor` module
-with its requirements.
+Changes no file and fetches only the model's configs. Each backend has a `doctor` module with its
+requirements; machine.py has those of every backend.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 # Read when the Hub's library is imported: without a network, the checks end soon.
 os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
 os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "5")
 
+from stages import machine
 from stages.checks import local_config, machine_problems, problems
 from stages.model.base import base_config, config_folder, config_notes
 from stages.model.hub import from_hub
 from stages.model.location import local_model, local_path, own_output_problems
-from stages.model.size import bytes_written, parameters
-from stages.run.backend import backend_module, choose
-from stages.run.check_result import FAIL, Check, CheckResult, fail, folder_result, note
-from stages.run.cost import hourly_price, instance_type
-from stages.run.disk import REMEDY, free_space
+from stages.run.backend import backend_module
+from stages.run.check_result import FAIL, Check, CheckResult, fail, note
 from stages.run.errors import InputError, StageFailure
-from stages.run.progress import show_size
-from stages.run.provenance import REQUIREMENTS, installed_version, pinned_versions
 from stages.run.setting import STAGES
 from stages.run.settings import Settings
 from stages.text.questions import read_questions
 from stages.text.sources import FORMATS
-
-PYTHONS = {"torch": ((3, 10), (3, 12)), "neuron": ((3, 10), (3, 11))}
-OLDEST_MAKE = (4, 2)  # the first that reads a file with $(file <NAME)
-OUTPUTS = Path("outputs")
-MEMINFO = Path("/proc/meminfo")
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
-
-
-def python_version(settings: Settings) -> Iterator[CheckResult]:
-    oldest, newest = PYTHONS[choose(settings).name]
-    version = f"{sys.version.split()[0]}, {sys.executable}"
-    if oldest <= sys.version_info[:2] <= newest:
-        yield CheckResult("Python", version)
-    else:
-        yield fail(
-            "Python",
-            f"{version}. Use {_dotted(oldest)} to {_dotted(newest)}: remove .venv and set PYTHON.",
-        )
-
-
-def make_version(settings: Settings) -> Iterator[CheckResult]:
-    tool = shutil.which("make")
-    output = (
-        subprocess.run([tool, "--version"], capture_output=True, text=True).stdout if tool else ""
-    )
-    match = re.match(r"GNU Make (\d+)\.(\d+)", output)
-    if match and (int(match[1]), int(match[2])) >= OLDEST_MAKE:
-        yield CheckResult("make", match[0])
-    else:
-        problem = match[0] if match else f"{tool} is not GNU make" if tool else "not on the PATH"
-        yield fail(
-            "make",
-            f"{problem}. Install GNU make {_dotted(OLDEST_MAKE)} or newer (Debian, Ubuntu: apt "
-            "install make).",
-        )
-
-
-def backend_choice(settings: Settings) -> Iterator[CheckResult]:
-    chosen, price = choose(settings), hourly_price(settings)
-    cost = f", {price:g} USD/h" if price else ""
-    yield CheckResult(
-        "backend",
-        f"{chosen.name} ({chosen.reason}); {instance_type() or 'not an EC2 instance'}{cost}",
-    )
-
-
-def packages(settings: Settings) -> Iterator[CheckResult]:
-    """Compare installed versions with the pins of the backend's requirements. The suffix of a build
-    after `+` is ignored."""
-    file = REQUIREMENTS[choose(settings).name]
-    pins, mismatches = pinned_versions(choose(settings).name), 0
-    for name, pinned in pins.items():
-        installed = installed_version(name) or ""
-        if pinned != (installed if "+" in pinned else installed.partition("+")[0]):
-            mismatches += 1
-            yield fail(
-                name,
-                f"{installed or 'not installed'}, pinned is {pinned}. Install {file} (make does, "
-                "into .venv).",
-            )
-    if not mismatches:
-        yield CheckResult("packages", f"{len(pins)} as pinned for {file}")
-
-
-def writable(settings: Settings) -> Iterator[CheckResult]:
-    yield folder_result("outputs", OUTPUTS)
-    caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    yield folder_result(
-        "Hub's cache", Path(os.environ.get("HF_HOME", caches / "huggingface")), "HF_HOME"
-    )
-
-
-def disk(settings: Settings) -> Iterator[CheckResult]:
-    """Compare the free space with what the stages write for this model, as if nothing were written
-    yet."""
-    free, count = free_space(OUTPUTS), _parameters(settings)
-    if count is None:
-        yield CheckResult("disk", f"{show_size(free)} free; the size of the model is not known")
-        return
-    sizes = bytes_written(settings, count, choose(settings).name)
-    needed = sum(sizes.values())
-    sums = " + ".join(f"{stage} {show_size(size)}" for stage, size in sizes.items() if size)
-    text = f"{show_size(free)} free of {show_size(needed)} that {count:,} parameters take ({sums})"
-    if free >= needed:
-        yield CheckResult("disk", text)
-    else:
-        yield fail("disk", f"{text}. {REMEDY}")
-
-
-def memory(settings: Settings) -> Iterator[CheckResult]:
-    """Compare the host memory with the model in float32, the most that one process has in memory:
-    random weights, or the merged model."""
-    if not MEMINFO.exists():
-        return
-    match = re.search(r"MemTotal:\s*(\d+) kB", MEMINFO.read_text(encoding="utf-8"))
-    total = int(match[1]) * 1024 if match else 0
-    limit = (
-        CONTAINER_LIMIT.read_text(encoding="utf-8").strip() if CONTAINER_LIMIT.exists() else "max"
-    )
-    total = min(total, int(limit)) if limit.isdigit() else total
-    needed = 4 * (_parameters(settings) or 0)
-    text = (
-        f"{show_size(total)}, the model in float32 is {show_size(needed)}"
-        if needed
-        else show_size(total)
-    )
-    if total >= needed:
-        yield CheckResult("host memory", text)
-    else:
-        yield note(
-            "host memory",
-            f"{text}. A stage that loads all of it would be killed. Use a larger machine or a "
-            "smaller model.",
-        )
 
 
 def model_source(settings: Settings) -> Iterator[CheckResult]:
@@ -163,7 +41,7 @@ def model_source(settings: Settings) -> Iterator[CheckResult]:
         return
     yield from (note("MODEL_ID", text) for text in notes)
     if run := os.environ.get("RUN"):
-        for problem in own_output_problems(settings.model_id, OUTPUTS / run):
+        for problem in own_output_problems(settings.model_id, machine.OUTPUTS / run):
             yield fail("MODEL_ID", problem.removeprefix("MODEL_ID="))
     name, folder = settings.model_id, local_model(settings.model_id)
     if folder is None:
@@ -229,17 +107,18 @@ def fit(settings: Settings) -> Iterator[CheckResult]:
 
 
 CHECKS: list[Check] = [
-    python_version,
-    make_version,
-    backend_choice,
-    packages,
-    writable,
+    machine.python_version,
+    machine.make_version,
+    machine.backend_choice,
+    machine.packages,
+    machine.writable,
     model_source,
     dataset_source,
     prompts_source,
     fit,
-    disk,
-    memory,
+    machine.disk,
+    machine.disk_speed,
+    machine.memory,
 ]
 
 
@@ -292,13 +171,6 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _parameters(settings: Settings) -> int | None:
-    try:
-        return parameters(settings)
-    except InputError:
-        return None  # `model_source` reports it
-
-
 def _offline() -> bool:
     from huggingface_hub import constants
 
@@ -307,10 +179,6 @@ def _offline() -> bool:
 
 def _hub() -> str:
     return "from the Hub's cache (HF_HUB_OFFLINE is set)" if _offline() else "on the Hub"
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return f"{version[0]}.{version[1]}"
 
 
 if __name__ == "__main__":

@@ -92,8 +92,9 @@ def exact_matches(answers: list[Answer]) -> dict[str, int]:
     return {"exact_matches": matches, "judged": len(judged)}
 
 
-def compare_losses(settings: Settings, data: Path, tuned: Path) -> dict[str, dict[str, float]]:
-    """Loss (nats per supervised token) and perplexity of the base and the fine-tuned model."""
+def compare_losses(settings: Settings, data: Path, tuned: Path) -> dict[str, object]:
+    """Loss (nats per supervised token) and perplexity of the base and the fine-tuned model, and the
+    dtype that they were computed in."""
     if not (data / VALIDATION_SPLIT).is_dir():
         print("\nNo document is held out (VALIDATION_FRACTION=0): no validation loss.", flush=True)
         return {}
@@ -101,13 +102,17 @@ def compare_losses(settings: Settings, data: Path, tuned: Path) -> dict[str, dic
 
     losses = validation_losses(settings, data, tuned)
     print(f"\nheld-out sequences {'base':>10} {'fine-tuned':>12}")
-    print(f"  loss (nats)      {losses['base']:>10.4f} {losses['fine_tuned']:>12.4f}")
+    print(f"  loss (nats)      {losses.base:>10.4f} {losses.fine_tuned:>12.4f}")
     print(
-        f"  perplexity       {perplexity(losses['base']):>10.2f} "
-        f"{perplexity(losses['fine_tuned']):>12.2f}",
+        f"  perplexity       {perplexity(losses.base):>10.2f} "
+        f"{perplexity(losses.fine_tuned):>12.2f}",
         flush=True,
     )
-    return {name: {"loss": loss, "perplexity": perplexity(loss)} for name, loss in losses.items()}
+    models = {"base": losses.base, "fine_tuned": losses.fine_tuned}
+    return {
+        **{name: {"loss": loss, "perplexity": perplexity(loss)} for name, loss in models.items()},
+        "loss_dtype": losses.dtype,
+    }
 
 
 def perplexity(loss: float) -> float:

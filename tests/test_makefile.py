@@ -344,6 +344,7 @@ def test_what_a_run_was_is_written_down(built_once: Project) -> None:
         )
     losses = built_once.manifest("eval")["metrics"]
     assert losses["base"]["loss"] > 0 and losses["fine_tuned"]["perplexity"] > 1
+    assert losses["loss_dtype"] == "float32"  # BF16=0
 
 
 def test_nothing_is_left_beside_the_outputs(built_once: Project) -> None:

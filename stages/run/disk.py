@@ -12,6 +12,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +62,21 @@ def write_problem(folder: Path) -> str | None:
 def free_space(folder: Path) -> int:
     """Bytes free on the disk of `folder`, or of its nearest parent that exists."""
     return shutil.disk_usage(nearest_existing(folder)).free
+
+
+def write_speed(folder: Path) -> float:
+    """Bytes per second that reach the disk of `folder`, measured with up to 64 MB in about a
+    second.
+
+    The file has no name, so nothing is left of it. Raises OSError where it cannot be written.
+    """
+    block = os.urandom(16 * 10**6)  # random, for a disk that compresses
+    written, started = 0, time.monotonic()
+    with tempfile.TemporaryFile(dir=nearest_existing(folder), buffering=0) as file:
+        while written < 4 * len(block) and time.monotonic() - started < 1:
+            written += file.write(block)
+            os.fsync(file.fileno())
+    return written / (time.monotonic() - started)
 
 
 def require_writable(folder: Path) -> None:

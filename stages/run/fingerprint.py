@@ -53,6 +53,7 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.backends.neuron.doctor",
         "stages.backends.torch.doctor",
         "stages.doctor",
+        "stages.machine",
         "stages.make.help",
         "stages.make.install",
         "stages.make.plan",

@@ -250,7 +250,7 @@ class Settings:
     )
     custom_cache_repo: str = setting(
         "",
-        "Hub repository of compiled graphs, for `make cache-lookup` and `make cache-synchronize`.",
+        "Hub repository of compiled graphs. Stages ask it; `make cache-synchronize` fills it.",
     )
 
     # Consolidation.

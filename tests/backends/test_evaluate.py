@@ -1,10 +1,47 @@
-"""What eval says of the cost of its losses, before most of it is spent."""
+"""The dtype of eval's losses, and what eval says of their cost before most of it is spent."""
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from stages.backends.evaluate import cost_note
+import pytest
+import torch
+
+from stages.backends import evaluate
+from stages.backends.evaluate import cost_note, loss_dtype
+from stages.run import host
+from stages.run.settings import Settings
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("line", "memory", "dtype"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16", 10**12, torch.bfloat16),
+        ("flags\t\t: fpu avx512f amx_bf16", 10**12, torch.bfloat16),
+        ("Features\t: fp asimd bf16", 10**12, torch.bfloat16),
+        ("flags\t\t: fpu avx512f", 10**12, torch.float32),
+        ("Features\t: fp asimd", 10**12, torch.float32),
+        ("flags\t\t: fpu avx512f", 50 * 10**9, torch.bfloat16),
+        ("BogoMIPS\t: 50", 10**12, torch.bfloat16),
+    ],
+)
+def test_losses_are_in_bfloat16_where_the_cpu_computes_it_or_has_no_memory_for_more(
+    line: str, memory: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of 7 billion parameters: 28 GB in float32."""
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    monkeypatch.setattr(host, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(evaluate, "parameters", lambda settings: 7 * 10**9)
+    monkeypatch.setattr(evaluate, "host_memory", lambda: memory)
+    chosen, reason = loss_dtype(Settings(bf16=True), CPU)
+    assert chosen == dtype
+    assert ("28 GB of 50 GB" in reason) == (memory < 10**12)
+
+
+def test_losses_of_a_float32_training_are_in_float32() -> None:
+    assert loss_dtype(Settings(bf16=False), CPU) == (torch.float32, "BF16=0")
 
 
 def test_losses_that_take_hours_are_announced_with_their_price_and_a_cheaper_number() -> None:

@@ -1,7 +1,7 @@
-"""Run by test_generate.py in a process of its own, with the fakes of inference_substitutes/: a
-machine with one trn1 device.
+"""Run by test_generate.py in a process of its own, with the fakes of neuron_inference/: a machine
+with one trn1 device.
 
-`answer_on_cpu.py FOLDER` loads the compiled model and makes the calls of `generate` that stand as
+`neuron_answer.py FOLDER` loads the compiled model and makes the calls of `generate` that stand as
 JSON in standard input. Prints a list with the steps of each, or the message with which it, or the
 load, was refused.
 """

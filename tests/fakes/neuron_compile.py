@@ -1,5 +1,5 @@
 """A tiny Llama compiled by optimum-neuron's own export over fakes for AWS's wheels
-(inference_substitutes/README.md)."""
+(neuron_inference/README.md)."""
 
 from __future__ import annotations
 

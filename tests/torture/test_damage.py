@@ -22,8 +22,8 @@ from stages.run.layout import MANIFEST_FILE
 from stages.run.manifest import file_problems, manifest_of
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
-from tests.backends.torch.test_train import base, data, shards  # noqa: F401 (two are fixtures)
 from tests.conftest import Project
+from tests.small_training import shards
 from tests.torture.checkpoints import checkpoint_of, resumed
 from tests.torture.plugin import Torture
 
@@ -292,8 +292,8 @@ def test_a_training_goes_on_from_the_last_checkpoint_that_is_whole(
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_training_that_resumes_after_a_damaged_checkpoint_ends_with_the_same_shards(
     processes: int,
-    base: Settings,  # noqa: F811
-    data: Path,  # noqa: F811
+    base: Settings,
+    data: Path,
     tmp_path: Path,
     torture: Torture,
     capfd,

@@ -121,8 +121,7 @@ def environment(settings: Settings) -> dict[str, str]:
     """The variables of the workers, the compiler and the runtime, besides the caller's."""
     return {
         # The Hub is asked for compiled graphs only if CUSTOM_CACHE_REPO names a repository. No
-        # other has this worker's graphs, and each rank would ask for each of them: an answer but
-        # yes or no (429, 5xx) ends the training (optimum-neuron, cache/hub_cache.py).
+        # other has this worker's graphs, and each rank would ask for each of them.
         **(cache_repository(settings) or {"HF_HUB_OFFLINE": "1"}),
         **{name: os.environ.get(name, value) for name, value in RUNTIME.items()},
         **cache_environment(settings),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from stages.backends.neuron.graphs_on_hub import survive_refusals
 from stages.run.disk import disk_failure
 from stages.run.errors import StageFailure
 from stages.run.launch import report_error
@@ -59,6 +60,7 @@ def export(model: Path, output: Path, **sizes: int | str) -> None:
     from optimum.neuron import NeuronModelForCausalLM
     from transformers import AutoConfig
 
+    survive_refusals()
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     neuron_config = NeuronModelForCausalLM.get_neuron_config(str(model), config=config, **sizes)
     # Logits instead of ids: generate.py chooses the ids on the host. optimum-neuron itself uses

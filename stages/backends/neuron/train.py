@@ -99,6 +99,11 @@ def prepare(settings: Settings, data: Path) -> int:
         f"attention        {attention_implementation(settings.max_length)}; documents in a "
         "sequence attend to each other (no mask but the causal one)",
     ]
+    if settings.pipeline_parallel_size > 1 and settings.loss_on == "response":
+        lines.append(
+            "LOSS_ON=response in a pipeline every micro-batch weighs the same, however many tokens "
+            "of responses it has; one without any ends the training (NaN)"
+        )
     if not settings.zero_1:
         lines.append(
             "ZERO_1=0         optimum-neuron then keeps neither weights nor accumulated gradients "

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, default_data_collator
 
+from stages.backends.neuron.ordered_sequences import OrderedSequences
 
-def make_trainer(
-    model: Any, arguments: Any, sequences: torch.utils.data.Dataset[Any], first_step: int
-) -> Any:
+
+def make_trainer(model: Any, arguments: Any, sequences: OrderedSequences, first_step: int) -> Any:
     """A NeuronTrainer for `sequences` in order, with the learning rates from `first_step` on."""
     from optimum.neuron import NeuronTrainer
 
@@ -42,6 +42,26 @@ def make_trainer(
             self.lr_scheduler.optimizer = self.optimizer
             if self.trn_config.sequence_parallel_enabled:
                 mark_sequence_parallel(self.model)
+
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            micro_batches, _ = super().get_batch_samples(*args, **kwargs)
+            return micro_batches, self._loss_divisor()
+
+        def _loss_divisor(self) -> torch.Tensor:
+            """By what the sum of this rank's losses is divided, float32 [].
+
+            It is an equal share of the tokens in the global batch. The gradient is the mean over
+            data-parallel ranks, so every token weighs the same. Upstream divides by the rank's own
+            count: a token weighs more on a rank that has fewer, and a rank with none has 0 / 0.
+
+            A tensor is an input of the graph; a number might become a constant of it. A pipeline
+            does not read it: it takes the mean of each micro-batch.
+            """
+            from torch_xla.core.xla_model import xla_device
+
+            tokens = sequences.supervised_tokens(self.state.global_step - first_step)
+            share = max(1, tokens) / self.dp_size
+            return torch.tensor(share, dtype=torch.float32).to(xla_device())
 
     trainer = OrderedTrainer(
         model=model, args=arguments, train_dataset=sequences, data_collator=default_data_collator

@@ -19,19 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from transformers import HfArgumentParser, PrinterCallback, set_seed
 
-from stages.backends.batches import PackedSequences, sequences_of_step
 from stages.backends.neuron.arguments import attention_implementation
+from stages.backends.neuron.graphs_on_hub import survive_refusals
 from stages.backends.neuron.metrics_callback import MetricsCallback
+from stages.backends.neuron.ordered_sequences import OrderedSequences
 from stages.backends.neuron.trainer import make_trainer
 from stages.run.disk import disk_failure
 from stages.run.errors import InputError, StageFailure
 from stages.run.guard import die_with_parent
 from stages.run.launch import report_error
-from stages.run.layout import IGNORED_LABEL, TRAIN_SPLIT
 
 
 @dataclass
@@ -68,6 +67,7 @@ def main() -> None:
     # neuron_parallel_compile has an option of that name.
     command_line = [*sys.argv[1:], "--log_level", "error"]
     own, arguments = HfArgumentParser(dataclasses).parse_args_into_dataclasses(command_line)
+    survive_refusals()
     try:
         train(own, arguments)
     except (InputError, StageFailure) as error:
@@ -147,39 +147,6 @@ def build_model(own: WorkerArguments, arguments: Any, length: int) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, adapters)
-
-
-class OrderedSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """The packed sequences of steps `first` to `first + steps` (exclusive), one after another.
-
-    Rank r of n data-parallel ranks takes every n-th. An item has int64 `input_ids`,
-    `attention_mask` and `labels`, each [length]. The labels are those of the torch backend's loss:
-    no position predicts the first token of a document.
-    """
-
-    def __init__(self, data: Path, first: int, steps: int, *, sequences_per_step: int, seed: int):
-        self._table = PackedSequences(data / TRAIN_SPLIT)
-        self.count, self.sequences_per_step = len(self._table), sequences_per_step
-        self.order = np.concatenate(
-            [
-                sequences_of_step(first + step, sequences_per_step, self.count, seed)
-                for step in range(steps)
-            ]
-        )
-        self.length = len(self[0]["input_ids"])
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        batch = self._table.batch(self.order[[index]], torch.device("cpu"))
-        sequence = {name: column[0] for name, column in batch.items()}
-        first_tokens = sequence["position_ids"] == 0
-        return {
-            "input_ids": sequence["input_ids"],
-            "attention_mask": torch.ones_like(sequence["input_ids"]),
-            "labels": sequence["labels"].masked_fill(first_tokens, IGNORED_LABEL),
-        }
 
 
 def _exit(status: int) -> NoReturn:

@@ -13,8 +13,8 @@ from stages.backends.neuron.compile_report import CompileReport
 from stages.backends.neuron.precompile import require_all_done
 from stages.run.errors import StageFailure
 from stages.run.lock import shared
+from tests.doctor_checks import as_an_ordinary_user
 from tests.fakes.neuron_cache import COMPILER, graph
-from tests.test_doctor import as_an_ordinary_user
 
 
 def test_each_graph_has_the_state_that_its_files_tell(filled: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 from stages.backends.neuron import doctor as neuron
 from stages.backends.neuron import hardware
 from stages.run.settings import Settings
+from tests.doctor_checks import as_an_ordinary_user, only
 from tests.fakes.neuron_machine import FakeMachine
-from tests.test_doctor import as_an_ordinary_user, only
 
 
 def test_all_devices_of_the_instance_in_a_row_are_fine(fake_machine: FakeMachine) -> None:

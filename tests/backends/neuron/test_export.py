@@ -104,7 +104,7 @@ def test_nothing_but_the_compiled_model_is_left_in_the_folder_and_the_scratch_sp
 def test_a_model_for_trn2_is_compiled_for_its_own_target_with_two_physical_cores_to_a_logical_one(
     model_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("STAND_IN_COMPILER_FAILS", "stopped to look at the flags")
+    monkeypatch.setenv("FAKE_COMPILER_FAILS", "stopped to look at the flags")
     with pytest.raises(StageFailure):
         compile_model(model_dir, tmp_path / "compiled", settings=settings(instance_type="trn2"))
     flags = (
@@ -115,7 +115,7 @@ def test_a_model_for_trn2_is_compiled_for_its_own_target_with_two_physical_cores
 
 @pytest.mark.usefixtures("with_compiler")
 def test_a_compiler_that_fails_is_quoted_and_its_logs_are_kept(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setenv("STAND_IN_COMPILER_FAILS", "neuronx-cc ended with -9")
+    monkeypatch.setenv("FAKE_COMPILER_FAILS", "neuronx-cc ended with -9")
     with pytest.raises(
         StageFailure,
         match=r"(?s)RuntimeError: neuronx-cc ended with -9.*logs are in "

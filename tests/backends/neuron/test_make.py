@@ -32,7 +32,7 @@ def machine(project: Project, **more: str) -> dict[str, str]:
     return {
         "PATH": f"{FAKES / 'commands'}:{os.environ['PATH']}",
         "PYTHONPATH": f"{FAKES / 'trn1_machine'}:{FAKES / 'neuron_inference'}",
-        "STAND_IN_LOG": str(project.folder / "called.jsonl"),
+        "FAKE_LOG": str(project.folder / "called.jsonl"),
         "NEURON_COMPILE_CACHE_URL": str(project.folder.parent / "graphs"),
         "OMP_NUM_THREADS": "1",
         **more,
@@ -153,7 +153,7 @@ def test_a_graph_that_does_not_compile_fails_precompile_by_name(
         *RUN,
         "RUN=another",
         check=False,
-        **machine(built, NEURON_COMPILE_CACHE_URL=str(cache), STAND_IN_FAILS="0"),
+        **machine(built, NEURON_COMPILE_CACHE_URL=str(cache), FAKE_FAILS="0"),
     )
     assert (
         done.returncode == 2

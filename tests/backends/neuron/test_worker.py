@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from stages.backends.batches import PackedSequences, sequences_of_step
@@ -32,6 +34,7 @@ from stages.run.launch import launch
 from stages.run.settings import Settings
 from stages.text.sequences import IGNORED_LABEL
 from tests.conftest import clean_environment, copy_project
+from tests.fakes.hub import FOR_EVER, running
 from tests.saved_weights import with_a_value_that_is_no_number
 
 pytest.importorskip("optimum.neuron", reason="optimum-neuron has no release for this Python")
@@ -104,24 +107,28 @@ def batch_of(step: int, count: int, rows: PackedSequences, seed: int) -> dict[st
 
 @pytest.fixture(scope="module")
 def reference(base: Settings, data: Path) -> dict[int, list[float]]:
-    """Losses of a plain float32 loop over the Hugging Face model in this process, by rows per
-    step."""
-    losses: dict[int, list[float]] = {}
+    """Losses of a plain loop by rows per step."""
+    return {count: plain_loop(base, data, count)["loss"] for count in (1, 2)}
+
+
+def plain_loop(settings: Settings, data: Path, count: int) -> dict[str, list[float]]:
+    """`loss` and `grad_norm` by step of a plain float32 loop over the Hugging Face model in this
+    process, with `count` rows per step."""
     rows = PackedSequences(data / "train")
-    for count in (1, 2):
-        model = AutoModelForCausalLM.from_pretrained(base_model_folder(base), dtype=torch.float32)
-        adamw = torch.optim.AdamW(model.parameters(), lr=base.learning_rate, weight_decay=0)
-        schedule = get_scheduler(base.lr_scheduler_type, adamw, base.warmup_steps, STEPS)
-        losses[count] = []
-        for step in range(STEPS):
-            loss = model(**batch_of(step, count, rows, base.seed)).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), base.max_grad_norm)
-            adamw.step()
-            schedule.step()
-            adamw.zero_grad()
-            losses[count].append(loss.item())
-    return losses
+    model = AutoModelForCausalLM.from_pretrained(base_model_folder(settings), dtype=torch.float32)
+    adamw = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0)
+    schedule = get_scheduler(settings.lr_scheduler_type, adamw, settings.warmup_steps, STEPS)
+    lines: dict[str, list[float]] = {"loss": [], "grad_norm": []}
+    for step in range(STEPS):
+        loss = model(**batch_of(step, count, rows, settings.seed)).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        adamw.step()
+        schedule.step()
+        adamw.zero_grad()
+        lines["loss"].append(loss.item())
+        lines["grad_norm"].append(norm.item())
+    return lines
 
 
 def trained(settings: Settings, data: Path, work: Path) -> list[dict[str, Any]]:
@@ -178,6 +185,34 @@ def check_losses(lines: list[dict[str, Any]], expected: list[float]) -> None:
     assert expected[-1] < expected[0] - 10 * TOLERANCE, (
         "the reference is to learn enough to tell it from a model that stands still"
     )
+
+
+def test_a_token_weighs_the_same_whatever_its_micro_batch_and_rank_have(
+    base: Settings, data: Path, tmp_path: Path
+) -> None:
+    uneven = with_uneven_labels(data, tmp_path / "uneven")
+    settings = replace(base, nproc_per_node=2, gradient_accumulation_steps=2)
+    expected = plain_loop(settings, uneven, sequences_per_step(settings))
+    lines = trained(settings, uneven, tmp_path / "work")
+    check_losses(lines, expected["loss"])
+    norms = [line["grad_norm"] for line in lines]
+    assert norms == pytest.approx(expected["grad_norm"], rel=0.1)
+
+
+def with_uneven_labels(data: Path, folder: Path) -> Path:
+    """The packed data with the labels of the first 60, 0, 2 or 20 tokens of a row, as
+    LOSS_ON=response makes them of answers of different lengths. One rank has none in the last
+    step."""
+    shutil.copytree(data, folder)
+    shutil.rmtree(folder / "train")
+    rows = load_from_disk(str(data / "train"))
+
+    def keep(row: dict[str, Any], index: int) -> dict[str, Any]:
+        kept = list(row["labels"][: (60, 0, 2, 20)[index % 4]])
+        return {"labels": kept + [IGNORED_LABEL] * (len(row["labels"]) - len(kept))}
+
+    rows.map(keep, with_indices=True).save_to_disk(str(folder / "train"))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -340,14 +375,14 @@ def test_train_compiles_nothing_after_precompile(
     precompiled, work = tmp_path / "precompile", tmp_path / "work"
     precompiled.mkdir()
     work.mkdir()
-    monkeypatch.setenv("STAND_IN_FAILS", "0")
+    monkeypatch.setenv("FAKE_FAILS", "0")
     # A graph that failed is poison to the next run, unless the compiler is told to try again: the
     # project tells it.
     with pytest.raises(
         StageFailure, match=r"1 of 2 graphs did not compile:\n  neuronxcc-\S+/MODULE_"
     ):
         precompile(settings, data, precompiled)
-    monkeypatch.delenv("STAND_IN_FAILS")
+    monkeypatch.delenv("FAKE_FAILS")
     # A lock on it may be that of another stage's compiler; of a killed one where no other runs.
     (failed,) = cache.names(settings.neuron_compile_cache_url, "poisoned")
     lock = Path(settings.neuron_compile_cache_url) / failed / "model.hlo_module.pb.lock"
@@ -377,6 +412,33 @@ def test_train_compiles_nothing_after_precompile(
     assert cache.names(settings.neuron_compile_cache_url) == compiled
     assert "compiles again" not in capfd.readouterr().out
     assert last_line(work / "metrics.jsonl")["step"] == STEPS
+
+
+def test_a_hub_that_refuses_compiled_graphs_is_one_that_has_none(
+    base: Settings,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    graphs = tmp_path / "models" / "me" / "graphs"
+    graphs.mkdir(parents=True)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    # First the Hub refuses to say what it has, then to send what it has.
+    for refused in ("HEAD /me/graphs/resolve", "GET /me/graphs/resolve"):
+        folder = tmp_path / refused[:4].strip()
+        url = str(folder / "cache")
+        settings = replace(base, custom_cache_repo="me/graphs", neuron_compile_cache_url=url)
+        folder.mkdir()
+        with running(tmp_path) as hub:
+            hub.misbehave(refused, "limited", FOR_EVER)
+            monkeypatch.setenv("HF_ENDPOINT", hub.address)
+            assert len(trained(settings, data, folder / "work")) == STEPS
+        said = capfd.readouterr().out
+        assert said.count("CUSTOM_CACHE_REPO=me/graphs: the Hub does not say") == 1
+        assert "429" in said and hub.asked(refused) == 3
+        shutil.copytree(url, graphs, dirs_exist_ok=True)
 
 
 def test_a_training_that_goes_on_counts_its_steps_and_rates_from_the_base_model(

@@ -1,3 +1,4 @@
-"""A fixture that the torch backend's tests share."""
+"""Fixtures that the torch backend's tests share."""
 
-from tests.torture.checkpoints import one_rank  # noqa: F401 (a fixture)
+from tests.small_training import base, data  # noqa: F401
+from tests.torture.checkpoints import one_rank  # noqa: F401

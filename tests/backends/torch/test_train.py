@@ -22,47 +22,13 @@ from stages.backends.loss import loss_sum, next_token_labels, supervised
 from stages.backends.schedule import derivation, sequences_per_step, total_steps
 from stages.backends.torch import optimizer
 from stages.backends.torch.train import environment, train, training_command
-from stages.data import pack
 from stages.model.base import base_model_folder
 from stages.run.errors import StageFailure
 from stages.run.fingerprint import ROOT
 from stages.run.settings import Settings
-from tests.conftest import clean_environment, copy_project, torchrun
+from tests.conftest import clean_environment, torchrun
 from tests.saved_weights import with_a_value_that_is_no_number
-
-STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Settings of a two-layer model with grouped heads and tied embeddings, on 20 of the demo's
-    rows."""
-    folder = copy_project(tmp_path_factory.mktemp("train") / "project").folder / "data" / "tiny"
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    return Settings(
-        model_id=str(folder),
-        init_weights="random",
-        dataset=str(folder / "rows.jsonl"),
-        max_length=64,
-        inference_sequence_length=64,
-        validation_fraction=0.2,
-        max_steps=STEPS,
-        learning_rate=3e-3,
-        warmup_steps=2,
-        bf16=False,
-        logging_steps=1,
-        save_steps=0,
-        eval_steps=3,
-    )
-
-
-@pytest.fixture(scope="module")
-def data(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed")
-    facts = pack(base, folder)
-    (folder / "manifest.json").write_text(json.dumps({"metrics": facts.metrics}))
-    return folder
+from tests.small_training import STEPS, shards
 
 
 @pytest.fixture(autouse=True)
@@ -75,10 +41,6 @@ def trained(settings: Settings, data: Path, work: Path) -> list[dict]:
     work.mkdir(exist_ok=True)
     train(settings, data, work.parent / "precompile", work)
     return [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
-
-
-def shards(work: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (work / "shards").iterdir()}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 """What a fake was called with, for a test to read: a JSON line for each call in the file
-$STAND_IN_LOG."""
+$FAKE_LOG."""
 
 import json
 import os
@@ -18,7 +18,7 @@ PREFIXES = (
 
 
 def say_how(name: str) -> None:
-    path = os.environ.get("STAND_IN_LOG")
+    path = os.environ.get("FAKE_LOG")
     if path:
         environment = {key: value for key, value in os.environ.items() if key.startswith(PREFIXES)}
         with open(path, "a", encoding="utf-8") as file:

@@ -57,7 +57,7 @@ def compile_graph(description: list[str]) -> None:
     module = hashlib.sha256(json.dumps(description).encode()).hexdigest()[:20]
     key = hashlib.sha256(json.dumps(flags).encode()).hexdigest()[:8]
     entry = cache_path() / f"neuronxcc-{neuronxcc.__version__}" / f"MODULE_{module}+{key}"
-    if (entry / "model.done").exists() and (entry / "model.neff").exists():
+    if _in_cache(entry / "model.done") and _in_cache(entry / "model.neff"):
         _say(f"Using a cached neff at {entry / 'model.neff'}")
         return
     if (entry / "model.log").exists() and "--retry_failed_compilation" not in flags:
@@ -79,6 +79,14 @@ def compile_graph(description: list[str]) -> None:
     else:
         _say(f"Call compiler with cmd: neuronx-cc compile {entry.name}")
         write_neff(entry)
+
+
+def _in_cache(file: Path) -> bool:
+    """Whether the cache has the file: here, or where optimum-neuron's class of caches looks."""
+    from libneuronxla import neuron_cc_cache as caches
+
+    cache = caches.create_compile_cache(caches.CacheUrl.get_cache_url(str(cache_path())))
+    return cache.exists(str(file))
 
 
 def _say(text: str) -> None:

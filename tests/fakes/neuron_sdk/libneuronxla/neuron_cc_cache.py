@@ -3,6 +3,7 @@ elsewhere."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from libneuronxla.graphs import cache_path
@@ -26,7 +27,8 @@ class CompileCache:
 
 
 class CompileCacheFs(CompileCache):
-    pass
+    def exists(self, path: str) -> bool:
+        return Path(path).exists()
 
 
 class CompileCacheS3(CompileCache):

@@ -46,7 +46,7 @@ class ModelBuilder:
         self.graphs[key], self.flags[key] = model_instance, compiler_args
 
     def trace(self, initialize_model_weights: bool) -> Program:
-        """Leaves log files in an emptied workdir, as the real one does; STAND_IN_COMPILER_FAILS is
+        """Leaves log files in an emptied workdir, as the real one does; FAKE_COMPILER_FAILS is
         the message of a crash."""
         shutil.rmtree(self.workdir, ignore_errors=True)
         for key, flags in self.flags.items():
@@ -55,7 +55,7 @@ class ModelBuilder:
             (self.workdir / key / "log-neuron-cc.txt").write_text(
                 f"{flags} for {target}", encoding="utf-8"
             )
-        if message := os.environ.get("STAND_IN_COMPILER_FAILS"):
+        if message := os.environ.get("FAKE_COMPILER_FAILS"):
             raise RuntimeError(message)
         return Program(self.graphs)
 

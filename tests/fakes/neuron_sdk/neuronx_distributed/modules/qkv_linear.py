@@ -32,7 +32,7 @@ class GQAQKVColumnParallelLinear(BaseParallelLinear):
     ):
         if bias or fuse_qkv or gather_output:
             raise NotImplementedError(
-                "the substitute has no bias, no fused projections and no gathered output"
+                "the fake has no bias, no fused projections and no gathered output"
             )
         super().__init__(input_size, sum(output_sizes), dtype, init_method, given)
         parallel_state.initialize_kv_group(kv_size_multiplier)

@@ -18,7 +18,7 @@ def initialize_model_parallel(
     tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1, **_: Any
 ) -> None:
     if pipeline_model_parallel_size != 1:
-        raise NotImplementedError("the substitutes have no pipeline parallelism")
+        raise NotImplementedError("the fakes have no pipeline parallelism")
     world, size = dist.get_world_size(), tensor_model_parallel_size
     _tensor[:] = [list(range(first, first + size)) for first in range(0, world, size)]
     _data[:] = [list(range(first, world, size)) for first in range(size)]

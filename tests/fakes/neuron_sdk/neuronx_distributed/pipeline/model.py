@@ -5,4 +5,4 @@ trace_model = None
 
 class NxDPPModel:
     def __init__(self, *_: object, **__: object):
-        raise NotImplementedError("the substitutes have no pipeline parallelism")
+        raise NotImplementedError("the fakes have no pipeline parallelism")

@@ -34,9 +34,7 @@ def save_checkpoint(
     **_: Any,
 ) -> None:
     if async_save or optimizer is not None:
-        raise NotImplementedError(
-            "the substitutes save no optimizer, and nothing in the background"
-        )
+        raise NotImplementedError("the fakes save no optimizer, and nothing in the background")
     folder = Path(checkpoint_dir_str) / tag
     if dist.get_rank() == 0:
         (folder / "model").mkdir(parents=True, exist_ok=True)
