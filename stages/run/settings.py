@@ -96,7 +96,8 @@ class Settings:
     # The dataset.
     dataset: str = setting(
         "data/demo/demo.jsonl",
-        "Hub id, .json/.jsonl/.csv/.parquet file, saved `datasets` folder, or s3:// path.",
+        "Hub id; .jsonl/.json/.csv/.tsv (.gz) or .parquet file, folder of them, or saved by "
+        "`datasets`, here or at s3://.",
         "data",
         path=True,
     )
@@ -287,7 +288,7 @@ class Settings:
     context: str = setting("", "Context of PROMPT.")
     prompts: str = setting(
         "data/demo/prompts.jsonl",
-        "Prompts that eval answers: JSON lines with DATASET's columns.",
+        "File of prompts that eval answers, with DATASET's columns; any format of DATASET's.",
         "eval",
         path=True,
     )
