@@ -29,7 +29,7 @@ def open_s3(dataset: str, split: str, wanted: list[str]) -> Source:
     """A file, a folder of files or a saved `datasets` folder at s3://BUCKET/KEY, read as a stream:
     nothing is copied to the disk."""
     path = dataset.removeprefix("s3://").rstrip("/")
-    files = _s3(path.split("/")[0])
+    files = s3_files(path.split("/")[0])
 
     def open_binary(key: str) -> Any:
         if key.lower().endswith(".parquet"):
@@ -53,27 +53,28 @@ def open_s3(dataset: str, split: str, wanted: list[str]) -> Source:
     except FileNotFoundError:
         raise InputError(f"{dataset} does not exist. Check the bucket and the key.") from None
     except OSError as error:
-        raise InputError(f"{dataset} cannot be read ({error}). {_remedy(str(error))}") from None
+        raise InputError(f"{dataset} cannot be read ({error}). {s3_remedy(str(error))}") from None
 
 
-def _remedy(error: str) -> str:
+def s3_remedy(error: str, writing: bool = False) -> str:
     """The remedy for an error of pyarrow's S3 client, whose errors differ only in their text."""
     if "NETWORK_CONNECTION" in error:
-        return (
-            "Check the network and AWS_ENDPOINT_URL, or copy the dataset to this machine and "
-            "name it there."
-        )
+        local = "" if writing else ", or copy the dataset to this machine and name it there"
+        return f"Check the network and AWS_ENDPOINT_URL{local}."
+    if "NO_SUCH_BUCKET" in error:
+        return "The bucket does not exist. Check its name, or create it."
     if "HTTP status 5" in error or "SLOW_DOWN" in error:
         return f"S3 failed or asked for fewer requests {_TRIES} times in a row. Try again later."
     if "HTTP status 301" in error or "HTTP status 307" in error:
         return "The bucket is in another region. Set AWS_REGION to it."
+    rights = "right s3:PutObject" if writing else "rights s3:GetObject and s3:ListBucket"
     return (
         "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN (or AWS_PROFILE), "
-        "which may have expired, AWS_REGION, and the rights s3:GetObject and s3:ListBucket."
+        f"which may have expired, AWS_REGION, and the {rights}."
     )
 
 
-def _s3(bucket: str) -> Any:
+def s3_files(bucket: str) -> Any:
     """pyarrow's S3 client, which needs no further package as fsspec's does. Honours
     AWS_ENDPOINT_URL (MinIO, tests)."""
     from pyarrow import fs
