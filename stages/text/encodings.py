@@ -51,6 +51,7 @@ def open_text(file: io.BufferedReader) -> tuple[io.BufferedReader, list[str]]:
     Raises InputError for what its first bytes show to be no text.
     """
     notes = []
+    file = io.BufferedReader(file, CHUNK)  # how much `peek` shows
     if file.peek(2).startswith(_GZIP):
         file = _buffered(_unpacked(file))
     head = file.peek(CHUNK)

@@ -8,6 +8,7 @@ library is imported unless the dataset needs more.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -73,6 +74,8 @@ def read_examples(
         split,
         [name for name in (columns.instruction, columns.context, columns.response) if name],
     )
+    if config and (dataset.startswith("s3://") or os.path.lexists(dataset)):
+        print(f"DATASET_CONFIG={printable(config)}: not read, because only the Hub has them")
     for note in source.notes:
         print(f"DATASET={printable(dataset)}: {printable(note)}", flush=True)
     if source.columns is not None:

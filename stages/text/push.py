@@ -46,8 +46,8 @@ def push(target: str, data: Path) -> None:
 
 
 def _push_to_s3(target: str, data: Path, splits: list[str]) -> None:
-    """dataset_dict.json, which names the splits, comes last: a first push that was cut off is no
-    dataset."""
+    """dataset_dict.json names no split until all are there: what was cut off is an empty dataset,
+    not a mixture of two."""
     path = target.removeprefix("s3://").rstrip("/")
     names = [
         file.relative_to(data).as_posix()
@@ -56,24 +56,26 @@ def _push_to_s3(target: str, data: Path, splits: list[str]) -> None:
         if file.is_file()
     ]
     described = json.dumps({"splits": splits}).encode()
-    total = len(described) + sum((data / name).stat().st_size for name in names)
+    total = sum((data / name).stat().st_size for name in names)
     try:
         files = s3_files(path.split("/")[0])
         with Progress(f"pushing to {target}", total, "bytes") as progress:
+            _write(files, f"{path}/dataset_dict.json", io.BytesIO(b'{"splits": []}'))
             for name in names:
                 with (data / name).open("rb") as file:
                     _write(files, f"{path}/{name}", file, progress)
-            _write(files, f"{path}/dataset_dict.json", io.BytesIO(described), progress)
+            _write(files, f"{path}/dataset_dict.json", io.BytesIO(described))
     except OSError as error:
         remedy = s3_remedy(str(error), writing=True)
         raise InputError(f"PUSH_DATASET={target} cannot be written ({error}). {remedy}") from None
 
 
-def _write(files: Any, key: str, source: BinaryIO, progress: Progress) -> None:
+def _write(files: Any, key: str, source: BinaryIO, progress: Progress | None = None) -> None:
     with files.open_output_stream(key, compression=None) as stream:
         for chunk in _chunks(source):
             stream.write(chunk)
-            progress.update(len(chunk))
+            if progress:
+                progress.update(len(chunk))
 
 
 def _chunks(source: BinaryIO) -> Iterator[bytes]:
@@ -90,7 +92,6 @@ def _push_to_hub(target: str, data: Path, splits: list[str]) -> None:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     sequences = DatasetDict({split: Dataset.load_from_disk(str(data / split)) for split in splits})
-
     logging.set_verbosity_error()  # it warns that it uses one process
 
     def call() -> None:

@@ -46,7 +46,8 @@ def open_s3(dataset: str, split: str, wanted: list[str]) -> Source:
 
     try:
         if path.lower().endswith(FORMATS):
-            return open_file(dataset, lambda: open_binary(path), wanted)
+            source = open_file(dataset, lambda: open_binary(path), wanted)
+            return source.without_splits(split)
         return open_folder(
             dataset, names, lambda name: open_binary(f"{path}/{name}"), split, wanted
         )

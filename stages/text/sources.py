@@ -10,7 +10,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,13 @@ class Source:
         except OSError as error:
             raise InputError(f"{self.name} cannot be read to its end: {error}.") from None
 
+    def without_splits(self, split: str) -> Source:
+        """This source, which has no splits, with a note where another than "train" was chosen."""
+        if split == "train":
+            return self
+        note = f"has no splits, so all of it is read, whatever DATASET_SPLIT={split} chooses"
+        return replace(self, notes=(note, *self.notes))
+
 
 def placed(
     name: str, unit: str, records: Iterable[tuple[int, Record]]
@@ -69,7 +76,7 @@ def open_local(path: Path, split: str, wanted: list[str]) -> Source:
             )
         if not stat.S_ISREG(mode):
             raise InputError(f"{path} is neither a file nor a folder.")
-        return open_file(str(path), lambda: path.open("rb"), wanted)
+        return open_file(str(path), lambda: path.open("rb"), wanted).without_splits(split)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
 
@@ -203,7 +210,8 @@ def open_saved(
         for name in names
     ):
         raise InputError(f"{folder}/{prefix}state.json names data files outside its folder.")
-    return _arrow_files(folder, [prefix + name for name in names], open_binary, wanted)
+    source = _arrow_files(folder, [prefix + name for name in names], open_binary, wanted)
+    return source if prefix else source.without_splits(split)
 
 
 def _arrow_files(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import tracemalloc
 
 import pyarrow as pa
@@ -30,6 +31,20 @@ def test_what_a_files_beginning_shows_is_said(tmp_path, name, capsys):
     texts(tmp_path / file)
     said = capsys.readouterr().out
     assert (told in said and file in said) if told else not said
+
+
+def test_what_a_dataset_does_not_have_is_said(tmp_path, capsys):
+    (tmp_path / "d.jsonl").write_bytes(LINE)
+    assert len(texts(tmp_path / "d.jsonl", split="test", config="en")) == 1
+    said = capsys.readouterr().out
+    assert "DATASET_CONFIG=en: not read" in said
+    assert "has no splits, so all of it is read, whatever DATASET_SPLIT=test chooses" in said
+
+
+def test_an_array_under_a_key_is_found_after_long_values(tmp_path):
+    content = {"description": "é" * 100_000, "data": [{**GOOD, "response": "x" * 50_000}] * 30}
+    (tmp_path / "d.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8-sig")
+    assert len(texts(tmp_path / "d.json")) == 30
 
 
 def test_a_backslash_in_a_csv_stays_where_quotes_are_doubled(tmp_path):

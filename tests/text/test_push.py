@@ -171,11 +171,19 @@ def test_a_refusal_of_s3_names_the_remedy_and_no_key_and_the_next_call_pushes(
     assert not reason_to_push(TARGET, data)
 
 
-def test_a_push_that_is_cut_off_leaves_no_dataset(door: Door, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [False, True])
+def test_a_push_that_is_cut_off_leaves_no_mixture(
+    door: Door, data: Path, tmp_path: Path, before: bool
+) -> None:
+    if before:
+        push(TARGET, data)
+        (data.parent / ".pushed.json").unlink()
     door.misbehave("validation/data-", "denied", FOR_EVER)
     with pytest.raises(StageFailure):
         push(TARGET, data)
-    assert not (stored(tmp_path) / "runs/packed/dataset_dict.json").exists()
+    door.faults.clear()
+    described = (stored(tmp_path) / "runs/packed/dataset_dict.json").read_text()
+    assert json.loads(described) == {"splits": []}
 
 
 def test_a_missing_bucket_and_a_missing_server_are_told(
