@@ -1,7 +1,7 @@
 """Turn a dataset's examples into packed sequences of token ids, and account for every token.
 
 Publishes train/ and validation/ (`datasets.load_from_disk` reads them), the tokenizer and the
-prompt template.
+prompt template. PUSH_DATASET saves the sequences to S3 or the Hub too.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ if TYPE_CHECKING:
     from stages.text.examples import Example
 
 
-@stage_command("data")
+@stage_command("data", "PUSH_DATASET")
 def main(settings: Settings, output: Path) -> None:
     publish("data", settings, {}, output, lambda work: pack(settings, work))
+    if settings.push_dataset:
+        from stages.text.push import push
+
+        push(settings.push_dataset, output)
 
 
 def pack(settings: Settings, work: Path) -> StageResult:

@@ -55,6 +55,7 @@ def test_a_comment_or_a_blank_line_reruns_nothing(built: Project) -> None:
         ("LOSS_ON=response", ["data", *AFTER_DATA]),
         ("LOGGING_STEPS=2", []),
         ("SAVE_STEPS=7", []),
+        ("PUSH_DATASET=owner/rows", ["data"]),  # it pushes them, and publishes nothing
         ("KEEP_SHARDS=0", ["consolidate"]),  # it removes them, and publishes nothing
         ("LEARNING_RATE=0.001", []),  # as it was, written in another way
     ],

@@ -25,6 +25,7 @@ from stages.run.errors import InputError
 from stages.run.layout import SHARDS_FOLDER
 from stages.run.manifest import manifest_of
 from stages.run.provenance import reasons
+from stages.run.push_target import reason_to_push
 from stages.run.settings import Settings, recipe_note, unknown_names, with_recipe
 
 MAKE_VARIABLES = (
@@ -58,6 +59,8 @@ def stale_stages(graph: Graph, run_folder: Path, settings: Settings) -> dict[str
                 stale[name] = [f"{removed}, which {stage} needs"]
     if not settings.keep_shards and (run_folder / "train" / SHARDS_FOLDER).is_dir():
         stale.setdefault("consolidate", ["KEEP_SHARDS=0, and train's shards are still there"])
+    if push := reason_to_push(settings.push_dataset, run_folder / "data"):
+        stale.setdefault("data", [push])  # it publishes nothing
     return {stage: stale[stage] for stage in graph if stage in stale}
 
 

@@ -20,6 +20,7 @@ T = TypeVar("T")
 PAUSES = (1.0, 4.0)  # seconds before the second and the third try
 # Seconds that a request waits for the next byte; the library would wait for ever.
 LONGEST_SILENCE = 10.0
+LONGEST_COMMIT = 120.0  # the same while the Hub takes files in
 # A request that takes longer than this many seconds to fail was tried six times by the library,
 # which waits 23 seconds in all.
 LIBRARY_TRIED = 20.0
@@ -32,7 +33,7 @@ def download_files(model: str, revision: str, names: tuple[str, ...]) -> Path:
 
 def from_hub(kind: str, name: str, revision: str, call: Callable[[], T]) -> T:
     """`call()`, tried again after a pause where that helps; raises InputError with a message about
-    `name` (kind: dataset or model).
+    `name` (kind: dataset or model, or push, for a dataset that is written).
 
     Three tries. The count restarts after a try that fetched something, because a long download may
     be cut more often. The files that `call` fetches are checked against their digests.
@@ -44,7 +45,7 @@ def from_hub(kind: str, name: str, revision: str, call: Callable[[], T]) -> T:
         validate_repo_id(name)  # it names a folder of the cache
     except HFValidationError as error:
         raise InputError(refusal_of(kind, name, revision, error).message) from error
-    _bound_requests()
+    _bound_requests(kind)
     tries = 0
     while True:
         started, cached = time.monotonic(), hub_cache.blobs(kind, name)
@@ -55,6 +56,8 @@ def from_hub(kind: str, name: str, revision: str, call: Callable[[], T]) -> T:
                 fetched = [path for path in hub_cache.blobs(kind, name) if path not in cached]
                 if corrupt := hub_cache.remove_corrupt(kind, name, fetched):
                     raise WrongContent(corrupt[0])
+        except InputError:
+            raise
         # The libraries raise a dozen exceptions of several HTTP clients.
         except Exception as error:
             refusal = refusal_of(kind, name, revision, error)
@@ -109,17 +112,19 @@ def _snapshot(model: str, revision: str, names: tuple[str, ...]) -> Path:
     return folder
 
 
-def _bound_requests() -> None:
+def _bound_requests(kind: str) -> None:
     """Set a time limit for the library's requests for listings, which have none. Requests for files
     have one (HF_HUB_DOWNLOAD_TIMEOUT)."""
     from huggingface_hub import configure_http_backend
     from huggingface_hub.utils._http import _default_backend_factory
 
+    silence = LONGEST_COMMIT if kind == "push" else LONGEST_SILENCE
+
     def session() -> Any:
         new: Any = _default_backend_factory()
         request = new.request
         new.request = lambda *arguments, **options: request(
-            *arguments, **{**options, "timeout": options.get("timeout") or LONGEST_SILENCE}
+            *arguments, **{**options, "timeout": options.get("timeout") or silence}
         )
         return new
 

@@ -42,13 +42,14 @@ class Refusal(NamedTuple):
 class _Request:
     """What was asked for, as messages name it."""
 
-    kind: str  # dataset or model
+    kind: str  # dataset or model; push: a dataset to write
     name: str
     revision: str
 
     @property
     def setting(self) -> str:
-        return f"{'DATASET' if self.kind == 'dataset' else 'MODEL_ID'}={self.name}"
+        settings = {"dataset": "DATASET", "model": "MODEL_ID", "push": "PUSH_DATASET"}
+        return f"{settings[self.kind]}={self.name}"
 
     @property
     def revision_setting(self) -> str:
@@ -57,11 +58,12 @@ class _Request:
     @property
     def page(self) -> str:
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        return f"{endpoint}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
+        return f"{endpoint}/{'' if self.kind == 'model' else 'datasets/'}{self.name}"
 
 
 def refusal_of(kind: str, name: str, revision: str, error: BaseException) -> Refusal:
-    """What `error`, raised while the Hub was asked for `name` (kind: dataset or model), means."""
+    """What `error`, raised while the Hub was asked for `name` (kind: dataset or model) or to take
+    it (push), means."""
     asked = _Request(kind, name, revision)
     chain = list(exception_chain(error))
     classes = {cls.__name__ for link in chain for cls in type(link).__mro__}
@@ -77,7 +79,8 @@ def refusal_of(kind: str, name: str, revision: str, error: BaseException) -> Ref
         or _no_network(asked, classes)
         or Refusal(
             "refuses",
-            f"{asked.setting} cannot be loaded from the Hub: {type(error).__name__}: {error}.",
+            f"{asked.setting} cannot be {'pushed to' if asked.kind == 'push' else 'loaded from'} "
+            f"the Hub: {type(error).__name__}: {error}.",
         )
     )
 
@@ -115,6 +118,11 @@ def _no_access(
         )
     elif status == 401 and "Invalid" in str(headers.get("X-Error-Message", "")):
         message = f"{it}: the Hub does not know the token (401). Renew it: {_SIGN_IN}."
+    elif asked.kind == "push" and status in (401, 403, 404):
+        message = (
+            f"{it}: the Hub does not let this account write there ({status}). Check the owner's "
+            f"name, then {_SIGN_IN} to a token with the right to write."
+        )
     elif status == 403:
         message = (
             f"{it}: the Hub refuses access (403). Ask for it at {asked.page}, then {_SIGN_IN} to "
@@ -141,8 +149,8 @@ def _busy(asked: _Request, status: int, headers: Mapping[str, str]) -> Refusal |
         return Refusal("limits requests (429)", message, pause <= LONGEST_PAUSE, pause)
     if status >= 500:
         message = (
-            f"{asked.setting}: the Hub is out of order ({status}). Try again later: what was "
-            "fetched is kept."
+            f"{asked.setting}: the Hub is out of order ({status}). Try again later"
+            f"{'.' if asked.kind == 'push' else ': what was fetched is kept.'}"
         )
         return Refusal(f"is out of order ({status})", message, True, min(pause, LONGEST_PAUSE))
     return None
@@ -178,6 +186,13 @@ def _wrong_answer(
 def _no_network(asked: _Request, classes: set[str]) -> Refusal | None:
     if not classes & _UNREACHABLE:
         return None
+    if asked.kind == "push":
+        offline = " HF_HUB_OFFLINE is set." if "OfflineModeIsEnabled" in classes else ""
+        message = (
+            f"{asked.setting}: the Hub cannot be reached.{offline} Check the network and "
+            "HF_ENDPOINT."
+        )
+        return Refusal("cannot be reached", message, not offline)
     message = (
         f"{asked.setting}: the Hub cannot be reached and the cache does not hold it. Check the "
         "network and HF_ENDPOINT, or name a local path: once fetched, it is read from the cache "

@@ -21,7 +21,7 @@ def local_path(setting: str, name: str, kind: str, suffixes: tuple[str, ...] = (
     """
     if os.path.lexists(name):
         return Path(name)
-    if not _HUB_ID.fullmatch(name) or name.endswith(suffixes):
+    if not _HUB_ID.fullmatch(name) or name.lower().endswith(suffixes):
         raise InputError(
             f"{setting}={name[:200]} does not exist. Name {kind}, or OWNER/NAME on the Hub."
         )

@@ -23,6 +23,7 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.run.settings",
         "stages.run.setting",
         "stages.run.cache_url",
+        "stages.run.push_target",
         "stages.run.backend",  # the backend's name is part of the provenance too
         # Staleness and publishing: they compare and move what stages wrote.
         "stages.run.fingerprint",
@@ -31,6 +32,7 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.run.manifest",
         "stages.run.provenance",
         "stages.run.publish",
+        "stages.text.push",  # it copies what is published
         # Processes, the terminal, what is said and refused, errors and cost.
         "stages.checks",
         "stages.backends.neuron.check",

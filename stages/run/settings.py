@@ -22,6 +22,7 @@ from typing import Any
 
 from stages.run.cache_url import check_cache_url
 from stages.run.errors import InputError
+from stages.run.push_target import check_push_target, overwrites
 from stages.run.recipe import RECIPES, read_recipe
 from stages.run.setting import as_text, parse, setting, variable
 from stages.run.sizes import parse_size
@@ -96,7 +97,8 @@ class Settings:
     # The dataset.
     dataset: str = setting(
         "data/demo/demo.jsonl",
-        "Hub id, .json/.jsonl/.csv/.parquet file, saved `datasets` folder, or s3:// path.",
+        "Hub id; .jsonl/.json/.csv/.tsv (.gz) or .parquet file, folder of them, or saved by "
+        "`datasets`, here or at s3://.",
         "data",
         path=True,
     )
@@ -136,6 +138,13 @@ class Settings:
         "Tokens that the loss counts: all, or only the response's.",
         "data",
         choices=("all", "response"),
+    )
+
+    push_dataset: str = setting(
+        "",
+        "Where the packed sequences are saved too: s3://BUCKET/PREFIX, or OWNER/NAME, private on "
+        "the Hub; empty for nowhere.",
+        check=check_push_target,
     )
 
     # Training.
@@ -287,7 +296,7 @@ class Settings:
     context: str = setting("", "Context of PROMPT.")
     prompts: str = setting(
         "data/demo/prompts.jsonl",
-        "Prompts that eval answers: JSON lines with DATASET's columns.",
+        "File of prompts that eval answers, with DATASET's columns; any format of DATASET's.",
         "eval",
         path=True,
     )
@@ -360,6 +369,11 @@ class Settings:
                 f"MAX_LENGTH={self.max_length} is not a multiple of "
                 f"TENSOR_PARALLEL_SIZE={self.tensor_parallel_size}: sequence parallelism gives "
                 f"each process an equal slice of a sequence. Set MAX_LENGTH to a multiple."
+            )
+        if self.push_dataset and overwrites(self.push_dataset, self.dataset):
+            problems.append(
+                f"PUSH_DATASET={self.push_dataset} would overwrite DATASET={self.dataset}. Name "
+                "another place."
             )
         if self.max_steps == 0:
             problems.append(

@@ -1,13 +1,14 @@
 """Examples of a dataset in any format: instruction, context and response as checked text.
 
-`read_examples` opens what DATASET names (a local file, a saved `datasets` folder, either of them on
-S3, or a dataset on the Hub) and yields batches of examples; only one batch is in memory. Problems
-are reported together, by file, line or row, and column. Only the standard library is imported
-unless the dataset needs more.
+`read_examples` opens what DATASET names (a local file, a folder of files, a saved `datasets`
+folder, one of them on S3, or a dataset on the Hub) and yields batches of examples; only one batch
+is in memory. Problems are reported together, by file, line or row, and column. Only the standard
+library is imported unless the dataset needs more.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,9 +16,11 @@ from typing import Any, NamedTuple
 
 from stages.model.location import local_path
 from stages.run.errors import InputError
+from stages.run.layout import SEQUENCE_COLUMNS
+from stages.run.progress import printable
 from stages.text import formats
-from stages.text.formats import Problem, Record
-from stages.text.sources import FORMATS, Source, open_local
+from stages.text.formats import FORMAT_NAMES, FORMATS, Problem, Record
+from stages.text.sources import Source, open_local
 
 BATCH_EXAMPLES = 1000
 # A batch of long examples ends earlier: tokenising takes some hundred bytes per character.
@@ -56,9 +59,10 @@ def read_examples(
 ) -> Iterator[list[Example]]:
     """Batches of at most 1,000 examples of `dataset`.
 
-    `dataset`: a .json/.jsonl/.csv/.parquet file or saved `datasets` folder, local or s3://, or a
-    Hub id with `revision`, `config` and `split` (a saved folder has a split too). Blank lines are
-    skipped; columns that are not named are ignored. Raises InputError: at once for a dataset that
+    `dataset`: a file of FORMATS, a folder of such files or a saved `datasets` folder, local or
+    s3://, or a Hub id with `revision`, `config` and `split` (folders have a split too). Prints what
+    is found out about its format. Blank lines are skipped; columns that are not named are ignored.
+    Raises InputError: at once for a dataset that
     cannot be opened or lacks a column; at the end for bad examples, of which it names the first
     ten and counts all (nothing is yielded after the first); and for a dataset without examples.
     """
@@ -70,6 +74,10 @@ def read_examples(
         split,
         [name for name in (columns.instruction, columns.context, columns.response) if name],
     )
+    if config and (dataset.startswith("s3://") or os.path.lexists(dataset)):
+        print(f"DATASET_CONFIG={printable(config)}: not read, because only the Hub has them")
+    for note in source.notes:
+        print(f"DATASET={printable(dataset)}: {printable(note)}", flush=True)
     if source.columns is not None:
         _require(
             source.name,
@@ -86,8 +94,7 @@ def _batches(source: Source, columns: Columns) -> Iterator[list[Example]]:
     problems: list[str] = []
     examples = bad = characters = 0
     context_seen = not columns.context
-    for number, record in _records(source):
-        place = f"{source.name}, {source.unit} {number}"
+    for place, record in source.read():
         if not examples and source.columns is None and isinstance(record, dict):
             _require(place, list(record), columns.instruction, columns.response)
         examples += 1
@@ -122,17 +129,15 @@ def _batches(source: Source, columns: Columns) -> Iterator[list[Example]]:
         yield batch
 
 
-def _records(source: Source) -> Iterator[tuple[int, Record]]:
-    try:
-        yield from source.records
-    except OSError as error:
-        raise InputError(f"{source.name} cannot be read to its end: {error}.") from None
-
-
 def _require(
     place: str, existing: list[str], instruction: str, response: str, context: str = ""
 ) -> None:
     """Raise InputError with each missing column, the closest name, and the existing columns."""
+    if set(SEQUENCE_COLUMNS) <= set(existing) and instruction not in existing:
+        raise InputError(
+            f"{place} holds packed sequences, which a data stage published, and no examples. Set "
+            "DATASET to what it was made from."
+        )
     problems = []
     for setting, name in (
         ("INSTRUCTION_COLUMN", instruction),
@@ -212,7 +217,7 @@ def open_dataset(
         from stages.text.remote_sources import open_s3
 
         return open_s3(dataset, split, columns)
-    kind = f"a file ({', '.join(FORMATS)}) or a folder made by save_to_disk"
+    kind = f"a file ({FORMAT_NAMES}), a folder of files or one made by save_to_disk"
     path = local_path("DATASET", dataset, kind, suffixes=FORMATS)
     if path is not None:
         return open_local(path, split, columns)

@@ -1,18 +1,18 @@
-"""Read the records of one file: JSON lines, a JSON array, CSV, Parquet or an Arrow stream.
+"""What a file's records are, and the reader of those in JSON: lines, an array, or objects that take
+several lines each. `csv_format` and `tables` read the other formats.
 
 Each reader yields (number, record): the 1-based line (JSON lines, CSV) or row where the record
 begins, and either its columns or the `Problem` why there are none. Memory does not grow with the
-file. pyarrow is imported only for Parquet and Arrow.
+file.
 """
 
 from __future__ import annotations
 
 import codecs
-import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO
 
 from stages.run.errors import InputError
@@ -20,8 +20,12 @@ from stages.run.errors import InputError
 # No instruction with its answer is longer. Without a limit, a file without line ends or with 100 MB
 # in one example would fill the memory.
 MAX_EXAMPLE_BYTES = 16 * 2**20
-_CHUNK = 2**20
-_BATCH_ROWS = 1000
+# Endings of the names of datasets' files; text may be packed with gzip.
+_TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+FORMATS = (*_TEXT, *(f"{suffix}.gz" for suffix in _TEXT), ".parquet")
+FORMAT_NAMES = f"{', '.join(_TEXT)} (each also with .gz) or .parquet"
+CHUNK = 2**20  # bytes read at once
+AS_UTF8 = "Save the file as UTF-8, as `iconv -f cp1252 -t utf-8` does for Windows-1252."
 _ONE_PER_LINE = "A .json or .jsonl file holds one JSON object per line, or one array of objects."
 
 
@@ -37,14 +41,65 @@ TOO_LONG = Problem(
 )
 
 
-def holds_array(file: io.BufferedReader) -> bool:
-    """Whether the JSON text in `file` is one array rather than lines. Consumes nothing."""
-    return file.peek(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+def json_records(
+    file: io.BufferedReader, wanted: Collection[str]
+) -> tuple[str, Iterator[tuple[int, Record]], list[str]]:
+    """What the records' numbers count (line or row), the records of a JSON text in UTF-8, and notes
+    on how it is read.
+
+    Its beginning shows which of four it is: objects one per line, an array of objects, such an
+    array within an object (among `wanted` are columns of its rows), or objects over several lines.
+    """
+    head = file.peek(CHUNK)[:CHUNK].decode("utf-8-sig", errors="ignore")
+    if head.lstrip()[:1] == "[":
+        return "row", json_array(file), []
+    if _by_columns(head, wanted):
+        raise InputError(
+            "this is a table by columns, as pandas' to_json writes it. Write one by rows: "
+            'to_json(FILE, orient="records", lines=True).'
+        )
+    if wrapper := _wrapped_array(head, wanted):
+        key, at = wrapper
+        return "row", json_array(file, at), [f"read the array of its key {key!r}, and nothing else"]
+    first_line, line_end, _ = head.partition("\n")
+    if line_end and first_line.rstrip().endswith(("{", "[", ",")):
+        return "row", json_objects(file), []
+    return "line", json_lines(file), []
+
+
+def _by_columns(head: str, wanted: Collection[str]) -> bool:
+    first = re.match(r'\s*\{\s*"([^"\\]*)"\s*:\s*\{\s*"0"\s*:', head)
+    return first is not None and first[1] in wanted
+
+
+def _wrapped_array(head: str, wanted: Collection[str]) -> tuple[str, int] | None:
+    """The key of a JSON object whose value is an array of rows with `wanted` columns, and where in
+    `head`, the beginning of the text, the array begins."""
+
+    def after_blanks(at: int) -> int:
+        return _blanks(head, at).end()  # type: ignore[union-attr]  # matches the empty text too
+
+    try:
+        at, mark = after_blanks(0), "{"
+        while head[at] == mark:
+            key, at = _scan(head, after_blanks(at + 1))
+            at = after_blanks(at)
+            if key in wanted or head[at] != ":":
+                return None
+            begin = after_blanks(at + 1)
+            if head[begin] == "[":
+                first = _scan(head, after_blanks(begin + 1))[0]
+                if isinstance(first, dict) and any(name in first for name in wanted):
+                    return key, begin
+            at, mark = after_blanks(_scan(head, begin)[1]), ","
+    except (ValueError, IndexError, TypeError, RecursionError):
+        pass
+    return None
 
 
 def json_lines(file: BinaryIO) -> Iterator[tuple[int, Record]]:
     """Objects, one per line; blank lines are skipped. UTF-8, with or without BOM."""
-    for number, line in _lines(file):
+    for number, line in lines_of(file):
         if isinstance(line, Problem):
             yield number, line
         elif line and not line.isspace():
@@ -54,14 +109,19 @@ def json_lines(file: BinaryIO) -> Iterator[tuple[int, Record]]:
                 yield number, Problem(f"is not JSON ({_reason(error)}). {_ONE_PER_LINE}")
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, str | Problem]]:
+def _in_windows_1252(byte: int) -> str:
+    character = bytes([byte]).decode("cp1252", errors="ignore")
+    return f" ({character!r} in Windows-1252)" if character.isprintable() and character else ""
+
+
+def lines_of(file: BinaryIO) -> Iterator[tuple[int, str | Problem]]:
     """Numbered lines as text, without the BOM; reads at most MAX_EXAMPLE_BYTES of one at once."""
     number = 0
     while line := file.readline(MAX_EXAMPLE_BYTES + 1):
         number += 1
         if len(line) > MAX_EXAMPLE_BYTES:
             while line and not line.endswith(b"\n"):
-                line = file.readline(_CHUNK)
+                line = file.readline(CHUNK)
             yield number, TOO_LONG
             continue
         if number == 1:
@@ -69,11 +129,12 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, str | Problem]]:
         try:
             yield number, line.decode("utf-8")
         except UnicodeDecodeError as error:
+            byte = line[error.start]
             yield (
                 number,
                 Problem(
-                    f"is not UTF-8: byte {error.start + 1} of the line is "
-                    f"0x{line[error.start]:02x}. Save the file as UTF-8."
+                    f"is not UTF-8: byte {error.start + 1} of the line is 0x{byte:02x}"
+                    f"{_in_windows_1252(byte)}. {AS_UTF8}"
                 ),
             )
 
@@ -102,7 +163,7 @@ class _Window:
         UnicodeDecodeError."""
         if self.ended:
             return False
-        chunk = self._file.read(max(_CHUNK, len(self.text) - self.at))
+        chunk = self._file.read(max(CHUNK, len(self.text) - self.at))
         self.ended = not chunk
         self.text, self.at = self.text[self.at :] + self._decode(chunk, final=self.ended), 0
         return not self.ended
@@ -118,47 +179,66 @@ class _Window:
                 return ""
 
 
-def json_array(file: BinaryIO) -> Iterator[tuple[int, Record]]:
+def json_array(file: BinaryIO, begin: int = 0) -> Iterator[tuple[int, Record]]:
     """Objects of one array, decoded one at a time. UTF-8, with or without BOM.
 
-    Ends after the first error, because nothing after it is certain.
+    `begin`: characters before the array, which is then the value of a key; what follows it is not
+    read. Ends after the first error, because nothing after it is certain.
     """
-    window, number = _Window(file), 0
-    try:
-        window.next_mark()
-        window.at += 1  # the opening bracket
-        while (mark := window.next_mark()) != "]":
-            if number:
-                if mark != ",":
-                    yield (
-                        number,
-                        Problem(
-                            f"is followed by {mark!r} where a comma or the array's end must be."
-                            if mark
-                            else _UNCLOSED
-                        ),
-                    )
-                    return
-                window.at += 1
+    window = _Window(file)
+    return _until_undecodable(_array_items(window, begin))
+
+
+def json_objects(file: BinaryIO) -> Iterator[tuple[int, Record]]:
+    """Objects one after another, with or without line ends in and between them. UTF-8, with or
+    without BOM. Ends after the first error."""
+    window = _Window(file)
+
+    def items() -> Iterator[tuple[int, Record]]:
+        number = 0
+        while window.next_mark():
             number += 1
             item = _item(window)
             yield number, item
             if isinstance(item, Problem):
                 return
-        window.at += 1
-        if mark := window.next_mark():
-            yield (
-                max(number, 1),
-                Problem(f"is followed by {mark!r} after the array's end. {_ONE_PER_LINE}"),
-            )
+
+    return _until_undecodable(items())
+
+
+def _array_items(window: _Window, begin: int) -> Iterator[tuple[int, Record]]:
+    number = 0
+    while len(window.text) < begin and window.more():
+        pass
+    window.at = begin
+    window.next_mark()
+    window.at += 1  # the opening bracket
+    while (mark := window.next_mark()) != "]":
+        if number:
+            if mark != ",":
+                wrong = f"is followed by {mark!r} where a comma or the array's end must be."
+                yield number, Problem(wrong if mark else _UNCLOSED)
+                return
+            window.at += 1
+        number += 1
+        item = _item(window)
+        yield number, item
+        if isinstance(item, Problem):
+            return
+    window.at += 1
+    if not begin and (mark := window.next_mark()):
+        wrong = f"is followed by {mark!r} after the array's end. {_ONE_PER_LINE}"
+        yield max(number, 1), Problem(wrong)
+
+
+def _until_undecodable(records: Iterator[tuple[int, Record]]) -> Iterator[tuple[int, Record]]:
+    number = 0
+    try:
+        for number, record in records:
+            yield number, record
     except UnicodeDecodeError as error:
-        yield (
-            number + 1,
-            Problem(
-                f"is not UTF-8: byte 0x{error.object[error.start]:02x} at or after it. Save the "
-                "file as UTF-8."
-            ),
-        )
+        wrong = f"is not UTF-8: byte 0x{error.object[error.start]:02x} at or after it. {AS_UTF8}"
+        yield number + 1, Problem(wrong)
 
 
 _UNCLOSED = "is the last of an array that is not closed. The file seems to be cut off."
@@ -178,118 +258,3 @@ def _item(window: _Window) -> Record:
                 return TOO_LONG
             if isinstance(error, RecursionError) or not window.more():
                 return Problem(f"is not JSON ({_reason(error)}). {_ONE_PER_LINE}")
-
-
-def csv_records(file: BinaryIO) -> tuple[list[str], Iterator[tuple[int, Record]]]:
-    """The header and the records of a comma-separated file (RFC 4180: quotes doubled, line ends
-    allowed within quotes)."""
-    csv.field_size_limit(MAX_EXAMPLE_BYTES)
-    lines = _CsvLines(file)
-    reader = csv.reader(lines, strict=True)
-    try:
-        header = next(reader, [])
-    except (csv.Error, _BadLine) as error:
-        raise InputError(f"line 1: {error}") from None
-    return header, _csv_rows(lines, reader, header)
-
-
-def _csv_rows(lines: _CsvLines, reader: Any, header: list[str]) -> Iterator[tuple[int, Record]]:
-    while True:
-        lines.room = MAX_EXAMPLE_BYTES
-        number = reader.line_num + 1
-        try:
-            fields = next(reader, None)
-        except _BadLine as error:
-            yield reader.line_num + 1, Problem(error)
-            return
-        except csv.Error as error:
-            yield number, Problem(f"is not CSV ({error}). Check its quotes and separators.")
-            return
-        if fields is None:
-            return
-        if not fields:
-            continue  # a blank line
-        if len(fields) != len(header):
-            counts = f"has {len(fields)} fields where the header has {len(header)}"
-            yield number, Problem(f"{counts}. Check its quotes and separators.")
-        else:
-            yield number, dict(zip(header, fields, strict=True))
-
-
-class _BadLine(ValueError):
-    """A line that is not text or too long; it passes through csv.reader."""
-
-
-class _CsvLines:
-    """Lines for csv.reader. `room`: characters that the record may still take; within quotes it
-    continues over lines."""
-
-    def __init__(self, file: BinaryIO):
-        self._lines, self.room = _lines(file), MAX_EXAMPLE_BYTES
-
-    def __iter__(self) -> _CsvLines:
-        return self
-
-    def __next__(self) -> str:
-        _, line = next(self._lines)
-        self.room -= len(line)
-        if isinstance(line, Problem) or self.room < 0:
-            raise _BadLine(line if isinstance(line, Problem) else TOO_LONG)
-        return line
-
-
-def parquet_records(
-    source: Any, wanted: Iterable[str]
-) -> tuple[list[str], Iterator[tuple[int, Record]]]:
-    """Column names of a Parquet file (a path or an open file), and its records with the `wanted`
-    columns."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(source)
-        names = file.schema_arrow.names
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"this is not a Parquet file ({error}).") from None
-    columns = [name for name in names if name in set(wanted)]
-    return names, table_records(file.iter_batches(batch_size=_BATCH_ROWS, columns=columns), columns)
-
-
-def arrow_records(
-    file: Any, wanted: Iterable[str]
-) -> tuple[list[str], Iterator[tuple[int, Record]]]:
-    """Column names of an open Arrow stream (a data file of a saved dataset), and its records with
-    the `wanted` columns."""
-    import pyarrow as pa
-
-    try:
-        stream = pa.ipc.open_stream(file)
-        names = stream.schema.names
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"this is not an Arrow stream ({error}).") from None
-    return names, table_records(stream, [name for name in names if name in set(wanted)])
-
-
-def table_records(tables: Iterable[Any], columns: list[str]) -> Iterator[tuple[int, Record]]:
-    """Records of Arrow tables or record batches with `columns`, numbered from 1."""
-    import pyarrow as pa
-
-    number = 0
-    try:
-        for table in tables:
-            selected = table.select(columns)
-            # A stream is not checked as it is read: a wrong offset would read other memory.
-            selected.validate(full=True)
-            for begin in range(0, selected.num_rows, _BATCH_ROWS):
-                for record in selected.slice(begin, _BATCH_ROWS).to_pylist():
-                    number += 1
-                    yield number, record
-    except (pa.ArrowException, UnicodeDecodeError, OSError, MemoryError) as error:
-        reason = str(error) or "it needs more memory than is available"
-        yield (
-            number + 1,
-            Problem(
-                f"or one of the {_BATCH_ROWS} after it cannot be read ({reason}). The file seems "
-                "to be damaged."
-            ),
-        )

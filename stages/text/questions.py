@@ -13,8 +13,8 @@ from typing import Any
 from stages.run.errors import InputError
 from stages.run.settings import Settings
 from stages.text.examples import PROBLEMS_SHOWN, fault
-from stages.text.formats import Problem, Record
-from stages.text.sources import FORMATS, open_local
+from stages.text.formats import FORMAT_NAMES, Problem, Record
+from stages.text.sources import open_local
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,23 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """What PROMPTS holds. `unread`: names of its columns that no setting names."""
+    """What PROMPTS holds. `unread`: names of its columns that no setting names. `notes`: what was
+    found out about its format."""
 
     questions: list[Question]
     unread: list[str]
+    notes: tuple[str, ...] = ()
 
     def note(self, settings: Settings) -> str:
-        """What of the file is not read, as a line; empty if all of it is."""
-        if not self.unread:
-            return ""
-        return (
-            f"PROMPTS={settings.prompts}: not read: {', '.join(map(repr, self.unread[:10]))} "
-            f"(INSTRUCTION_COLUMN={settings.instruction_column}, "
-            f"CONTEXT_COLUMN={settings.context_column}, RESPONSE_COLUMN={settings.response_column})"
-        )
+        """What of the file is not read, and how it is read, as a line; empty for nothing."""
+        notes = list(self.notes)
+        if self.unread:
+            notes.append(
+                f"not read: {', '.join(map(repr, self.unread[:10]))} "
+                f"(INSTRUCTION_COLUMN={settings.instruction_column}, CONTEXT_COLUMN="
+                f"{settings.context_column}, RESPONSE_COLUMN={settings.response_column})"
+            )
+        return f"PROMPTS={settings.prompts}: {'; '.join(notes)}" if notes else ""
 
 
 def read_questions(settings: Settings) -> Questions:
@@ -56,13 +59,13 @@ def read_questions(settings: Settings) -> Questions:
     path = Path(settings.prompts)
     wanted = f"with {settings.instruction_column!r} in each"
     if not path.is_file():
-        raise InputError(f"PROMPTS={path} is not a file. Name one ({', '.join(FORMATS)}) {wanted}.")
+        raise InputError(f"PROMPTS={path} is not a file. Name one ({FORMAT_NAMES}) {wanted}.")
     columns = [settings.instruction_column, settings.context_column, settings.response_column]
     source = open_local(path, "train", [name for name in columns if name])
     questions, problems = [], []
     seen = dict.fromkeys(source.columns or ())
-    for number, record in source.records:
-        question = _question(f"{path}, {source.unit} {number}", record, columns)
+    for place, record in source.read():
+        question = _question(place, record, columns)
         seen |= {} if isinstance(record, Problem) else dict.fromkeys(record)
         if isinstance(question, Question):
             questions.append(question)
@@ -75,7 +78,7 @@ def read_questions(settings: Settings) -> Questions:
         if seen and settings.instruction_column not in seen:
             problems = [_no_column(path, settings, list(seen)), *problems[:1]]
         raise InputError(problems)
-    return Questions(questions, [name for name in seen if name not in columns])
+    return Questions(questions, [name for name in seen if name not in columns], source.notes)
 
 
 def first_problems(problems: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,8 +16,8 @@ from urllib.parse import urlsplit
 from stages.model.hub import from_hub
 from stages.model.hub_cache import commit_of
 from stages.run.errors import InputError
-from stages.text.formats import table_records
-from stages.text.sources import FORMATS, Source, open_file, open_saved
+from stages.text.sources import FORMATS, Source, open_file, open_folder, placed
+from stages.text.tables import table_records
 
 _TRIES = 5  # of each request, by the client, with growing pauses
 _LONGEST_SILENCE = 20  # seconds without a byte before a request is tried again
@@ -25,44 +26,56 @@ _BATCH_EXAMPLES = 1000
 
 
 def open_s3(dataset: str, split: str, wanted: list[str]) -> Source:
-    """A file or a saved `datasets` folder at s3://BUCKET/KEY, read as a stream: nothing is
-    copied to the disk."""
+    """A file, a folder of files or a saved `datasets` folder at s3://BUCKET/KEY, read as a stream:
+    nothing is copied to the disk."""
     path = dataset.removeprefix("s3://").rstrip("/")
-    files = _s3(path.split("/")[0])
+    files = s3_files(path.split("/")[0])
 
     def open_binary(key: str) -> Any:
         if key.lower().endswith(".parquet"):
             return files.open_input_file(key)  # its index is at its end
-        return io.BufferedReader(files.open_input_stream(key), _STREAM_BUFFER)
+        stream = files.open_input_stream(key, compression=None)
+        return io.BufferedReader(stream, _STREAM_BUFFER)
+
+    def names() -> list[str]:
+        from pyarrow import fs
+
+        found = files.get_file_info(fs.FileSelector(path, recursive=True))
+        below = [one.path.removeprefix(f"{path}/") for one in found if one.type == fs.FileType.File]
+        return [name for name in below if not re.search(r"(^|/)\.", name)]
 
     try:
         if path.lower().endswith(FORMATS):
-            return open_file(dataset, lambda: open_binary(path), wanted)
-        return open_saved(dataset, lambda name: open_binary(f"{path}/{name}"), split, wanted)
+            source = open_file(dataset, lambda: open_binary(path), wanted)
+            return source.without_splits(split)
+        return open_folder(
+            dataset, names, lambda name: open_binary(f"{path}/{name}"), split, wanted
+        )
     except FileNotFoundError:
         raise InputError(f"{dataset} does not exist. Check the bucket and the key.") from None
     except OSError as error:
-        raise InputError(f"{dataset} cannot be read ({error}). {_remedy(str(error))}") from None
+        raise InputError(f"{dataset} cannot be read ({error}). {s3_remedy(str(error))}") from None
 
 
-def _remedy(error: str) -> str:
+def s3_remedy(error: str, writing: bool = False) -> str:
     """The remedy for an error of pyarrow's S3 client, whose errors differ only in their text."""
     if "NETWORK_CONNECTION" in error:
-        return (
-            "Check the network and AWS_ENDPOINT_URL, or copy the dataset to this machine and "
-            "name it there."
-        )
+        local = "" if writing else ", or copy the dataset to this machine and name it there"
+        return f"Check the network and AWS_ENDPOINT_URL{local}."
+    if "NO_SUCH_BUCKET" in error:
+        return "The bucket does not exist. Check its name, or create it."
     if "HTTP status 5" in error or "SLOW_DOWN" in error:
         return f"S3 failed or asked for fewer requests {_TRIES} times in a row. Try again later."
     if "HTTP status 301" in error or "HTTP status 307" in error:
         return "The bucket is in another region. Set AWS_REGION to it."
+    rights = "right s3:PutObject" if writing else "rights s3:GetObject and s3:ListBucket"
     return (
         "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN (or AWS_PROFILE), "
-        "which may have expired, AWS_REGION, and the rights s3:GetObject and s3:ListBucket."
+        f"which may have expired, AWS_REGION, and the {rights}."
     )
 
 
-def _s3(bucket: str) -> Any:
+def s3_files(bucket: str) -> Any:
     """pyarrow's S3 client, which needs no further package as fsspec's does. Honours
     AWS_ENDPOINT_URL (MinIO, tests)."""
     from pyarrow import fs
@@ -109,9 +122,10 @@ def open_hub(dataset: str, revision: str, config: str, split: str, wanted: list[
     columns = [name for name in data.column_names if name in wanted]
     name = f"{dataset} ({split})"
     if not columns:
-        return Source(name, "row", data.column_names, iter(()))
+        return Source(name, data.column_names, iter(()))
     tables = data.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH_EXAMPLES)
-    return Source(name, "row", data.column_names, table_records(tables, columns))
+    records = placed(name, "row", table_records(tables, columns))
+    return Source(name, data.column_names, records)
 
 
 def _check_commit(dataset: str, revision: str, data: Any) -> None:

@@ -1,4 +1,4 @@
-"""Open a dataset on this machine: one file, or a folder that `datasets` saved.
+"""Open a dataset on this machine: a file, a folder of files, or one that `datasets` saved.
 
 A `Source` yields raw records, one at a time; `examples` checks them. Only the standard library is
 imported unless the format needs more.
@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stages.run.digests import files_below
 from stages.run.errors import InputError
-from stages.text import formats
-from stages.text.formats import Record
+from stages.text import formats, tables
+from stages.text.csv_format import csv_records
+from stages.text.encodings import open_text
+from stages.text.formats import FORMAT_NAMES, Record
+from stages.text.parts import parts_of
 
-FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+FORMATS = formats.FORMATS
 # What reading a JSON file of a saved dataset raises when the file holds something else.
 _NOT_SAVED = (ValueError, KeyError, TypeError, RecursionError)
 
@@ -27,23 +31,52 @@ _NOT_SAVED = (ValueError, KeyError, TypeError, RecursionError)
 class Source:
     """An opened dataset.
 
-    `columns` is None where each record has its own (JSON); `unit` is what a record's number counts.
+    `columns` is None where each record has its own (JSON). `records` yields each record's place
+    ("rows.csv, line 3") and the record. `notes`: what was found out about its format, and what of
+    it is not read.
     """
 
     name: str
-    unit: str
     columns: list[str] | None
-    records: Iterator[tuple[int, Record]]
+    records: Iterator[tuple[str, Record]]
+    notes: tuple[str, ...] = ()
+
+    def read(self) -> Iterator[tuple[str, Record]]:
+        """The records; raises InputError where reading them fails."""
+        try:
+            yield from self.records
+        except OSError as error:
+            raise InputError(f"{self.name} cannot be read to its end: {error}.") from None
+
+    def without_splits(self, split: str) -> Source:
+        """This source, which has no splits, with a note where another than "train" was chosen."""
+        if split == "train":
+            return self
+        note = f"has no splits, so all of it is read, whatever DATASET_SPLIT={split} chooses"
+        return replace(self, notes=(note, *self.notes))
+
+
+def placed(
+    name: str, unit: str, records: Iterable[tuple[int, Record]]
+) -> Iterator[tuple[str, Record]]:
+    """The records with their places; `unit` is what a record's number counts."""
+    return ((f"{name}, {unit} {number}", record) for number, record in records)
 
 
 def open_local(path: Path, split: str, wanted: list[str]) -> Source:
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            return open_saved(str(path), lambda name: _open_within(path, name), split, wanted)
+            return open_folder(
+                str(path),
+                lambda: [file.relative_to(path).as_posix() for file in files_below(path)],
+                lambda name: _open_within(path, name),
+                split,
+                wanted,
+            )
         if not stat.S_ISREG(mode):
             raise InputError(f"{path} is neither a file nor a folder.")
-        return open_file(str(path), lambda: path.open("rb"), wanted)
+        return open_file(str(path), lambda: path.open("rb"), wanted).without_splits(split)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
 
@@ -66,28 +99,76 @@ def _open_within(folder: Path, name: str) -> Any:
 
 def open_file(name: str, open_binary: Callable[[], Any], wanted: list[str]) -> Source:
     """A dataset in one file, whose suffix gives the format; `open_binary()` opens it."""
-    if not name.lower().endswith(FORMATS):
-        remedy = (
-            " Unpack it first." if name.endswith((".gz", ".zip", ".zst", ".bz2", ".xz")) else ""
-        )
-        raise InputError(f"{name}: a dataset's file ends in {', '.join(FORMATS)}.{remedy}")
-    file = open_binary()
+    suffix = name.lower()
+    if not suffix.endswith(FORMATS):
+        packed = suffix.endswith((".gz", ".zip", ".zst", ".bz2", ".xz"))
+        sheet = suffix.endswith((".xls", ".xlsx", ".ods"))
+        remedy = " Unpack it first." if packed else " Save it as CSV." if sheet else ""
+        raise InputError(f"{name}: a dataset's file ends in {FORMAT_NAMES}.{remedy}")
+    file, unit, notes = open_binary(), "line", list[str]()
+    columns: list[str] | None = None
     try:
-        if name.lower().endswith(".csv"):
-            return Source(name, "line", *formats.csv_records(file))
-        if name.lower().endswith(".parquet"):
-            return Source(name, "row", *formats.parquet_records(file, wanted))
+        if suffix.endswith(".parquet"):
+            unit, (columns, records) = "row", tables.parquet_records(file, wanted)
+        else:
+            file, notes = open_text(file)
+            kind = suffix.removesuffix(".gz")
+            if kind.endswith((".csv", ".tsv")):
+                usual = "\t" if kind.endswith(".tsv") else ","
+                columns, records, more = csv_records(file, wanted, usual)
+            else:
+                unit, records, more = formats.json_records(file, wanted)
+            notes += more
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    if formats.holds_array(file):
-        return Source(name, "row", None, formats.json_array(file))
-    return Source(name, "line", None, formats.json_lines(file))
+    return Source(name, columns, placed(name, unit, records), tuple(notes))
+
+
+def open_folder(
+    folder: str,
+    names: Callable[[], list[str]],
+    open_binary: Callable[[str], Any],
+    split: str,
+    wanted: list[str],
+) -> Source:
+    """A folder that `datasets` saved, or whose files (`names()`, within it) are the parts of a
+    dataset. `open_binary(name)` opens one of them."""
+    saved = open_saved(folder, open_binary, split, wanted)
+    return saved or _open_parts(folder, names(), open_binary, split, wanted)
+
+
+def _open_parts(
+    folder: str, names: list[str], open_binary: Callable[[str], Any], split: str, wanted: list[str]
+) -> Source:
+    """The files of one split as one dataset. Its columns are those of the first file; where another
+    lacks one, its examples do."""
+    chosen, notes = parts_of(folder, names, split)
+
+    def part(name: str) -> Source:
+        return open_file(f"{folder}/{name}", lambda: open_binary(name), wanted)
+
+    first = part(chosen[0])
+
+    def records() -> Iterator[tuple[str, Record]]:
+        yield from first.records
+        for name in chosen[1:]:
+            following = part(name)
+            if following.notes != first.notes:
+                raise InputError(
+                    f"{following.name} is written in another way than {first.name}: "
+                    f"{'; '.join(following.notes) or 'the usual one'}, not "
+                    f"{'; '.join(first.notes) or 'the usual one'}. Write all parts alike."
+                )
+            yield from following.records
+
+    return Source(folder, first.columns, records(), (*notes, *first.notes))
 
 
 def open_saved(
     folder: str, open_binary: Callable[[str], Any], split: str, wanted: list[str]
-) -> Source:
-    """A folder that `datasets` saved (save_to_disk): one dataset, or one per split.
+) -> Source | None:
+    """A folder that `datasets` saved (save_to_disk): one dataset, or one per split. None for a
+    folder of another kind.
 
     `open_binary(name)` opens one of its files. The folder holds Arrow streams, which state.json
     names. It is read without `datasets`, whose import costs a second and which first copies a
@@ -115,10 +196,11 @@ def open_saved(
     try:
         names = [entry["filename"] for entry in content(f"{prefix}state.json")["_data_files"]]
     except FileNotFoundError:
-        remedy = f"Name a file ({', '.join(FORMATS)}) or a folder made by save_to_disk."
-        raise InputError(
-            f"{folder} is a folder without state.json, so `datasets` did not save it. {remedy}"
-        ) from None
+        if prefix:
+            raise InputError(
+                f"{folder}/{prefix}state.json is missing: the saved dataset is incomplete."
+            ) from None
+        return None
     except _NOT_SAVED as error:
         raise InputError(
             f"{folder}/{prefix}state.json is not what `datasets` writes ({error!r})."
@@ -128,7 +210,8 @@ def open_saved(
         for name in names
     ):
         raise InputError(f"{folder}/{prefix}state.json names data files outside its folder.")
-    return _arrow_files(folder, [prefix + name for name in names], open_binary, wanted)
+    source = _arrow_files(folder, [prefix + name for name in names], open_binary, wanted)
+    return source if prefix else source.without_splits(split)
 
 
 def _arrow_files(
@@ -142,11 +225,11 @@ def _arrow_files(
                 f"{folder}/{name} is missing: the saved dataset is incomplete."
             ) from None
         try:
-            return formats.arrow_records(file, wanted)
+            return tables.arrow_records(file, wanted)
         except InputError as error:
             raise InputError(f"{folder}/{name}: {error}") from None
 
-    def records() -> Iterator[tuple[int, Record]]:
+    def numbered() -> Iterator[tuple[int, Record]]:
         previous = 0
         for name in names:
             number = 0
@@ -155,4 +238,4 @@ def _arrow_files(
             previous += number
 
     columns = stream(names[0])[0] if names else []
-    return Source(folder, "row", columns, records())
+    return Source(folder, columns, placed(folder, "row", numbered()))

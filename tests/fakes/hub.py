@@ -24,6 +24,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.conftest import ROOT
+from tests.fakes import hub_uploads
 
 FOR_EVER = 10**9
 # Refusals by name: status and headers.
@@ -75,6 +76,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.folder, self.requests, self.stall = folder, list[Request](), 30.0
         self.faults: list[Fault] = []
+        self.private, self.large_files = set[str](), dict[str, bytes]()
         self._lock, self._numbers = threading.Lock(), itertools.count()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -212,13 +214,19 @@ class Handler(BaseHTTPRequestHandler):
         self.handle_request({})
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-        form = (
-            parse_qs(body)
-            if "form" in self.headers.get("Content-Type", "")
-            else json.loads(body or "{}")
-        )
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        kind = self.headers.get("Content-Type", "")
+        if "ndjson" in kind:
+            form = {}
+        elif "form" in kind:
+            form = parse_qs(self.body.decode())
+        else:
+            form = json.loads(self.body or b"{}")
         self.handle_request(form)
+
+    def do_PUT(self) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.handle_request({})
 
     def handle_request(self, form: dict) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -231,8 +239,31 @@ class Handler(BaseHTTPRequestHandler):
         if self.fault in REFUSALS:
             status, headers = REFUSALS[self.fault]
             return self.answer(status, b"{}", **headers)
-        if not self.misbehaves():
+        if not self.misbehaves() and not self.take(path, form):
             self.serve(path, form)
+
+    def take(self, path: str, form: dict) -> bool:
+        """Whether the request was one of those that write."""
+        hub, name = self.server, "/".join(path.split("/")[3:5])
+        if path == "/api/repos/create":
+            made = hub_uploads.create_repository(hub.folder, hub.private, form)
+            self.answer_json({"url": f"{hub.address}/datasets/{made}"})
+        elif path == "/api/validate-yaml":
+            self.answer_json({"errors": [], "warnings": []})
+        elif self.command == "POST" and "/preupload/" in path:
+            self.answer_json(hub_uploads.upload_modes(form))
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            self.answer_json(hub_uploads.upload_places(hub.address, form))
+        elif self.command == "PUT":
+            right = hub_uploads.keep(hub.large_files, path.rpartition("/")[2], self.body)
+            self.answer(200 if right else 400, b"{}")
+        elif self.command == "POST" and "/commit/" in path:
+            hub_uploads.commit(hub.folder / "datasets" / name, hub.large_files, self.body)
+            oid = hub.commit_of(name, "datasets")
+            self.answer_json({"commitUrl": f"{hub.address}/{name}/commit/{oid}", "commitOid": oid})
+        else:
+            return False
+        return True
 
     def misbehaves(self) -> bool:
         """Whether something else than an answer was given."""
@@ -271,10 +302,13 @@ class Handler(BaseHTTPRequestHandler):
         if not api and verb == "resolve":
             return self.send_file(repository, "/".join(part for part in below if part))
         if verb in ("", "revision"):
-            return self.answer_json(repository.info())
+            private = repository.name in self.server.private
+            return self.answer_json({**repository.info(), "private": private})
         if verb == "tree":
             below_it = "/".join(part for part in below if part)
             found = [name for name in names if not below_it or name.startswith(f"{below_it}/")]
+            if below_it and not found:
+                return self.answer(404, b"{}", **{"X-Error-Code": "EntryNotFound"})
             return self.answer_json([repository.entry(name) for name in found])
         if verb == "paths-info":
             return self.answer_json(

@@ -86,6 +86,9 @@ class Asker:
     def tokenizer(self, name: str) -> Answer:
         return self.ask(kind="tokenizer", name=name, patterns=(), revision="main")
 
+    def push(self, target: str, data: Path) -> Answer:
+        return self.ask(kind="push", name=target, patterns=[str(data)], revision="")
+
     def ask(self, **question: object) -> Answer:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(question) + "\n")
@@ -110,9 +113,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 def main() -> None:
     from stages.model import hub
-    from stages.run.errors import InputError
+    from stages.run.errors import InputError, StageFailure
     from stages.text.examples import Columns, read_examples
     from stages.text.find_tokenizer import find_tokenizer
+    from stages.text.push import push
 
     pauses: list[float] = []
     really = time.monotonic
@@ -127,6 +131,8 @@ def main() -> None:
         try:
             if kind == "model":
                 files = digests(hub.download_files(name, revision, tuple(question["patterns"])))
+            elif kind == "push":
+                push(name, Path(question["patterns"][0]))
             elif kind == "tokenizer":
                 find_tokenizer(name, revision)
             else:
@@ -134,7 +140,7 @@ def main() -> None:
                     name, columns=Columns("instruction", "context", "response"), revision=revision
                 )
                 rows = [row.response for batch in batches for row in batch]
-        except InputError as refused:
+        except (InputError, StageFailure) as refused:
             error = str(refused)
         print(
             json.dumps({"files": files, "rows": rows, "error": error, "pauses": pauses}), flush=True

@@ -51,10 +51,15 @@ REFUSED = {
     "not JSON": ("d.jsonl", LINE + b"\nnonsense\n", ["d.jsonl, line 2", "not JSON"]),
     "JSON cut off": ("d.jsonl", LINE + b"\n" + LINE[:-5], ["line 2", "not JSON"]),
     "two objects on a line": ("d.jsonl", LINE + LINE, ["line 1", "Extra data"]),
-    "one object over many lines": (
+    "objects over many lines, cut off": (
         "d.json",
-        json.dumps(GOOD, indent=2).encode(),
-        ["line 1", "one JSON object per line"],
+        (json.dumps(GOOD, indent=2) * 2)[:-2].encode(),
+        ["row 2", "not JSON"],
+    ),
+    "a table by columns, as pandas writes it": (
+        "d.json",
+        b'{"instruction": {"0": "Why?"}, "context": {"0": ""}, "response": {"0": "Because."}}',
+        ["table by columns", 'orient="records", lines=True'],
     ),
     "a number for a row": ("d.jsonl", b"3\n", ["line 1", "not a JSON object but a int"]),
     "a list for a row": ("d.jsonl", LINE + b"\n[1]\n", ["line 2", "but a list"]),
@@ -69,7 +74,8 @@ REFUSED = {
         LINE + b'\n{"instruction": "\xff"}',
         ["line 2", "not UTF-8", "byte 18", "0xff"],
     ),
-    "UTF-16": ("d.jsonl", LINE.decode().encode("utf-16"), ["line 1", "not UTF-8"]),
+    "UTF-16 cut off": ("d.jsonl", LINE.decode().encode("utf-16")[:-1], ["not UTF-16 throughout"]),
+    "Windows-1252": ("d.csv", HEADER + "a,é,c\n".encode("cp1252"), ["line 2", "'é' in Windows"]),
     "half a surrogate pair": (
         "d.jsonl",
         line(response="a\ud83d"),
@@ -145,15 +151,24 @@ REFUSED = {
     "CSV not in UTF-8": ("d.csv", HEADER + b"a,b,c\na,b,\xe9\n", ["line 3", "not UTF-8"]),
     "CSV header not in UTF-8": ("d.csv", b"\xff\n", ["d.csv", "line 1", "not UTF-8"]),
     "not Parquet": ("d.parquet", LINE, ["d.parquet", "not a Parquet file"]),
-    "compressed": ("d.jsonl.gz", b"\x1f\x8b", ["d.jsonl.gz", "Unpack it first"]),
-    "compressed, under another name": (
-        "d.jsonl",
-        gzip.compress(LINE),
-        ["line 1", "not UTF-8", "0x8b"],
+    "gzip of two bytes": ("d.jsonl.gz", b"\x1f\x8b", ["d.jsonl.gz", "cut off or damaged"]),
+    "gzip cut off": ("d.jsonl.gz", gzip.compress(LINE * 9)[:-12], ["cut off or damaged"]),
+    "gzip with another checksum": (
+        "d.jsonl.gz",
+        gzip.compress(LINE)[:-8] + bytes(8),
+        ["d.jsonl.gz cannot be read", "cut off or damaged"],
     ),
-    "compressed, as an array's file": ("d.json", gzip.compress(LINE), ["line 1", "not UTF-8"]),
-    "compressed, as CSV": ("d.csv", gzip.compress(LINE), ["line 1", "not UTF-8"]),
-    "another format": ("d.txt", b"x", ["d.txt", ".jsonl, .json, .csv, .parquet"]),
+    "zip": ("d.jsonl.zip", b"PK\3\4", ["d.jsonl.zip", "Unpack it first"]),
+    "zip, under another name": ("d.csv", b"PK\3\4", ["d.csv", "zip archive or an Excel workbook"]),
+    "Parquet, under another name": ("d.jsonl", b"PAR1", ["d.jsonl", "a Parquet file"]),
+    "an Excel workbook": ("d.xlsx", b"PK\3\4", ["d.xlsx", "Save it as CSV"]),
+    "another format": ("d.txt", b"x", ["d.txt", ".jsonl, .ndjson, .json, .csv, .tsv (each also"]),
+    "NUL in a CSV": ("d.csv", HEADER + b"a\0,b,c\n", ["line 2 holds a NUL character"]),
+    "packed sequences": (
+        "d.jsonl",
+        b'{"input_ids": [1], "labels": [1], "attention_mask": [1], "position_ids": [0]}',
+        ["holds packed sequences", "Set DATASET to what it was made from"],
+    ),
     "NUL bytes": ("d.jsonl", LINE + b"\n" + bytes(40), ["line 2", "not JSON"]),
     "NUL within a text": (
         "d.jsonl",
@@ -224,7 +239,38 @@ READ = {
         b'{"instruction": "Why?", "response": "Because."}\n' + LINE,
         2,
     ),
+    "an object over many lines": ("d.json", json.dumps(GOOD, indent=2).encode(), 1),
+    "objects over many lines": ("d.json", (json.dumps(GOOD, indent=2) + "\n").encode() * 2, 2),
+    "array under a key": ("d.json", b'{"version": {"a": 1}, "data": [' + LINE + b'], "n": 1}', 1),
+    "array under a key, over many lines": (
+        "d.json",
+        json.dumps({"n": [1], "rows": [GOOD, GOOD]}, indent=1).encode(),
+        2,
+    ),
+    "ndjson": ("d.ndjson", LINE, 1),
+    "gzip": ("d.jsonl.gz", gzip.compress(LINE + b"\n") * 2, 2),
+    "gzip of CSV": ("d.csv.gz", gzip.compress(HEADER + b"Why?,,Because.\n"), 1),
+    "gzip, under another name": ("d.json", gzip.compress(b"[" + LINE + b"]"), 1),
+    "UTF-16": ("d.jsonl", LINE.decode().encode("utf-16"), 1),
+    "UTF-16 without a mark": ("d.jsonl", LINE.decode().encode("utf-16-le"), 1),
+    "UTF-16 of CSV": ("d.csv", (HEADER.decode() + "Why?,,Because.\r\n").encode("utf-16"), 1),
+    "line ends of old Macs": ("d.csv", HEADER.replace(b"\n", b"\r") + b"Why?,,Because.\r", 1),
     "CSV": ("d.csv", HEADER + b"Why?,,Because.\n", 1),
+    "CSV with semicolons": ("d.csv", b"instruction;context;response\nWhy?;;Because.\n", 1),
+    "CSV with tabs": ("d.csv", b"instruction\tcontext\tresponse\nWhy?\t\tBecause.\n", 1),
+    "TSV": ("d.tsv", b"instruction\tcontext\tresponse\nWhy?\t\tBecause.\n", 1),
+    "TSV with commas": ("d.tsv", HEADER + b"Why?,,Because.\n", 1),
+    "CSV that names its separator": ("d.csv", b"sep=,\r\n" + HEADER + b"Why?,,Because.\n", 1),
+    "CSV that names a semicolon": (
+        "d.csv",
+        b"\xef\xbb\xbfsep=;\r\ninstruction;context;response\r\nWhy?;;Because.\r\n",
+        1,
+    ),
+    "CSV that ends its lines with a comma": (
+        "d.csv",
+        b"instruction,context,response,\nWhy?,,Because.,\n",
+        1,
+    ),
     "CSV, CRLF, BOM, blank lines": (
         "d.csv",
         b"\xef\xbb\xbf" + HEADER[:-1] + b"\r\nWhy?,,Because.\r\n\r\nWhy?,,Because.\r\n",
@@ -359,9 +405,9 @@ def test_what_is_no_file_is_refused(tmp_path):
     assert "cannot be read" in message(tmp_path / "loop.jsonl")
     assert "No such file" in message(tmp_path / "dangling.jsonl")
     assert "neither a file nor a folder" in message(tmp_path / "pipe.jsonl")
-    assert "without state.json" in message(tmp_path / "folder")
+    assert "no state.json" in message(tmp_path / "folder")
     (tmp_path / "folder.jsonl").mkdir()
-    assert "is a folder without state.json" in message(tmp_path / "folder.jsonl")
+    assert "holds no file of a dataset" in message(tmp_path / "folder.jsonl")
 
 
 @pytest.mark.torture("data")

@@ -3,6 +3,7 @@ within a bounded time."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ CREDENTIALS = {
     "AWS_SECRET_ACCESS_KEY": "secretcanary",
     "AWS_SESSION_TOKEN": "tokencanary",
 }
-FILES = ["rows.jsonl", "rows.parquet", "saved"]
+FILES = ["rows.jsonl", "rows.parquet", "saved", "parts"]
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Door, str
     Dataset.from_list(ROWS).save_to_disk(folder / "saved", num_shards=2)
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     pq.write_table(pa.Table.from_pylist(ROWS), folder / "rows.parquet")
+    (folder / "parts").mkdir()
+    for number, part in enumerate((ROWS[:9_000], ROWS[9_000:])):
+        lines = "\n".join(map(json.dumps, part)).encode()
+        (folder / "parts" / f"train-0000{number}-of-00002.jsonl.gz").write_bytes(
+            gzip.compress(lines)
+        )
+    (folder / "parts" / "test.jsonl.gz").write_bytes(gzip.compress(b"{}"))
     with s3.running() as (door, address):
         client = boto3.client(
             "s3",
