@@ -75,7 +75,7 @@ class Decoder(ABC):
         if problems := list(self._prompt_problems(prompts)):
             raise InputError(problems)
         generators = [
-            torch.Generator(self.device).manual_seed(_seed_of(seed, number + slot))
+            torch.Generator(self.device).manual_seed(seed_of(seed, number + slot))
             for slot in range(self.batch_size)
         ]
 
@@ -188,6 +188,6 @@ def sample(
     return ids.gather(-1, torch.stack(drawn)).squeeze(-1)
 
 
-def _seed_of(seed: int, number: int) -> int:
-    """A seed for each prompt; neighbouring numbers give unrelated ones."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:7], "big")
+def seed_of(seed: int, name: object) -> int:
+    """A seed for each thing with a name or number; neighbouring numbers give unrelated ones."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")

@@ -22,6 +22,8 @@ ARCHITECTURES = {
         "smollm3",
     ),
 }
+# The linear layers of an architecture that LoRA can adapt, where they are not joined to others.
+LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # RoPE whose frequencies depend on the length of the prompt. Those of a compiled graph are constant.
 ROPE_OF_VARYING_FREQUENCY = ("dynamic", "longrope")
 

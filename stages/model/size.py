@@ -62,7 +62,7 @@ def training_bytes(settings: Settings, backend: str, steps: int) -> int:
 
 def shard_bytes(settings: Settings, count: int, backend: str) -> int:
     """Bytes of the shards that train publishes for a model of `count` parameters."""
-    return count * ((0 if settings.lora_r else 2) if backend == "neuron" else 4)
+    return 0 if settings.lora_r else count * (2 if backend == "neuron" else 4)
 
 
 def _checkpoint_bytes(settings: Settings, count: int, backend: str) -> int:

@@ -26,6 +26,17 @@ class StageFailure(Exception):
     exit_status = 1
 
 
+PROBLEMS_SHOWN = 5
+
+
+def refusal(heading: str, problems: list[str]) -> StageFailure:
+    """One failure that lists the first problems and says how many more there are."""
+    more = (
+        [f"... and {len(problems) - PROBLEMS_SHOWN} more"] if len(problems) > PROBLEMS_SHOWN else []
+    )
+    return StageFailure("\n".join([heading, *problems[:PROBLEMS_SHOWN], *more]))
+
+
 def exception_chain(error: BaseException) -> Iterator[BaseException]:
     """The error, and what it was raised from or while handling."""
     seen: set[int] = set()

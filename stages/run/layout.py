@@ -1,10 +1,10 @@
 """The contract between stages: every file, folder and column that one writes and another reads.
 
     data               train/ [validation/] tokenizer/ prompt.json
-    train              shards/ metrics.jsonl, config.json generation_config.json, tokenizer/
-                       prompt.json
+    train              shards/ (of the model, or of an adapter with adapter_config.json)
+                       metrics.jsonl, config.json generation_config.json, tokenizer/ prompt.json
     consolidate        *.safetensors, config.json generation_config.json, the tokenizer's files,
-                       prompt.json
+                       prompt.json [adapter/]
     compile-inference  the backend's compiled model, the tokenizer's files, prompt.json
     eval               answers.jsonl
 
@@ -42,6 +42,8 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 PICKLED_WEIGHTS = "pytorch_model*.bin"  # weights of a model that has no safetensors
 
 SHARDS_FOLDER = "shards"
+ADAPTER_FOLDER = "adapter"  # what LoRA trained, as peft reads it
+ADAPTER_CONFIG = "adapter_config.json"  # of peft; in the shards and in the adapter's folder
 CHECKPOINTS_FOLDER = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 PRECOMPILE_FILE = "precompile.json"

@@ -232,10 +232,10 @@ class Settings:
         choices=("restart", "weights"),
     )
 
-    # LoRA (Neuron).
+    # LoRA.
     lora_r: int = setting(
         0,
-        "Rank of LoRA adapters; 0 = train all weights (Neuron).",
+        "Rank of LoRA adapters; 0 = train all weights.",
         _MODEL,
         least=0,
     )

@@ -12,14 +12,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from stages.backends.neuron.shards.read import Shards, read_shards, refusal
+from stages.backends.neuron.shards.read import Shards, read_shards
 from stages.backends.neuron.shards.sharded_tensor import ShardedTensor
 from stages.backends.neuron.shards.torch_archive import RowReader
+from stages.model.adapter import merged_tensors, write_adapter
 from stages.model.check import untied
 from stages.model.weights import ReadTensor, TensorSpec, write_safetensors
 from stages.run.contract import Consolidated
-from stages.run.errors import StageFailure
+from stages.run.errors import StageFailure, refusal
+
+if TYPE_CHECKING:
+    import torch
 
 
 def consolidate(
@@ -51,12 +56,13 @@ def consolidate(
         )
     reader = RowReader()
     if found.adapter:
-        from stages.backends.neuron.shards.merge_lora import merged_tensors
-
-        sources, base_bytes = merged_tensors(found, reader, base, dtype, tied or {})
+        adapter = _adapter(found, reader)
+        sources, base_bytes = merged_tensors(adapter, shards, base, dtype, tied or {})
     else:
         sources, base_bytes = _whole_model(found, reader, tied or {}), 0
     digests = write_safetensors(sources, output, max_shard_size=max_shard_size, dtype=dtype)
+    if found.adapter:
+        write_adapter(adapter, shards, output)
     return {
         "tensors": len(sources),
         "parameters": sum(spec.elements for spec, _ in sources),
@@ -64,6 +70,17 @@ def consolidate(
         "files": digests,
         "shards": {},  # the caller reads them for their digests
     }
+
+
+def _adapter(shards: Shards, reader: RowReader) -> dict[str, torch.Tensor]:
+    import torch
+
+    if shards.unlisted:
+        raise refusal(
+            f"The shards {shards.folder} cannot be joined.",
+            [f"{name} is not in the metadata of the shards." for name in shards.unlisted],
+        )
+    return {name: torch.cat(list(tensor.read(reader))) for name, tensor in shards.tensors.items()}
 
 
 def _whole_model(

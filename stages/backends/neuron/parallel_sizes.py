@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from stages.backends.neuron.hardware import Hardware, find_hardware
-from stages.model.fit import architecture_problems, not_divisible, window_problems
+from stages.model.fit import LORA_LAYERS, architecture_problems, not_divisible, window_problems
 from stages.run.settings import Settings
 
 # What optimum-neuron 0.4.5 trains without pipeline parallelism (its model classes).
@@ -22,9 +22,8 @@ WITHOUT_PIPELINE = ("granite",)
 # with on one node of Trainium2.
 TRAINIUM_COUNTS = (1, 2, 8)
 TRAINIUM2_COUNTS = (1, 4, 64)
-# Linear layers that LoRA can adapt; the layers of a group are one layer in the training model
+# Of the layers that LoRA can adapt, those of a group are one layer in the training model
 # (transformations_utils.py).
-LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ATTENTION, MLP = LORA_LAYERS[:3], LORA_LAYERS[4:6]
 
 

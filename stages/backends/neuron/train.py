@@ -23,7 +23,7 @@ from stages.backends.neuron.resume import (
     finished,
     saved_shards,
 )
-from stages.backends.neuron.shards.read import ADAPTER_CONFIG, is_whole
+from stages.backends.neuron.shards.read import is_whole
 from stages.backends.schedule import derivation, sequences_per_step, total_steps
 from stages.model.base import base_config, base_model_folder, copy_config
 from stages.model.size import training_bytes
@@ -32,7 +32,13 @@ from stages.run.errors import StageFailure, refuse
 from stages.run.fsync import flush, fsync_tree
 from stages.run.json_file import write_json
 from stages.run.launch import launch
-from stages.run.layout import CHECKPOINTS_FOLDER, MANIFEST_FILE, METRICS_FILE, SHARDS_FOLDER
+from stages.run.layout import (
+    ADAPTER_CONFIG,
+    CHECKPOINTS_FOLDER,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    SHARDS_FOLDER,
+)
 from stages.run.publish import StageResult
 from stages.run.settings import Settings
 

@@ -27,6 +27,7 @@ from stages.backends.neuron.graphs_on_hub import survive_refusals
 from stages.backends.neuron.metrics_callback import MetricsCallback
 from stages.backends.neuron.ordered_sequences import OrderedSequences
 from stages.backends.neuron.trainer import make_trainer
+from stages.backends.trained import trained_line
 from stages.run.disk import disk_failure
 from stages.run.errors import InputError, StageFailure
 from stages.run.guard import die_with_parent
@@ -93,6 +94,9 @@ def train(own: WorkerArguments, arguments: Any) -> None:
         seed=arguments.seed,
     )
     model = build_model(own, arguments, sequences.length)
+    line = trained_line(model.named_parameters(), own.lora_r)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{line}, in the part of the model that one core has", flush=True)
     trainer = make_trainer(model, arguments, sequences, own.first_step)
     # It prints every log as a dict; MetricsCallback prints one line.
     trainer.remove_callback(PrinterCallback)

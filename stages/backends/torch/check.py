@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from stages.model.fit import (
+    LORA_LAYERS,
     architecture_problems,
     fit_problems,
     not_divisible,
@@ -23,6 +24,7 @@ from stages.run.settings import Settings
 # transformers has the matrices of these in a form that tensor parallelism cannot divide: joined
 # (phi3), or with a norm across all heads (olmo2).
 UNDIVIDED = ("olmo2", "phi3")
+JOINED_LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")  # phi3's linear layers
 SHORTEST_SEQUENCE = 16
 
 
@@ -40,9 +42,24 @@ def training_problems(settings: Settings, config: Any, vocabulary: int) -> Itera
             "pipeline. Leave it 1."
         )
     if settings.lora_r:
-        yield f"LORA_R={settings.lora_r}: the torch backend trains all weights. Set LORA_R=0."
+        yield from _lora_problems(settings, config)
     if not settings.zero_1:
         yield "ZERO_1=0: the torch backend always shards the optimizer (FSDP2). Leave ZERO_1=1."
+
+
+def _lora_problems(settings: Settings, config: Any) -> Iterator[str]:
+    """A message for layers that have no adapter, and for a rank that cannot be divided."""
+    names = JOINED_LAYERS if config.model_type == "phi3" else LORA_LAYERS
+    wanted = settings.lora_target_modules.split()
+    unknown = [name for name in wanted if name not in names]
+    if unknown or not wanted:
+        problem = f"names {', '.join(unknown)}" if unknown else "names no layer"
+        yield f"LORA_TARGET_MODULES {problem}. Set it to some of {' '.join(names)}."
+    if settings.lora_r < settings.tensor_parallel_size:
+        yield (
+            f"LORA_R={settings.lora_r} is below TENSOR_PARALLEL_SIZE="
+            f"{settings.tensor_parallel_size}, which divides it. Raise it, or lower that."
+        )
 
 
 def _division_problems(settings: Settings, config: Any) -> Iterator[str]:

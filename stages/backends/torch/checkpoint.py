@@ -22,8 +22,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
-    get_state_dict,
+    get_optimizer_state_dict,
     set_state_dict,
 )
 from torch.distributed.tensor import DTensor
@@ -32,10 +33,12 @@ from stages.run.digests import file_digest
 from stages.run.disk import disk_guard
 from stages.run.errors import StageFailure
 from stages.run.fsync import flush, fsync_tree, make_durable_folder
+from stages.run.json_file import write_json
 
 # A shard is put together in memory, twice, before it is written: a rank writes its weights as files
 # of about this size.
 FILE_BYTES = 1 << 30
+PARTIAL = StateDictOptions(strict=False)  # a state without the frozen weights
 LIST = "files.json"  # name -> bytes and sha256 of each other file of a checkpoint
 
 
@@ -44,8 +47,8 @@ def save_checkpoint(
 ) -> None:
     """Write `folder/step-N` with weights and optimizer state, then remove all but the last
     `keep`."""
-    weights, moments = get_state_dict(model, optimizer)
-    _write(folder / f"step-{step:08d}", {"model": weights, "optimizer": moments}, checkpoint=True)
+    state = _state(model, optimizer)
+    _write(folder / f"step-{step:08d}", state, checkpoint=True, more={})
     if dist.get_rank() == 0:
         for old in _checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
@@ -68,26 +71,52 @@ def resume(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimize
         )
     if not step:
         return 0
-    weights, moments = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    state = _state(model, optimizer)
     _load(_checkpoints(folder)[-1], state)
     set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=PARTIAL,
     )
     return step
 
 
-def save_shards(folder: Path, model: torch.nn.Module, tied: Mapping[str, str]) -> None:
-    """Write only the trained weights: float32, under their Hugging Face names.
+def save_shards(
+    folder: Path,
+    model: torch.nn.Module,
+    tied: Mapping[str, str],
+    more: Mapping[str, dict[str, Any]],
+) -> None:
+    """Write only the trained weights, float32, under their Hugging Face names, and beside them
+    `more`: file name -> what it holds as JSON.
 
     `tied` gives, for each name that is the same parameter as another, that other: it is left out
     while the two are equal.
     """
-    weights: dict[str, Any] = get_model_state_dict(model)
+    weights = trained_weights(model)
     for name, kept in tied.items():
         if name in weights and _same(weights[name], weights[kept]):
             del weights[name]
-    _write(folder, weights, checkpoint=False)
+    _write(folder, weights, checkpoint=False, more=more)
+
+
+def trained_weights(model: torch.nn.Module) -> dict[str, Any]:
+    """The weights that are trained, by name. The others are the base model's: neither checkpoints
+    nor shards have them."""
+    frozen = {
+        name.replace("_checkpoint_wrapped_module.", "")
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad
+    }
+    state = get_model_state_dict(model)
+    return {name: tensor for name, tensor in state.items() if name not in frozen}
+
+
+def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    moments = get_optimizer_state_dict(model, optimizer)
+    return {"model": trained_weights(model), "optimizer": moments}
 
 
 def last_step(folder: Path) -> int:
@@ -135,7 +164,9 @@ def _file_numbers(weights: dict[str, Any]) -> dict[str, int]:
     return numbers
 
 
-def _write(folder: Path, state: dict[str, Any], checkpoint: bool) -> None:
+def _write(
+    folder: Path, state: dict[str, Any], *, checkpoint: bool, more: Mapping[str, dict[str, Any]]
+) -> None:
     writing = folder.with_name(f"{folder.name}.writing")
     if dist.get_rank() == 0:
         shutil.rmtree(writing, ignore_errors=True)
@@ -159,7 +190,9 @@ def _write(folder: Path, state: dict[str, Any], checkpoint: bool) -> None:
     files = _facts(writing, sorted(path.name for path in writing.iterdir())) if checkpoint else {}
     if dist.get_rank() == 0:
         if checkpoint:  # train's manifest lists the shards
-            (writing / LIST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+            more = {**more, LIST: files}
+        for name, content in more.items():
+            write_json(writing / name, content)
         fsync_tree(writing)
         writing.rename(folder)
         flush(folder.parent)

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
+from stages.model.adapter import merged_tensors, write_adapter
 from stages.model.check import untied
-from stages.model.weights import DTYPE_NAMES, PIECE_BYTES, TensorSpec, write_safetensors
+from stages.model.weights import DTYPE_NAMES, PIECE_BYTES, ReadTensor, TensorSpec, write_safetensors
 from stages.run.contract import Consolidated
-from stages.run.errors import StageFailure
-
-PROBLEMS_SHOWN = 5
+from stages.run.errors import StageFailure, refusal
+from stages.run.layout import ADAPTER_CONFIG
 
 
 class ShardFile:
@@ -97,7 +97,7 @@ def consolidate(
     Floating tensors are cast to `dtype` (None: as they were trained). `tied` gives, for each name
     that is the same parameter as another, that other (`lm_head.weight` ->
     `model.embed_tokens.weight`): train publishes it only if training untied the two, and that is
-    refused. `base` is for adapters, which this backend does not train.
+    refused. `base` is the folder of the model that an adapter was trained on.
 
     Returns tensors and parameters (how many are written), bytes_read, files (name -> SHA-256 of
     what is written) and shards (name -> SHA-256 of what was read; the caller compares them with
@@ -115,13 +115,22 @@ def consolidate(
                 raise untied(name, kept)
         specs = {name: _spec(name, boxes) for name, boxes in parts.items()}
         _require_whole(shards, specs, parts)
-        sources = [(spec, partial(_read, spec, parts[name])) for name, spec in specs.items()]
+        sources: list[tuple[TensorSpec, ReadTensor]] = [
+            (spec, partial(_read, spec, parts[name])) for name, spec in specs.items()
+        ]
+        bytes_read = sum(spec.nbytes for spec in specs.values())
+        if is_adapter := (shards / ADAPTER_CONFIG).is_file():
+            adapter = {spec.name: torch.cat(list(read())) for spec, read in sources}
+            sources, base_bytes = merged_tensors(adapter, shards, base, dtype, tied or {})
+            bytes_read += base_bytes
         digests = write_safetensors(sources, output, max_shard_size=max_shard_size, dtype=dtype)
+        if is_adapter:
+            write_adapter(adapter, shards, output)
         read = {file.path.name: file.digest.hexdigest() for file in files}
     return {
-        "tensors": len(specs),
-        "parameters": sum(spec.elements for spec in specs.values()),
-        "bytes_read": sum(spec.nbytes for spec in specs.values()),
+        "tensors": len(sources),
+        "parameters": sum(spec.elements for spec, _ in sources),
+        "bytes_read": bytes_read,
         "files": digests,
         "shards": read,
     }
@@ -154,14 +163,7 @@ def _require_whole(
         if (elements := sum(part.elements for part in parts[name])) != spec.elements
     ]
     if problems or not specs:
-        raise StageFailure(
-            "\n".join(
-                [
-                    f"The shards {shards} are not a whole model. Run `make train` again.",
-                    *problems[:PROBLEMS_SHOWN],
-                ]
-            )
-        )
+        raise refusal(f"The shards {shards} are not whole. Run `make train` again.", problems)
 
 
 def _read(spec: TensorSpec, parts: list[Part]) -> Iterator[torch.Tensor]:

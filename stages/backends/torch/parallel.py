@@ -30,6 +30,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from stages.backends.schedule import data_parallel_size
+from stages.backends.torch import lora
 from stages.model.check import pretrained_config, tied_weights
 from stages.run.settings import Settings
 
@@ -52,15 +53,20 @@ def build_model(
     with _without_weights():  # no rank ever has the complete model
         model = AutoModelForCausalLM.from_config(
             pretrained_config(base),
-            dtype=torch.float32,
+            # Frozen weights need no more bits than the forward computes with.
+            dtype=torch.bfloat16 if settings.lora_r and settings.bf16 else torch.float32,
             attn_implementation="sdpa",
             trust_remote_code=False,
         )
     model.train()
+    if settings.lora_r:
+        lora.add_adapters(model, settings)
     if settings.tensor_parallel_size > 1:
         _split_layers(model, mesh["tensor"])
         # Splitting replaced the parameter that the input and output embeddings share.
         model.tie_weights()
+    if settings.lora_r:
+        lora.freeze(model)
     if settings.torch_compile:
         for layer in model.model.layers:
             # Not the layer itself: it has the hook that scatters the sequence, and compiling that
@@ -79,6 +85,8 @@ def build_model(
     fully_shard(model, mesh=mesh["data"], mp_policy=policy, reshard_after_forward=False)
     _allocate(model, device)
     _read_weights(model, base)
+    if settings.lora_r:
+        lora.initialise(model, settings)
     return model
 
 
@@ -96,9 +104,14 @@ def _split_layers(model: Any, mesh: DeviceMesh) -> None:
         ),
         "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
     }
-    for name, style in model.config.base_model_tp_plan.items():
-        layer_plan[name.removeprefix("layers.*.")] = matrices[style]
-    for name, module in model.model.layers[0].named_modules():
+    layer = model.model.layers[0]
+    for path, style in model.config.base_model_tp_plan.items():
+        name = path.removeprefix("layers.*.")
+        if isinstance(layer.get_submodule(name), lora.LoraLinear):
+            layer_plan |= lora.adapted_plan(name, matrices[style])
+        else:
+            layer_plan[name] = matrices[style]
+    for name, module in layer.named_modules():
         if type(module).__name__.endswith("Norm"):
             # A norm inside the attention (Qwen 3) sees this rank's heads: for its weight that is a
             # part of the sequence like any other.
@@ -160,7 +173,11 @@ def _read_weights(model: torch.nn.Module, base: Path) -> None:
     """
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    state = get_model_state_dict(model)
+    state = {
+        name.replace(lora.BASE_LAYER, ""): tensor
+        for name, tensor in get_model_state_dict(model).items()
+        if ".lora_" not in name
+    }
     for name in tied_weights(base):
         state.pop(name)
     dcp.load(state, storage_reader=HuggingFaceStorageReader(str(base)))

@@ -23,14 +23,17 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from stages.backends.batches import PackedSequences, sequences_of_step
+from stages.backends.decoding import seed_of
 from stages.backends.loss import loss_sum, supervised
 from stages.backends.metrics import Metrics, require_finite
 from stages.backends.schedule import data_parallel_size, sequences_per_step, total_steps
-from stages.backends.torch import checkpoint, optimizer
+from stages.backends.torch import checkpoint, lora, optimizer
 from stages.backends.torch.parallel import build_model, mesh_of
 from stages.backends.torch.rank import run_rank
+from stages.backends.trained import trained_line
 from stages.model.check import tied_weights
 from stages.run.layout import (
+    ADAPTER_CONFIG,
     CHECKPOINTS_FOLDER,
     METRICS_FILE,
     SHARDS_FOLDER,
@@ -135,7 +138,8 @@ def train(
                     settings.save_total_limit,
                 )
     metrics.flush()
-    checkpoint.save_shards(work / SHARDS_FOLDER, state.model, tied_weights(base))
+    more = {ADAPTER_CONFIG: lora.adapter_config(settings)} if settings.lora_r else {}
+    checkpoint.save_shards(work / SHARDS_FOLDER, state.model, tied_weights(base), more)
 
 
 def train_step(state: Training, step: int, total: int) -> dict[str, float]:
@@ -143,6 +147,8 @@ def train_step(state: Training, step: int, total: int) -> dict[str, float]:
     and other figures."""
     started = time.monotonic()
     settings = state.settings
+    # What dropout draws follows from the step, so that a resumed training draws the same.
+    torch.manual_seed(seed_of(settings.seed, f"{step} {state.data_rank}"))
     rate = optimizer.learning_rate(step, total, settings)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
@@ -208,6 +214,9 @@ def _prepare(settings: Settings, base: Path, data: Path, device: torch.device) -
     torch.manual_seed(settings.seed)
     mesh = mesh_of(settings, device)
     model = build_model(base, settings, mesh, device)
+    line = trained_line(model.named_parameters(), settings.lora_r)
+    if dist.get_rank() == 0:
+        print(line, flush=True)
     held_out = data / VALIDATION_SPLIT
     validation = PackedSequences(held_out) if held_out.is_dir() else None
     return Training(

@@ -1,29 +1,30 @@
-"""Every architecture of the torch backend, against transformers' own model of it."""
+"""Training of every architecture, and its LoRA, against plain loops over transformers and peft."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from stages.backends.batches import PackedSequences, sequences_of_step
 from stages.backends.loss import loss_sum, supervised
 from stages.backends.torch import optimizer
-from stages.backends.torch.check import UNDIVIDED
+from stages.backends.torch.check import JOINED_LAYERS, UNDIVIDED
+from stages.backends.torch.checkpoint import trained_weights
 from stages.backends.torch.consolidate import consolidate
-from stages.backends.torch.export import Decode, Prefill, head_dim
-from stages.backends.torch.generate import CompiledModel, empty_cache
+from stages.backends.torch.lora import adapter_config, add_adapters, freeze, initialise
 from stages.backends.torch.train import environment
 from stages.data import pack
-from stages.model.check import base_model_problems
-from stages.model.fit import ARCHITECTURES
+from stages.model.check import base_model_problems, tied_weights
+from stages.model.fit import ARCHITECTURES, LORA_LAYERS
 from stages.run.fingerprint import ROOT
 from stages.run.settings import Settings
 from tests.conftest import clean_environment, copy_project, torchrun
@@ -35,8 +36,16 @@ DIVIDED = {
     "tensor parallel, recomputed": {"tensor_parallel_size": 2, "gradient_checkpointing": True},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {"data parallel": {"save_steps": 2}, **DIVIDED}
-TOKENS = ("bos", "eos", "pad")
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES["torch"])
+
+
+LORA: dict[str, Any] = {"lora_r": 4, "lora_alpha": 12, "lora_dropout": 0.0}
+DROPOUT = "LoRA with dropout"
+DROPOUT_SETTINGS = {**LORA, **LAYOUTS["tensor parallel"], "lora_dropout": 0.2}
+
+
+def lora_layers(architecture: str) -> str:
+    return " ".join(JOINED_LAYERS if architecture == "phi3" else LORA_LAYERS)
 
 
 def layouts(architecture: str) -> list[str]:
@@ -66,13 +75,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Settings]:
         nproc_per_node=2,
     )
     vocabulary = pack(shared, root / "data").metrics["vocabulary"]
-    jobs = {}
+    jobs: dict[str, Any] = {f"{DROPOUT}, tensor parallel": ("llama", DROPOUT_SETTINGS)}
     for architecture in ARCHITECTURES["torch"]:
         model = tiny_model(architecture, vocab_size=vocabulary | 1)
         model.save_pretrained(root / architecture)
         for layout in layouts(architecture):
-            (root / f"{architecture}, {layout}").mkdir()
             jobs[f"{architecture}, {layout}"] = (architecture, LAYOUTS[layout])
+            jobs[f"{architecture}, LoRA, {layout}"] = (
+                architecture,
+                {**LAYOUTS[layout], **LORA, "lora_target_modules": lora_layers(architecture)},
+            )
+    for name in jobs:
+        (root / name).mkdir()
     (root / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run(
         [*torchrun(2, "tests.backends.torch.train_architectures"), str(root)],
@@ -86,10 +100,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Settings]:
 
 
 def plain_training(
-    base: Path, data: Path, shared: Settings, per_step: int
+    model: torch.nn.Module, data: Path, shared: Settings, per_step: int
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The losses of a plain loop over the plain Hugging Face model, and its weights after it."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
+    model.train()
     rows, losses = PackedSequences(data / "train"), []
     adamw = optimizer.adamw(model, shared)
     for step in range(STEPS):
@@ -107,6 +121,25 @@ def plain_training(
     return losses, model.state_dict()
 
 
+def logged_losses(work: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (work / "metrics.jsonl").read_text().splitlines()]
+
+
+def consolidated(work: Path, base: Path, output: Path) -> Path:
+    output.mkdir()
+    shutil.copyfile(base / "config.json", output / "config.json")
+    consolidate(
+        work / "shards",
+        output,
+        dtype=None,
+        max_shard_size=2**30,
+        tied=tied_weights(base),
+        base=base,
+    )
+    assert base_model_problems(output) == []
+    return output
+
+
 @every_architecture
 def test_on_every_layout_losses_and_published_weights_are_those_of_a_plain_loop(
     architecture: str, trained: tuple[Path, Settings], tmp_path: Path
@@ -114,16 +147,11 @@ def test_on_every_layout_losses_and_published_weights_are_those_of_a_plain_loop(
     root, shared = trained
     for layout in layouts(architecture):
         per_step = 1 if layout in DIVIDED else 2
-        losses, weights = plain_training(root / architecture, root / "data", shared, per_step)
+        plain = AutoModelForCausalLM.from_pretrained(root / architecture, dtype=torch.float32)
+        losses, weights = plain_training(plain, root / "data", shared, per_step)
         work = root / f"{architecture}, {layout}"
-        lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
-        assert [line["loss"] for line in lines] == pytest.approx(losses, abs=1e-4), layout
-
-        published = tmp_path / layout
-        published.mkdir()
-        (published / "config.json").write_bytes((root / architecture / "config.json").read_bytes())
-        consolidate(work / "shards", published, dtype=None, max_shard_size=2**30)
-        assert base_model_problems(published) == []
+        assert logged_losses(work) == pytest.approx(losses, abs=1e-4), layout
+        published = consolidated(work, root / architecture, tmp_path / layout)
         loaded = AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32).state_dict()
         base = AutoModelForCausalLM.from_pretrained(root / architecture).state_dict()
         for name, expected in weights.items():
@@ -132,103 +160,58 @@ def test_on_every_layout_losses_and_published_weights_are_those_of_a_plain_loop(
 
 
 @every_architecture
-def test_a_resumed_training_ends_with_the_same_bytes(
-    architecture: str, trained: tuple[Path, Settings]
+def test_lora_on_every_layout_is_that_of_peft(
+    architecture: str, trained: tuple[Path, Settings], tmp_path: Path
 ) -> None:
-    root, _ = trained
+    peft = pytest.importorskip("peft")
+    root, shared = trained
+    settings = replace(shared, **LORA, lora_target_modules=lora_layers(architecture))
     for layout in layouts(architecture):
-        if not LAYOUTS[layout].get("save_steps"):
-            continue
-        whole, resumed = (
-            {path.name: path.read_bytes() for path in (root / folder / "shards").iterdir()}
-            for folder in (f"{architecture}, {layout}", f"{architecture}, {layout} resumed")
-        )
-        assert whole == resumed, layout
+        per_step = 1 if layout in DIVIDED else 2
+        base = AutoModelForCausalLM.from_pretrained(root / architecture, dtype=torch.float32)
+        ours = AutoModelForCausalLM.from_pretrained(root / architecture, dtype=torch.float32)
+        add_adapters(ours, settings)
+        freeze(ours)
+        initialise(ours, settings)
+        config = peft.LoraConfig(**adapter_config(settings) | {"inference_mode": False})
+        plain = peft.get_peft_model(base, config)
+        first = {f"base_model.model.{name}": value for name, value in trained_weights(ours).items()}
+        peft.set_peft_model_state_dict(plain, first)
+        losses, _ = plain_training(plain, root / "data", shared, per_step)
+        work = root / f"{architecture}, LoRA, {layout}"
+        assert logged_losses(work) == pytest.approx(losses, abs=1e-4), layout
 
-
-def test_tied_embeddings_are_one_constant_and_untied_ones_two() -> None:
-    tied, untied = (
-        dict(Decode(tiny_model("llama", tie_word_embeddings=tie)).named_parameters())
-        for tie in (True, False)
-    )
-    assert untied.keys() - tied.keys() == {"lm_head.weight"}
-
-
-@pytest.mark.parametrize(
-    ("architecture", "changes"),
-    [
-        *((architecture, {}) for architecture in ARCHITECTURES["torch"]),
-        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
-        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "mlp_bias": False}),
-        ("llama", {"num_key_value_heads": 4, "head_dim": 32, "tie_word_embeddings": True}),
-        ("qwen3", {"attention_bias": True, "tie_word_embeddings": False}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else ",".join(value) or "as usual",
-)
-@settings(max_examples=8, deadline=None)
-@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4), seed=st.integers(0, 2**31))
-@torch.inference_mode()
-def test_prefill_then_decode_of_a_ragged_batch_equals_each_row_read_whole_and_alone(
-    architecture: str, changes: dict[str, Any], lengths: list[int], seed: int
-) -> None:
-    model, exported = (tiny_model(architecture, **changes) for _ in range(2))
-    ids = torch.randint(
-        model.config.vocab_size,
-        (len(lengths), max(lengths) + 1),
-        generator=torch.Generator().manual_seed(seed),
-    )
-    counts = torch.tensor(lengths)
-    shape = (len(lengths), model.config.num_key_value_heads, 24, head_dim(model))
-    cache = empty_cache(layers=2, shape=shape, dtype=torch.float32, device="cpu")
-    prefilled = Prefill(exported)(ids[:, :-1], counts, cache)
-    decoded = Decode(exported)(ids[torch.arange(len(lengths)), counts], counts, cache)
-    for row, length in enumerate(lengths):
-        expected = model(ids[row : row + 1, : length + 1], use_cache=False).logits[0, -2:]
-        torch.testing.assert_close(
-            torch.stack((prefilled[row], decoded[row])), expected, rtol=1e-4, atol=1e-4
-        )
+        published = consolidated(work, root / architecture, tmp_path / layout)
+        base = AutoModelForCausalLM.from_pretrained(root / architecture, dtype=torch.float32)
+        adapted = peft.PeftModel.from_pretrained(base, published / "adapter").eval()
+        merged = AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32)
+        ids = torch.arange(3, 30).unsqueeze(0)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                adapted(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-4
+            )
+            assert not torch.allclose(adapted(ids).logits, ours(ids).logits, atol=1e-3)
 
 
 @every_architecture
-@torch.inference_mode()
-def test_greedy_answers_to_20_prompts_are_those_of_transformers_token_for_token(
-    architecture: str,
+def test_a_checkpoint_of_lora_holds_the_adapters_alone(
+    architecture: str, trained: tuple[Path, Settings]
 ) -> None:
-    model, exported = tiny_model(architecture), tiny_model(architecture)
-    generator = torch.Generator().manual_seed(3)
-    prompts = [
-        torch.randint(3, 67, (length,), generator=generator).tolist() for length in range(1, 21)
-    ]
-    config = model.config
-    steps = CompiledModel(
-        {
-            "batch_size": len(prompts),
-            "sequence_length": 48,
-            "vocab_size": config.vocab_size,
-            **{f"{name}_token_id": getattr(config, f"{name}_token_id") for name in TOKENS},
-            "device": "cpu",
-            "dtype": "float32",
-            "layers": config.num_hidden_layers,
-            "cache_shape": (len(prompts), config.num_key_value_heads, 48, head_dim(model)),
-        },
-        {},
-        Prefill(exported),
-        Decode(exported),
-    ).generate(
-        prompts,
-        max_new_tokens=24,
-        do_sample=False,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        seed=0,
-        eos_token_id=2,
-    )
-    answers = [[new for new in answer if new is not None] for answer in zip(*steps, strict=True)]
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = torch.tensor([prompt])
-        whole = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False
+    root, _ = trained
+    checkpoints = root / f"{architecture}, LoRA, data parallel" / "checkpoints"
+    for checkpoint in checkpoints.iterdir():
+        written = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        tensors = {name for name, entry in written.items() if hasattr(entry, "size")}
+        assert tensors and all(".lora_" in name for name in tensors)
+
+
+def test_a_resumed_training_ends_with_the_same_bytes(trained: tuple[Path, Settings]) -> None:
+    root, _ = trained
+    names = [folder.name for folder in root.glob("* resumed")]
+    assert len(names) > 4 * len(UNDIVIDED) and f"{DROPOUT}, tensor parallel resumed" in names
+    for name in names:
+        whole, resumed = (
+            {path.name: path.read_bytes() for path in (root / folder / "shards").iterdir()}
+            for folder in (name.removesuffix(" resumed"), name)
         )
-        expected = whole[0, len(prompt) :].tolist()
-        assert answer == (expected[: expected.index(2)] if 2 in expected else expected)
+        assert whole == resumed, name

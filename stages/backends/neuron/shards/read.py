@@ -36,10 +36,9 @@ from stages.backends.neuron.shards.unshard import (
 )
 from stages.model.weights import DTYPES, TensorSpec
 from stages.run.errors import StageFailure
+from stages.run.layout import ADAPTER_CONFIG
 
-PROBLEMS_SHOWN = 5
 DONE = "done"
-ADAPTER_CONFIG = "adapter_config.json"
 MOST_RANKS = 4096
 METADATA = "mp_metadata_pp_rank_{}.json"
 RANK_FILE = "dp_rank_00_tp_rank_{:02d}_pp_rank_{:02d}.pt"
@@ -87,14 +86,6 @@ def damaged(folder: Path) -> str:
     """Why the shards, all of which are read, are not as they were written; empty where they are."""
     reasons = (damage(path) for path in sorted((folder / "model").rglob("*.pt")) if path.is_file())
     return next(filter(None, reasons), "") or "; ".join(problems(folder)[:1])
-
-
-def refusal(heading: str, problems: list[str]) -> StageFailure:
-    """One failure that lists the first problems and says how many more there are."""
-    more = (
-        [f"... and {len(problems) - PROBLEMS_SHOWN} more"] if len(problems) > PROBLEMS_SHOWN else []
-    )
-    return StageFailure("\n".join([heading, *problems[:PROBLEMS_SHOWN], *more]))
 
 
 def read_shards(folder: Path) -> Shards:

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from stages.backends.neuron.consolidate import consolidate
-from stages.backends.neuron.shards.read import ADAPTER_CONFIG, read_shards
+from stages.backends.neuron.shards.read import read_shards
 from stages.backends.neuron.shards.torch_archive import RowReader
 from stages.run.errors import StageFailure
+from stages.run.layout import ADAPTER_CONFIG
 from tests.backends.neuron.test_consolidate import GIGABYTE, assert_equal, written
 from tests.fakes.nxd_shards import LAYOUTS
 

@@ -1,5 +1,5 @@
-"""A LoRA adapter merged into its base model, tensor by tensor: W + scale * B @ A, in the arithmetic
-of peft 0.17.0.
+"""A LoRA adapter: its folder as peft has it, and the merge into its base model, tensor by tensor:
+W + scale * B @ A, in the arithmetic of peft 0.17.0.
 
 peft loads an adapter in float32, multiplies in float32, and adds to the weight in place, which
 rounds once, to the weight's dtype (peft/tuners/lora/layer.py, Linear.merge). The same operations on
@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.backends.neuron.shards.read import ADAPTER_CONFIG, Shards, refusal
-from stages.backends.neuron.shards.sharded_tensor import ShardedTensor
-from stages.backends.neuron.shards.torch_archive import RowReader
 from stages.model.check import NOT_A_WEIGHT
 from stages.model.headers import read_headers
 from stages.model.weights import FLOATING, ReadTensor, TensorSpec
-from stages.run.errors import StageFailure
+from stages.run.errors import StageFailure, refusal
+from stages.run.layout import ADAPTER_CONFIG, ADAPTER_FOLDER
 
 if TYPE_CHECKING:
     import torch
@@ -56,56 +55,70 @@ KNOWN: dict[str, tuple[object, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian"),
 }
-Matrices = tuple[ShardedTensor, ShardedTensor]
+Matrices = tuple["torch.Tensor", "torch.Tensor"]
 
 
 def merged_tensors(
-    shards: Shards, reader: RowReader, base: Path | None, dtype: str | None, tied: Mapping[str, str]
+    adapter: Mapping[str, torch.Tensor],
+    shards: Path,
+    base: Path | None,
+    dtype: str | None,
+    tied: Mapping[str, str],
 ) -> tuple[list[tuple[TensorSpec, ReadTensor]], int]:
-    """The base model's tensors with the adapter in `shards` merged into them, and the bytes of the
-    base that are read for them.
+    """The base model's tensors with `adapter` merged into them, and the bytes of the base that are
+    read for them.
 
-    The base's weights are cast to `dtype` before the merge, as a model is that peft merges into.
-    Raises StageFailure when the adapter is of a kind that is not merged here, or does not fit the
-    base.
+    `adapter` holds lora_A [rank, in] and lora_B [out, rank] of each layer, under peft's names; the
+    folder `shards` that it comes from has its adapter_config.json. The base's weights are cast to
+    `dtype` before the merge, as a model is that peft merges into. Raises StageFailure when the
+    adapter is of a kind that is not merged here, or does not fit the base.
     """
     if base is None:
         raise StageFailure(
-            f"{shards.folder} holds an adapter, which is merged into the model that it was "
-            "trained on. Name that model."
+            f"{shards} holds an adapter, which is merged into the model that it was trained on. "
+            "Name that model."
         )
-    scale, targets, problems = _configuration(shards.folder / ADAPTER_CONFIG)
+    scale, targets, problems = _configuration(shards / ADAPTER_CONFIG)
     tensors = {
         name: place
         for name, place in _base_tensors(base).items()
         if name not in tied and not name.endswith(NOT_A_WEIGHT)
     }
-    matrices, found = _matrices(shards)
+    matrices, found = _matrices(adapter)
     problems += [*found, *_misfits(base, tensors, matrices, targets)]
     if problems:
-        raise refusal(f"The adapter in {shards.folder} cannot be merged into {base}.", problems)
+        raise refusal(f"The adapter in {shards} cannot be merged into {base}.", problems)
     sources: list[tuple[TensorSpec, ReadTensor]] = []
     for name, (spec, file) in tensors.items():
         if name in matrices:
-            sources.append(
-                (spec, partial(_merged, spec, file, matrices[name], reader, scale, dtype))
-            )
+            sources.append((spec, partial(_merged, spec, file, matrices[name], scale, dtype)))
         else:
             sources.append((spec, partial(_base_tensor, spec, file)))
     return sources, sum(spec.nbytes for spec, _ in tensors.values())
 
 
+def write_adapter(adapter: Mapping[str, torch.Tensor], shards: Path, output: Path) -> None:
+    """Write the folder `output`/adapter, which peft loads onto the base model."""
+    from safetensors.torch import save_file
+
+    folder = output / ADAPTER_FOLDER
+    folder.mkdir()
+    shutil.copyfile(shards / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
+    weights = folder / "adapter_model.safetensors"
+    save_file(
+        {PEFT_PREFIX + name.removeprefix(PEFT_PREFIX): value for name, value in adapter.items()},
+        weights,
+        metadata={"format": "pt"},
+    )
+    shutil.copymode(folder / ADAPTER_CONFIG, weights)  # safetensors lets only the owner read it
+
+
 def _merged(
-    spec: TensorSpec,
-    file: Path,
-    matrices: Matrices,
-    reader: RowReader,
-    scale: float,
-    dtype: str | None,
+    spec: TensorSpec, file: Path, matrices: Matrices, scale: float, dtype: str | None
 ) -> Iterator[torch.Tensor]:
     import torch
 
-    first, second = (torch.cat(list(matrix.read(reader))).float() for matrix in matrices)
+    first, second = (matrix.float() for matrix in matrices)
     weight = next(_base_tensor(spec, file)).to(getattr(torch, dtype or spec.dtype), copy=True)
     weight += (second @ first) * scale
     yield weight
@@ -153,11 +166,11 @@ def _configuration(path: Path) -> tuple[float, list[str], list[str]]:
     return scale, targets, problems
 
 
-def _matrices(shards: Shards) -> tuple[dict[str, Matrices], list[str]]:
+def _matrices(adapter: Mapping[str, torch.Tensor]) -> tuple[dict[str, Matrices], list[str]]:
     """Weight of the base model -> its A and B, and the tensors of the adapter that are neither."""
-    halves: dict[str, dict[str, ShardedTensor]] = {}
-    problems = [f"{name} is not in the metadata of the shards." for name in shards.unlisted]
-    for name, tensor in shards.tensors.items():
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    problems = []
+    for name, tensor in adapter.items():
         module, half, rest = name.removeprefix(PEFT_PREFIX).rpartition(".lora_")
         if half and rest in ("A.weight", "B.weight"):
             halves.setdefault(f"{module}.weight", {})[rest[0]] = tensor
@@ -186,7 +199,7 @@ def _misfits(
             )
             continue
         spec = tensors[name][0]
-        shapes = [list(matrix.spec.shape) for matrix in (first, second)]
+        shapes = [list(matrix.shape) for matrix in (first, second)]
         fits = all(len(shape) == 2 for shape in shapes) and shapes[0][0] == shapes[1][1]
         if not fits or (shapes[1][0], shapes[0][1]) != spec.shape or spec.dtype not in FLOATING:
             yield (
