@@ -33,7 +33,8 @@ REFUSED = [
     (TORCH, {"model_type": "qwen3_moe"}, "nearest to it is qwen3 (BACKEND=neuron or torch)"),
     (TORCH, {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "softcapping=50.0"),
     ({**TORCH, "tensor_parallel_size": 2}, {"model_type": "phi3"}, "phi3 cannot be divided"),
-    ({**TORCH, "lora_r": 8}, {}, "LORA_R=8"),
+    ({**TORCH, "lora_r": 8, "lora_target_modules": "q c_attn"}, {}, "names q, c_attn. Set it to"),
+    ({**TORCH, "lora_r": 1, "tensor_parallel_size": 2}, {}, "LORA_R=1 is below TENSOR_PARALLEL"),
     ({**TORCH, "zero_1": False}, {}, "ZERO_1=0"),
     ({**TORCH, "pipeline_parallel_size": 2}, {}, "PIPELINE_PARALLEL_SIZE=2"),
     ({**TORCH, "tensor_parallel_size": 3}, {}, "TENSOR_PARALLEL_SIZE=3 does not divide"),
@@ -61,7 +62,7 @@ def test_what_a_stage_would_refuse_is_known_from_settings_config_and_prompts(
 
 
 def test_only_the_stages_that_will_run_are_checked() -> None:
-    settings = Settings(**TORCH, prompts="nowhere.jsonl", lora_r=8)
+    settings = Settings(**TORCH, prompts="nowhere.jsonl", zero_1=False)
     config = raw_config({**DEMO, "rope_scaling": {"rope_type": "dynamic"}})
     counts = {stage: len(checks.problems(settings, config, {stage})) for stage in STAGES}
     assert counts == {
@@ -85,8 +86,8 @@ def test_a_stage_refuses_what_a_later_stage_would_refuse(monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 def test_make_and_doctor_say_it_all_before_anything_runs(project: Project) -> None:
-    wrong = ("RECIPE=tiny", "INFERENCE_SEQUENCE_LENGTH=4096", "PROMPTS=nowhere.jsonl", "LORA_R=8")
-    words = ("INFERENCE_SEQUENCE_LENGTH=4096 is above", "PROMPTS=nowhere.jsonl", "LORA_R=8")
+    wrong = ("RECIPE=tiny", "INFERENCE_SEQUENCE_LENGTH=4096", "PROMPTS=nowhere.jsonl", "ZERO_1=0")
+    words = ("INFERENCE_SEQUENCE_LENGTH=4096 is above", "PROMPTS=nowhere.jsonl", "ZERO_1=0")
     done = project.make("all", *wrong, check=False)
     assert done.returncode == 2 and "data:" not in done.stdout
     assert all(f"error: {word}" in done.stderr for word in words), done.stderr

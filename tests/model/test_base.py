@@ -65,11 +65,11 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "a model type that is no text": (config(model_type=["llama"]), r"config\.json cannot be used"),
     "a model that is not trained here": (
         config(model_type="opt"),
-        r"is a opt; the torch backend trains and compiles llama",
+        r"is a opt, which the torch backend does not train or compile\. The backends know neuron: ",
     ),
     "a model that answers nothing": (
         config(model_type="vit"),
-        r"is a vit; the torch backend trains and compiles llama",
+        r"is a vit, which the torch backend does not train",
     ),
     "code of its own": (
         config(model_type="evil", auto_map={"AutoConfig": "evil.Config"}),

@@ -43,7 +43,12 @@ CHANGES = [
     ),
     ("stages/model/weights.py", "len(_header([])) + 8", "len(_header([]))", {"consolidate"}),
     ("stages/model/base.py", "torch.manual_seed(settings.seed)", "torch.manual_seed(0)", {"train"}),
-    ("stages/backends/torch/export.py", "is_causal=True", "is_causal=False", {"compile-inference"}),
+    (
+        "stages/backends/torch/export.py",
+        "is_causal=mask is None",
+        "is_causal=False",
+        {"compile-inference"},
+    ),
     ("stages/backends/decoding.py", "before >= top_p", "before > top_p", {"eval"}),
     ("stages/eval.py", "math.exp(loss)", "math.exp2(loss)", {"eval"}),
 ]

@@ -116,7 +116,7 @@ WRONG: list[tuple[str, dict[str, str], list[str]]] = [
     (
         EXPORTED,
         {"NPROC_PER_NODE": "3", "TENSOR_PARALLEL_SIZE": "3", "MAX_LENGTH": "600"},
-        ["4 attention heads, 64 intermediate columns, 2048 vocabulary entries", "MAX_LENGTH=600"],
+        ["4 attention heads, 64 intermediate columns, 2 KV heads", "MAX_LENGTH=600"],
     ),
     # Empty, or white space alone.
     (TYPED, {"LEARNING_RATE": ""}, ["LEARNING_RATE='' is not a number"]),

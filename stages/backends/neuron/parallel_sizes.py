@@ -75,7 +75,6 @@ def topology_problems(settings: Settings, config: Any) -> list[str]:
     return [
         *problems,
         *model_problems(settings, config),
-        *window_problems("MAX_LENGTH", settings.max_length, config),
         *lora_problems(settings, config),
     ]
 
@@ -199,12 +198,7 @@ def model_problems(settings: Settings, config: Any) -> Iterator[str]:
             "the training model has none and would drop them without a message. Choose a model "
             "without biases."
         )
-    if config.model_type == "qwen3" and getattr(config, "sliding_window", None) is not None:
-        yield (
-            f"MODEL_ID={settings.model_id} attends within a sliding window of "
-            f"{config.sliding_window} tokens; the training model cannot. Set use_sliding_window to "
-            "false in its config.json, or choose another model."
-        )
+    yield from window_problems("MAX_LENGTH", settings.max_length, config)
 
 
 def lora_problems(settings: Settings, config: Any) -> Iterator[str]:

@@ -71,7 +71,7 @@ MODELS: dict[str, Any] = {
     "with 50257 words": LlamaConfig(vocab_size=50257),
     "with biases": LlamaConfig(attention_bias=True),
     "sliding": Qwen3Config(
-        use_sliding_window=True, max_window_layers=0, sliding_window=4096, num_key_value_heads=32
+        use_sliding_window=True, max_window_layers=0, sliding_window=1024, num_key_value_heads=32
     ),
     "of uneven heads": LlamaConfig(hidden_size=1000, num_attention_heads=16, head_dim=64),
     "gpt2": GPT2Config(),
@@ -210,11 +210,11 @@ REFUSED = [
         "trn1.32xlarge",
         "gpt2",
         {"NPROC_PER_NODE": 2},
-        "is a gpt2; the neuron backend trains and compiles llama, qwen3, granite",
+        "is a gpt2, which the neuron backend does not train or compile",
         1,
     ),
     ("trn1.32xlarge", "with biases", {"NPROC_PER_NODE": 2}, "has biases (attention_bias", 1),
-    ("trn1.32xlarge", "sliding", {"NPROC_PER_NODE": 2}, "sliding window of 4096 tokens", 1),
+    ("trn1.32xlarge", "sliding", {"NPROC_PER_NODE": 2}, "sliding window of 1024 tokens", 1),
     (
         "trn1.32xlarge",
         "of uneven heads",
