@@ -161,7 +161,7 @@ def test_everything_that_cannot_be_compiled_is_refused_together(model_dir, tmp_p
         model_dir, tmp_path / "compiled", inference_tensor_parallel_size=48, instance_type="trn1n"
     )
     expected = [
-        "is a mamba; the neuron backend trains and compiles granite, llama, qwen3",
+        "is a mamba, which the neuron backend does not train or compile",
         'RoPE is of type "dynamic"',
         f"INFERENCE_SEQUENCE_LENGTH={LENGTH} is above the model's 32 positions",
         "INFERENCE_TENSOR_PARALLEL_SIZE=48 is above the 32 NeuronCores of the largest trn1n",
