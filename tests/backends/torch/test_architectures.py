@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,20 @@ def test_a_resumed_training_ends_with_the_same_bytes(trained: tuple[Path, Settin
             for folder in (name.removesuffix(" resumed"), name)
         )
         assert whole == resumed, name
+
+
+@every_architecture
+@torch.no_grad()
+def test_a_document_in_a_pack_has_the_logits_that_it_has_alone(architecture: str) -> None:
+    model = tiny_model(architecture)
+    ids = torch.randint(3, 67, (1, 32), generator=torch.Generator().manual_seed(1))
+    ends = [0, 12, 13, 32]  # one document is longer than the sliding windows, one a single token
+    lengths = [end - start for start, end in pairwise(ends)]
+    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    packed: list[torch.Tensor] = []
+    hook = model.register_forward_hook(lambda *call: packed.append(call[-1].logits[0]))
+    loss_sum(model, {"input_ids": ids, "labels": ids, "position_ids": positions})
+    hook.remove()
+    for start, end in pairwise(ends):
+        alone = model(ids[:, start:end], use_cache=False).logits[0]
+        torch.testing.assert_close(packed[0][start:end], alone, atol=1e-5, rtol=1e-4)

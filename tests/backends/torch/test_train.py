@@ -9,7 +9,6 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -145,25 +144,6 @@ def test_every_parameter_has_a_gradient_on_every_rank_when_layers_are_compiled(
     assert done.returncode == 0, done.stderr
     assert "without gradient: []" in done.stdout
     assert not list(tmp_path.glob("torchelastic_*")), "the launcher left a folder behind"
-
-
-def test_a_document_in_a_pack_has_the_logits_that_it_has_alone(base: Settings, data: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        base_model_folder(base), dtype=torch.float32
-    ).eval()
-    row = PackedSequences(data / "train").batch(np.array([0]), torch.device("cpu"))
-    starts = [*(row["position_ids"][0] == 0).nonzero().flatten().tolist(), base.max_length]
-    assert len(starts) > 2, "the row is to hold several documents"
-    with torch.no_grad():
-        packed = model(
-            row["input_ids"],
-            position_ids=row["position_ids"],
-        ).logits[0]
-        for start, end in pairwise(starts):
-            alone = model(row["input_ids"][:, start:end]).logits[0]
-            torch.testing.assert_close(packed[start:end], alone, atol=1e-5, rtol=1e-4)
 
 
 def test_no_document_predicts_the_first_token_of_the_next() -> None:
