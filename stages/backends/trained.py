@@ -10,7 +10,7 @@ from stages.run.errors import StageFailure
 
 
 def trained_line(parameters: Iterable[tuple[str, torch.nn.Parameter]], lora_r: int) -> str:
-    """`trained 4,884,480 of 139,399,488 parameters (3.504%), LoRA of rank 16`.
+    """`trains 4,884,480 of 139,399,488 parameters (3.504%): LoRA of rank 16`.
 
     Raises StageFailure unless all are trained or, with LoRA, the adapters and nothing else: a
     library that loses the freeze would train the whole model without a word.
@@ -28,4 +28,4 @@ def trained_line(parameters: Iterable[tuple[str, torch.nn.Parameter]], lora_r: i
         )
     total = sum(value.numel() for _, value in every)
     kind = f"LoRA of rank {lora_r}" if lora_r else "all weights"
-    return f"trained {trained:,} of {total:,} parameters ({100 * trained / total:.4g}%), {kind}"
+    return f"trains {trained:,} of {total:,} parameters ({100 * trained / total:.4g}%): {kind}"
