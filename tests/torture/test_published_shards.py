@@ -16,8 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
+from stages.backends.torch.checkpoint import trained_weights
+from stages.backends.torch.lora import adapter_config, add_adapters, freeze
 from stages.consolidate import join
 from stages.run.errors import StageFailure
+from stages.run.json_file import write_json
+from stages.run.layout import ADAPTER_CONFIG
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
 from stages.text.tokens import TextTokenizer
@@ -130,6 +134,63 @@ def test_any_changed_byte_of_a_shard_is_found(train: Path, place: float, byte: i
             joined(train)
     finally:
         (train / "shards" / SHARD).write_bytes(intact)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Settings:
+    """The settings to join what train publishes with LoRA, which is in run/train."""
+    base = tmp_path / "base"
+    tiny_llama().save_pretrained(base)
+    shutil.copy(ROOT / "data/demo/model/tokenizer.json", base)
+    changed = replace(
+        Settings(), bf16=False, model_id=str(base), lora_r=2, lora_target_modules="q_proj"
+    )
+
+    def build(work: Path) -> StageResult:
+        shutil.copy(base / "config.json", work)
+        TextTokenizer.load(ROOT / "data/demo/model").save(work / "tokenizer")
+        (work / "prompt.json").write_text("{}")
+        model = tiny_llama()
+        add_adapters(model, changed)
+        freeze(model)
+        writer = HuggingFaceStorageWriter(str(work / "shards"), save_distributed=True)
+        dcp.save(trained_weights(model), storage_writer=writer, no_dist=True)
+        write_json(work / "shards" / ADAPTER_CONFIG, adapter_config(changed))
+        return StageResult()
+
+    publish("train", changed, {}, tmp_path / "run" / "train", build)
+    return changed
+
+
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    deadline=None,
+    max_examples=20,
+)
+@given(
+    name=st.sampled_from([SHARD, ADAPTER_CONFIG]),
+    place=st.floats(0, 1, exclude_max=True),
+    byte=st.integers(0, 255),
+)
+def test_any_changed_byte_of_an_adapter_is_found(
+    adapter: Settings, tmp_path: Path, name: str, place: float, byte: int
+) -> None:
+    train, work = tmp_path / "run" / "train", tmp_path / "work"
+    file = train / "shards" / name
+    intact = file.read_bytes()
+    data = bytearray(intact)
+    data[int(place * len(data))] = byte
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    file.write_bytes(data)
+    try:
+        if data == intact:
+            join(adapter, train, work)
+        else:
+            with pytest.raises(StageFailure, match="has other bytes than were published"):
+                join(adapter, train, work)
+    finally:
+        file.write_bytes(intact)
 
 
 def test_a_checkpoint_that_cannot_be_read_is_a_clear_failure(
