@@ -1,5 +1,5 @@
 # Qwen3 0.6B on part of Dolly, on a laptop with 16 GB of free memory or on one GPU.
-# Weights, gradients and AdamW in float32 take 9.5 GB (16 bytes a parameter, estimated). The logits of a
+# Weights, gradients and AdamW take 10.7 GB (18 bytes a parameter, estimated). The logits of a
 # micro-batch come on top: 151,936 entries in float32 are 0.3 GB for 512 tokens, and there are several copies.
 # On one GPU of 80 GB (an H100) raise PER_DEVICE_TRAIN_BATCH_SIZE and MAX_LENGTH. MAX_STEPS=-1 trains on all of Dolly.
 # No times were measured.

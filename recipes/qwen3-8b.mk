@@ -1,8 +1,7 @@
 # Qwen3 8B on Dolly, for one trn1.32xlarge (32 cores, 21.50 USD an hour). Untried: no times were measured.
 # A core has 16 GiB. Weights, gradients and ZeRO-1's share of AdamW take about 9 GB of it (estimated), without activations.
 # On one H100 or H200: BACKEND=torch NPROC_PER_NODE=1 TENSOR_PARALLEL_SIZE=1 LORA_R=16. Training all weights takes
-# 131 GB there (16 bytes a parameter in float32, estimated): more than an H100 has, and an H200 (141 GB) would have
-# 10 GB left for activations, which is untried.
+# 147 GB there (18 bytes a parameter, estimated), more than the 80 or 141 GB that they have.
 MODEL_ID ?= Qwen/Qwen3-8B
 INIT_WEIGHTS ?= pretrained
 DATASET ?= databricks/databricks-dolly-15k

@@ -1,5 +1,5 @@
 # SmolLM2 135M on a small part of Dolly: a pretrained model through all six stages, on a laptop or on one GPU.
-# Weights, gradients and AdamW in float32 take 2.2 GB (16 bytes a parameter, estimated), activations more.
+# Weights, gradients and AdamW take 2.4 GB (18 bytes a parameter, estimated), activations more.
 # On one GPU of 80 GB (an H100) raise PER_DEVICE_TRAIN_BATCH_SIZE. MAX_STEPS=-1 trains on all of Dolly.
 # No times were measured.
 MODEL_ID ?= HuggingFaceTB/SmolLM2-135M

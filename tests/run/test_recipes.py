@@ -84,12 +84,13 @@ def settings_of(recipe: str, folder: Path, **overrides: str) -> Settings:
 def bytes_per_process(settings: Settings, count: int) -> float:
     """Weights, gradients and AdamW of a training of all `count` parameters, without activations.
 
-    torch shards 16 bytes a parameter over all processes (FSDP2). ZeRO-1 on Neuron divides bfloat16
-    weights and at most float32 gradients by tensor parallelism only, and the optimizer's 12 bytes
-    (float32 weights and two moments) by data parallelism too.
+    torch shards 16 bytes a parameter over all processes (FSDP2: float32 weights, gradients, two
+    moments), and each keeps its layers in bfloat16 from the forward to the backward pass. ZeRO-1 on
+    Neuron divides bfloat16 weights and at most float32 gradients by tensor parallelism only, and
+    the optimizer's 12 bytes (float32 weights, two moments) by data parallelism too.
     """
     if settings.backend == "torch":
-        return 16 * count / settings.nproc_per_node
+        return 16 * count / settings.nproc_per_node + 2 * count / settings.tensor_parallel_size
     layers = settings.tensor_parallel_size * settings.pipeline_parallel_size
     return count / layers * (6 + 12 / (settings.nproc_per_node / layers))
 
@@ -122,13 +123,12 @@ def test_a_model_of_8_billion_parameters_fits_one_gpu_with_lora_only_as_its_reci
     assert problems(settings, local_config(settings.model_id), STAGES) == []
     count = parameters(settings)
     whole = bytes_per_process(settings, count)
-    assert whole > MEMORY["H100"]
-    assert 4 * count < 0.75 * MEMORY["H100"]  # even if the frozen weights are in float32
+    assert whole > MEMORY["H200"] > MEMORY["H100"]
+    # Even if the frozen weights are in float32, with a copy in bfloat16.
+    assert 6 * count < 0.75 * MEMORY["H100"]
     text = (RECIPES / f"{recipe}.mk").read_text(encoding="utf-8")
-    left = (MEMORY["H200"] - whole) / 1e9
     named = " ".join(f"{name}={value}" for name, value in ONE_GPU.items())
     assert f"{named} LORA_R=16" in text and f"{whole / 1e9:.0f} GB" in text
-    assert f"{left:.0f} GB left" in text
 
 
 @pytest.mark.parametrize("recipe", MODELS)
