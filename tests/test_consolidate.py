@@ -1,5 +1,5 @@
 """What consolidate publishes, loaded by plain transformers: it ends an answer where eval does, and
-its config.json holds one truth."""
+its config.json holds one truth. Whole answers: tests/backends/torch/test_published_answers.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,20 +21,31 @@ from stages.run.settings import Settings
 from stages.text.prompt import PromptTemplate
 from stages.text.tokens import TextTokenizer
 from tests.text.tokenizer_kinds import gpt2, llama, llama3
-from tests.tiny_llama import tiny_llama
+from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 def published(
-    folder: Path, make_tokenizer: Callable[[Path], Path], config: dict[str, Any], generation: Any
+    folder: Path,
+    make_tokenizer: Callable[[Path], Path],
+    config: dict[str, Any],
+    generation: Any,
+    architecture: str = "llama",
+    eos_factor: float = 1.0,
+    **changes: Any,
 ) -> Path:
-    """The model folder that consolidate makes of a training whose base has these configs."""
+    """The model folder that consolidate makes of a training whose base has these configs.
+
+    `eos_factor` scales the head's row of EOS, so that answers end. `changes`: see `tiny_model`.
+    """
 
     def build(work: Path) -> StageResult:
         tokenizer = TextTokenizer.load(make_tokenizer(folder / "tokenizer"))
         tokenizer.save(work / "tokenizer")
-        model = tiny_llama(vocab_size=tokenizer.vocab_size)
+        model = tiny_model(architecture, vocab_size=tokenizer.vocab_size, **changes)
+        with torch.no_grad():
+            model.lm_head.weight[tokenizer.eos] *= eos_factor
         model.config.save_pretrained(work)
         saved = json.loads((work / "config.json").read_text())
         (work / "config.json").write_text(json.dumps({**saved, **config}))
@@ -41,7 +53,7 @@ def published(
             (work / "generation_config.json").write_text(json.dumps(generation))
         PromptTemplate().save(work / "prompt.json")
         writer = HuggingFaceStorageWriter(str(work / "shards"), save_distributed=True)
-        dcp.save(model.state_dict(), storage_writer=writer, no_dist=True)
+        dcp.save(dict(model.named_parameters()), storage_writer=writer, no_dist=True)
         return StageResult()
 
     publish("train", Settings(), {}, folder / "train", build)

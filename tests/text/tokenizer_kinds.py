@@ -30,6 +30,8 @@ WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, **settings: object) -> Path:
+    """`settings`: of tokenizer_config.json. AutoTokenizer takes a class of its own for each
+    `tokenizer_class`; without one it goes by the model's type."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -59,7 +61,8 @@ def gpt2(folder: Path) -> Path:
     """GPT-2 and OPT: one token is BOS, EOS and UNK, and no text is put around a text."""
     tokenizer = _bytes_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False), ["<|endoftext|>"])
     end = "<|endoftext|>"
-    return write_tokenizer(folder, tokenizer, bos_token=end, eos_token=end, unk_token=end)
+    roles = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
+    return write_tokenizer(folder, tokenizer, tokenizer_class="GPT2Tokenizer", **roles)
 
 
 def smollm2(folder: Path) -> Path:
@@ -71,7 +74,7 @@ def smollm2(folder: Path) -> Path:
     )
     end = "<|endoftext|>"
     roles = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), end)
-    return write_tokenizer(folder, tokenizer, **roles)
+    return write_tokenizer(folder, tokenizer, tokenizer_class="GPT2Tokenizer", **roles)
 
 
 def gpt2_without_special(folder: Path) -> Path:
@@ -83,6 +86,7 @@ def gpt2_without_special(folder: Path) -> Path:
     return write_tokenizer(
         folder,
         Tokenizer.from_str(json.dumps(parts)),
+        tokenizer_class="GPT2Tokenizer",
         **{"bos_token": end, "eos_token": end, "unk_token": end},
     )
 
@@ -98,7 +102,13 @@ def llama3(folder: Path) -> Path:
     tokenizer.post_processor = processors.Sequence(
         [processors.ByteLevel(trim_offsets=False), template]
     )
-    return write_tokenizer(folder, tokenizer, bos_token=bos, eos_token="<|eot_id|>")
+    return write_tokenizer(
+        folder,
+        tokenizer,
+        tokenizer_class="PreTrainedTokenizerFast",
+        bos_token=bos,
+        eos_token="<|eot_id|>",
+    )
 
 
 def qwen(folder: Path) -> Path:
@@ -108,6 +118,7 @@ def qwen(folder: Path) -> Path:
     return write_tokenizer(
         folder,
         tokenizer,
+        tokenizer_class="Qwen2Tokenizer",
         bos_token=None,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -142,6 +153,7 @@ def llama(folder: Path) -> Path:
     return write_tokenizer(
         folder,
         tokenizer,
+        tokenizer_class="LlamaTokenizer",
         bos_token="<s>",
         eos_token={"__type": "AddedToken", "content": "</s>"},
         unk_token="<unk>",
@@ -156,7 +168,14 @@ def mistral(folder: Path) -> Path:
     tokenizer = _sentencepiece(["<unk>", "<s>", "</s>", *controls], "<s>")
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = _strips_first_space()
-    return write_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return write_tokenizer(
+        folder,
+        tokenizer,
+        tokenizer_class="LlamaTokenizer",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
 
 
 def gemma(folder: Path) -> Path:
@@ -170,6 +189,7 @@ def gemma(folder: Path) -> Path:
     return write_tokenizer(
         folder,
         tokenizer,
+        tokenizer_class="GemmaTokenizer",
         bos_token="<bos>",
         eos_token="<eos>",
         pad_token="<pad>",
