@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stages.consolidate import join
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
+from stages.text.find_tokenizer import find_tokenizer
 from stages.text.prompt import PromptTemplate
 from stages.text.tokens import TextTokenizer
 from tests.text.tokenizer_kinds import gpt2, llama, llama3
@@ -41,7 +42,7 @@ def published(
     """
 
     def build(work: Path) -> StageResult:
-        tokenizer = TextTokenizer.load(make_tokenizer(folder / "tokenizer"))
+        tokenizer = find_tokenizer(str(make_tokenizer(folder / "tokenizer")))
         tokenizer.save(work / "tokenizer")
         model = tiny_model(architecture, vocab_size=tokenizer.vocab_size, **changes)
         with torch.no_grad():

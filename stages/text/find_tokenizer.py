@@ -6,6 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from stages.model.location import local_model
 from stages.run.errors import InputError
@@ -16,6 +17,9 @@ _MOST_IDS = 2**24  # in a vocabulary; the largest today have 2**18
 _CONFIG = "tokenizer_config.json"
 _PLAIN = ("vocab.json", "vocab.txt")  # vocabularies that transformers reads by itself
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+# What AutoTokenizer does for these, and neither training nor eval does: it removes spaces before
+# signs from an answer (Llama 3 has that), and ends a prompt with EOS.
+_NOT_DONE = ("clean_up_tokenization_spaces", "add_eos_token")
 _REMEDY = "Name a model whose folder has tokenizer.json"
 
 
@@ -27,9 +31,8 @@ def find_tokenizer(model: str, revision: str = "") -> TextTokenizer:
         from stages.model.hub import download_files
 
         folder = download_files(model, revision, TOKENIZER_FILES)
-    if not (folder / "tokenizer.json").is_file():
-        return _converted(model, folder)
-    tokenizer = TextTokenizer.load(folder)
+    converted = not (folder / "tokenizer.json").is_file()
+    tokenizer = _converted(model, folder) if converted else TextTokenizer.load(folder)
     if tokenizer.vocab_size > _MOST_IDS:
         raise InputError(
             f"MODEL_ID={model}: its tokenizer.json has ids up to "
@@ -39,6 +42,13 @@ def find_tokenizer(model: str, revision: str = "") -> TextTokenizer:
         print(
             f"note: MODEL_ID={model}: transformers 5 wrote its tokenizer_config.json, which "
             f"version 4 does not load. It is published so that both do: {', '.join(changes)}.",
+            flush=True,
+        )
+    if changes := _not_done(tokenizer.files):
+        print(
+            f"note: MODEL_ID={model}: its tokenizer_config.json is published with "
+            f"{', '.join(changes)}, so that AutoTokenizer reads prompts and answers as training "
+            "and eval do.",
             flush=True,
         )
     return tokenizer
@@ -55,8 +65,21 @@ def _translate(files: dict[str, bytes]) -> list[str]:
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
         changes.append("additional_special_tokens")
     if changes:
-        files[_CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        _write_config(files, config)
     return changes
+
+
+def _not_done(files: dict[str, bytes]) -> list[str]:
+    """Switch off in tokenizer_config.json what AutoTokenizer alone does; returns the changes."""
+    config = json.loads(files.get(_CONFIG, b"{}"))
+    names = [name for name in _NOT_DONE if config.get(name)]
+    if names:
+        _write_config(files, {**config, **dict.fromkeys(names, False)})
+    return [f"{name} false" for name in names]
+
+
+def _write_config(files: dict[str, bytes], config: dict[str, Any]) -> None:
+    files[_CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _converted(model: str, folder: Path) -> TextTokenizer:

@@ -94,3 +94,12 @@ def test_a_damaged_tokenizer_file_is_refused_by_name(tmp_path, content):
 def test_a_model_folder_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"does not exist\. Name a folder"):
         find_tokenizer(str(tmp_path / "nowhere"))
+
+
+def test_what_only_autotokenizer_does_is_switched_off_and_said(tmp_path, capsys):
+    config = llama3(tmp_path) / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "add_eos_token": True}))
+    published = json.loads(find_tokenizer(str(tmp_path)).files["tokenizer_config.json"])
+    assert published["clean_up_tokenization_spaces"] is published["add_eos_token"] is False
+    said = capsys.readouterr().out
+    assert "published with clean_up_tokenization_spaces false, add_eos_token false" in said

@@ -92,7 +92,8 @@ def gpt2_without_special(folder: Path) -> Path:
 
 
 def llama3(folder: Path) -> Path:
-    """Llama 3: BOS from a template, EOS is the end of a turn."""
+    """Llama 3: BOS from a template, EOS is the end of a turn, and transformers removes spaces
+    before signs from what it decodes."""
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
     tokenizer = _bytes_bpe(_split_by_words(), special, ignore_merges=True)
     bos = special[0]
@@ -108,6 +109,7 @@ def llama3(folder: Path) -> Path:
         tokenizer_class="PreTrainedTokenizerFast",
         bos_token=bos,
         eos_token="<|eot_id|>",
+        clean_up_tokenization_spaces=True,
     )
 
 
@@ -158,6 +160,7 @@ def llama(folder: Path) -> Path:
         eos_token={"__type": "AddedToken", "content": "</s>"},
         unk_token="<unk>",
         add_bos_token=True,
+        add_eos_token=True,
     )
 
 

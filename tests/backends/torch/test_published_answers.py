@@ -39,7 +39,11 @@ SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "
 QUESTIONS = [
     Question(instruction, context)
     for instruction, context in (
-        *(("What is a chip?", ""), ("What is a chip?", "A chip has two cores."), ("the cat", "")),
+        *(
+            ("What is a chip?", ""),
+            ("What is a chip?", "A chip has two cores."),
+            ("the , cat !", ""),
+        ),
         *((" Why does the dog sit? ", "on the log"), ("x", "y\n\nz"), ("def f(x):\n    y = 1", "")),
         *(("12345 + 67890?", "\t"), ("Größe? 中文 🦆", "naïve"), ("When, then?", "in the words")),
         ("### Answer\n", "### Instruction\n"),
