@@ -42,7 +42,7 @@ def join(settings: Settings, train: Path, work: Path) -> StageResult:
     is not published."""
     from stages.model.base import base_model_folder
     from stages.model.check import check_model_folder, pretrained_config, tied_weights
-    from stages.model.config import generation_config
+    from stages.model.config import PUBLISHED_GENERATION_KEYS, generation_config
     from stages.model.notes import published_notes
     from stages.text.tokens import TextTokenizer
 
@@ -59,7 +59,14 @@ def join(settings: Settings, train: Path, work: Path) -> StageResult:
     if (train / GENERATION_CONFIG_FILE).is_file():
         write_json(
             work / GENERATION_CONFIG_FILE,
-            {**generation_config(train), "eos_token_id": tokenizer.eos},
+            {
+                **{
+                    name: value
+                    for name, value in generation_config(train).items()
+                    if name in PUBLISHED_GENERATION_KEYS
+                },
+                "eos_token_id": tokenizer.eos,
+            },
         )
     for line in published_notes(train, tokenizer):
         print(f"note: {line}", flush=True)

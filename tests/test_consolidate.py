@@ -91,6 +91,15 @@ def test_the_difference_to_the_base_is_said(tmp_path: Path, capsys: Any) -> None
     assert "config.json ends an answer at 1 ('<s>'); the tokenizer's EOS is 2 ('</s>')" in said
 
 
+def test_settings_of_generation_that_eval_does_not_apply_are_named_and_not_published(
+    tmp_path: Path, capsys: Any
+) -> None:
+    folder = published(tmp_path, llama, {}, {"top_k": 9, "repetition_penalty": 1.05})
+    assert "generation_config.json has repetition_penalty=1.05. eval" in capsys.readouterr().out
+    kept = json.loads((folder / "generation_config.json").read_text())
+    assert kept == {"top_k": 9, "eos_token_id": 2}
+
+
 def test_the_published_config_has_rope_in_one_place(tmp_path: Path) -> None:
     rope = {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}
     own = {"rope_theta": None, "rope_scaling": None, "rope_parameters": rope}

@@ -25,6 +25,12 @@ GENERATION_KEYS = (
     *("output_scores", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate"),
     *("suppress_tokens", "temperature", "top_k", "top_p", "typical_p"),
 )
+# What a published generation_config.json says: nothing else that would make `generate` answer in
+# another way than eval does.
+PUBLISHED_GENERATION_KEYS = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"),
+    *("do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens"),
+)
 # Special tokens for which some tools write -1: none.
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Where transformers 5 has these in its RoPE's parameters, version 4 has them as keys of their own.

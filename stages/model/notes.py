@@ -7,7 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.model.config import generation_config, translated_config
+from stages.model.config import (
+    PUBLISHED_GENERATION_KEYS,
+    generation_config,
+    translated_config,
+)
 from stages.model.files import CONFIG_FILES
 from stages.model.location import local_model
 from stages.run.errors import InputError, StageFailure
@@ -35,7 +39,10 @@ def model_notes(settings: Settings, tokenizer: TextTokenizer) -> list[str]:
 
 def published_notes(folder: Path, tokenizer: TextTokenizer) -> Iterator[str]:
     """Where the model that is published behaves in another way than its base in `folder`: the end
-    of an answer, and the format of a question. Raises StageFailure where a config is damaged."""
+    of an answer, settings of generation, and the format of a question.
+
+    Raises StageFailure where a config is damaged.
+    """
     eos = tokenizer.eos
     others = {
         name: ids
@@ -50,6 +57,18 @@ def published_notes(folder: Path, tokenizer: TextTokenizer) -> Iterator[str]:
             f"{says}; the tokenizer's EOS is {_shown([eos], tokenizer)}. The model is trained to "
             f"end at {eos}, and the published files name only that."
         )
+    if (folder / GENERATION_CONFIG_FILE).is_file():
+        others = {
+            name: value
+            for name, value in generation_config(folder).items()
+            if value is not None and name not in PUBLISHED_GENERATION_KEYS
+        }
+        if others:
+            settings = ", ".join(f"{name}={value}" for name, value in others.items())
+            yield (
+                f"{GENERATION_CONFIG_FILE} has {settings}. eval does not apply that, and the "
+                "published file does not have it: plain transformers answers as eval does."
+            )
     if tokenizer.has_chat_template:
         yield (
             "the tokenizer has a chat template, and the model is trained in the format of "

@@ -59,7 +59,12 @@ MEMORY = {
     "H200": 141 * 10**9,
     "laptop": 16 * 10**9,
 }
-ONE_GPU = {"BACKEND": "torch", "NPROC_PER_NODE": "1", "TENSOR_PARALLEL_SIZE": "1"}
+ONE_GPU = {
+    "BACKEND": "torch",
+    "NPROC_PER_NODE": "1",
+    "TENSOR_PARALLEL_SIZE": "1",
+    "LORA_R": "16",
+}
 RUNS = [
     *((recipe, "trn1.32xlarge") for recipe in ("llama2-7b", "llama3.1-8b", "qwen3-8b")),
     *((recipe, place) for recipe in ("smollm2-135m", "qwen3-0.6b") for place in ("laptop", "H100")),
@@ -128,7 +133,7 @@ def test_a_model_of_8_billion_parameters_fits_one_gpu_with_lora_only_as_its_reci
     assert 6 * count < 0.75 * MEMORY["H100"]
     text = (RECIPES / f"{recipe}.mk").read_text(encoding="utf-8")
     named = " ".join(f"{name}={value}" for name, value in ONE_GPU.items())
-    assert f"{named} LORA_R=16" in text and f"{whole / 1e9:.0f} GB" in text
+    assert named in text and f"{whole / 1e9:.0f} GB" in text
 
 
 @pytest.mark.parametrize("recipe", MODELS)

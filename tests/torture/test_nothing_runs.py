@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from stages.backends.evaluate import _mean_loss
 from stages.model.base import base_config, base_model_folder
@@ -98,7 +99,9 @@ def test_the_base_models_loss_is_measured_without_the_code(folder: Path) -> None
         def in_order(self, _: int) -> Iterator:
             return iter(())
 
-    assert _mean_loss(folder, NoRows(), 0, settings(folder), progress=None) == 0
+    device, dtype = torch.device("cpu"), torch.float32
+    loss = _mean_loss(folder, NoRows(), 0, settings(folder), None, device, dtype)
+    assert loss == 0
 
 
 def test_a_model_that_needs_its_code_is_refused(folder: Path) -> None:

@@ -34,8 +34,9 @@ from tests.text.tokenizer_kinds import (
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 MAX_NEW_TOKENS = 24
-# What a base's generation_config.json says, none of which is a greedy answer's business.
+# What a base's generation_config.json may say. eval does not know the second line.
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [1]}
+SAMPLING |= {"repetition_penalty": 1.3, "min_new_tokens": 5, "no_repeat_ngram_size": 2}
 QUESTIONS = [
     Question(instruction, context)
     for instruction, context in (
