@@ -43,7 +43,7 @@ def join(settings: Settings, train: Path, work: Path) -> StageResult:
     from stages.model.base import base_model_folder
     from stages.model.check import check_model_folder, pretrained_config, tied_weights
     from stages.model.config import PUBLISHED_GENERATION_KEYS, generation_config
-    from stages.model.notes import published_notes
+    from stages.model.notes import published_notes, tokenizer_notes
     from stages.text.tokens import TextTokenizer
 
     shards = published_shards(train)
@@ -84,6 +84,8 @@ def join(settings: Settings, train: Path, work: Path) -> StageResult:
         raise
     require_undamaged(shards, train, joined["shards"])
     checked = check_model_folder(work)
+    for line in tokenizer_notes(work, tokenizer):
+        print(f"note: {line}", flush=True)
     print(
         f"{checked['parameters']:,} parameters in {checked['dtype']}, "
         f"{show_size(checked['bytes'])}: as config.json says",

@@ -91,6 +91,25 @@ def test_the_difference_to_the_base_is_said(tmp_path: Path, capsys: Any) -> None
     assert "config.json ends an answer at 1 ('<s>'); the tokenizer's EOS is 2 ('</s>')" in said
 
 
+@pytest.mark.parametrize("add_bos", [True, None])
+def test_a_first_token_that_only_autotokenizer_adds_is_said(
+    tmp_path: Path, capsys: Any, add_bos: bool | None
+) -> None:
+    def contradicting(folder: Path) -> Path:
+        path = gpt2(folder) / "tokenizer_config.json"
+        config = json.loads(path.read_text())
+        path.write_text(
+            json.dumps(config if add_bos is None else {**config, "add_bos_token": add_bos})
+        )
+        return folder
+
+    folder = published(tmp_path, contradicting, {}, None)
+    theirs = AutoTokenizer.from_pretrained(folder)("a").input_ids
+    same = theirs == TextTokenizer.load(folder).encode_prompt("a")
+    assert ("AutoTokenizer makes the ids" in capsys.readouterr().out) == (not same)
+    assert same == (add_bos is None)
+
+
 def test_settings_of_generation_that_eval_does_not_apply_are_named_and_not_published(
     tmp_path: Path, capsys: Any
 ) -> None:

@@ -78,6 +78,25 @@ def published_notes(folder: Path, tokenizer: TextTokenizer) -> Iterator[str]:
         )
 
 
+def tokenizer_notes(folder: Path, tokenizer: TextTokenizer) -> Iterator[str]:
+    """Where AutoTokenizer, reading the published `folder`, begins a prompt in another way than
+    training and eval do: its classes differ in which of two contradicting settings they follow."""
+    from transformers import AutoTokenizer
+
+    ours, word = tokenizer.encode_prompt("a"), "AutoTokenizer"
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)("a").input_ids
+    except Exception as error:  # its classes raise anything
+        yield f"{word} cannot read the published tokenizer ({error!r}); training and eval can."
+        return
+    if theirs != ours:
+        yield (
+            f"{word} makes the ids {theirs} of the prompt 'a', training and eval make {ours}: "
+            "add_bos_token in the model's tokenizer_config.json and its tokenizer.json contradict "
+            "each other. Whoever asks the model through it must see to the first token."
+        )
+
+
 def _ends(folder: Path) -> dict[str, list[Any]]:
     """File -> the ids at which it ends an answer, none where it names none."""
     configs = {CONFIG_FILE: translated_config(folder)[0]}
