@@ -61,7 +61,9 @@ def published_notes(folder: Path, tokenizer: TextTokenizer) -> Iterator[str]:
         others = {
             name: value
             for name, value in generation_config(folder).items()
-            if value is not None and name not in PUBLISHED_GENERATION_KEYS
+            if value is not None
+            and name not in PUBLISHED_GENERATION_KEYS
+            and not name.startswith("_")  # of transformers' own bookkeeping
         }
         if others:
             settings = ", ".join(f"{name}={value}" for name, value in others.items())

@@ -87,7 +87,7 @@ def save_shards(
     folder: Path,
     model: torch.nn.Module,
     tied: Mapping[str, str],
-    more: Mapping[str, dict[str, Any]],
+    more: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
     """Write only the trained weights, float32, under their Hugging Face names, and beside them
     `more`: file name -> what it holds as JSON.
@@ -99,24 +99,26 @@ def save_shards(
     for name, kept in tied.items():
         if name in weights and _same(weights[name], weights[kept]):
             del weights[name]
-    _write(folder, weights, checkpoint=False, more=more)
+    _write(folder, weights, checkpoint=False, more=more or {})
 
 
 def trained_weights(model: torch.nn.Module) -> dict[str, Any]:
     """The weights that are trained, by name. The others are the base model's: neither checkpoints
     nor shards have them."""
+    state = get_model_state_dict(model)
     frozen = {
         name.replace("_checkpoint_wrapped_module.", "")
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if not parameter.requires_grad
     }
-    state = get_model_state_dict(model)
     return {name: tensor for name, tensor in state.items() if name not in frozen}
 
 
 def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    moments = get_optimizer_state_dict(model, optimizer)
-    return {"model": trained_weights(model), "optimizer": moments}
+    # The weights first: that shards them again where a validation left them whole, and the
+    # optimizer knows only the sharded ones.
+    weights = trained_weights(model)
+    return {"model": weights, "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
 def last_step(folder: Path) -> int:

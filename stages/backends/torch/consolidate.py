@@ -163,7 +163,9 @@ def _require_whole(
         if (elements := sum(part.elements for part in parts[name])) != spec.elements
     ]
     if problems or not specs:
-        raise refusal(f"The shards {shards} are not whole. Run `make train` again.", problems)
+        raise refusal(
+            f"The shards {shards} are not a whole model. Run `make train` again.", problems
+        )
 
 
 def _read(spec: TensorSpec, parts: list[Part]) -> Iterator[torch.Tensor]:
