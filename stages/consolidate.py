@@ -42,7 +42,7 @@ def join(settings: Settings, train: Path, work: Path) -> StageResult:
     is not published."""
     from stages.model.base import base_model_folder
     from stages.model.check import check_model_folder, pretrained_config, tied_weights
-    from stages.model.config import PUBLISHED_GENERATION_KEYS, generation_config
+    from stages.model.config import published_generation_config
     from stages.model.notes import published_notes, tokenizer_notes
     from stages.text.tokens import TextTokenizer
 
@@ -57,17 +57,7 @@ def join(settings: Settings, train: Path, work: Path) -> StageResult:
     config.eos_token_id = tokenizer.eos
     config.save_pretrained(work)
     if (train / GENERATION_CONFIG_FILE).is_file():
-        write_json(
-            work / GENERATION_CONFIG_FILE,
-            {
-                **{
-                    name: value
-                    for name, value in generation_config(train).items()
-                    if name in PUBLISHED_GENERATION_KEYS
-                },
-                "eos_token_id": tokenizer.eos,
-            },
-        )
+        write_json(work / GENERATION_CONFIG_FILE, published_generation_config(train, tokenizer.eos))
     for line in published_notes(train, tokenizer):
         print(f"note: {line}", flush=True)
     try:

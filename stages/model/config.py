@@ -66,6 +66,13 @@ def generation_config(folder: Path) -> dict[str, Any]:
         ) from error
 
 
+def published_generation_config(folder: Path, eos: int) -> dict[str, Any]:
+    """What of the generation_config.json in `folder` is published: an answer ends at `eos`."""
+    settings = generation_config(folder)
+    kept = {name: settings[name] for name in settings if name in PUBLISHED_GENERATION_KEYS}
+    return {**kept, "eos_token_id": eos}
+
+
 def translated(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """config.json's content as transformers 4 reads it, and a line for each change.
 

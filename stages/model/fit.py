@@ -106,6 +106,15 @@ def rope_problems(config: Any) -> Iterator[str]:
         )
 
 
+def lora_layer_problems(settings: Settings, layers: tuple[str, ...]) -> Iterator[str]:
+    """A message when LORA_TARGET_MODULES names none of the model's linear `layers`, or others."""
+    names = settings.lora_target_modules.split()
+    unknown = [name for name in names if name not in layers]
+    if unknown or not names:
+        problem = f"names {', '.join(unknown)}" if unknown else "names no layer"
+        yield f"LORA_TARGET_MODULES {problem}. Set it to some of {', '.join(layers)}."
+
+
 def not_divisible(tensor_parallel_size: int, config: Any) -> list[str]:
     """The counts of a layer that tensor parallelism cannot divide evenly: `32 attention heads`."""
     counts = {

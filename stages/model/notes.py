@@ -95,7 +95,7 @@ def tokenizer_notes(folder: Path, tokenizer: TextTokenizer) -> Iterator[str]:
         yield (
             f"{word} makes the ids {theirs} of the prompt 'a', training and eval make {ours}: "
             "add_bos_token in the model's tokenizer_config.json and its tokenizer.json contradict "
-            "each other. Whoever asks the model through it must see to the first token."
+            "each other. Asking the model through it needs care for the first token."
         )
 
 

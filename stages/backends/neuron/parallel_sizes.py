@@ -13,7 +13,13 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from stages.backends.neuron.hardware import Hardware, find_hardware
-from stages.model.fit import LORA_LAYERS, architecture_problems, not_divisible, window_problems
+from stages.model.fit import (
+    LORA_LAYERS,
+    architecture_problems,
+    lora_layer_problems,
+    not_divisible,
+    window_problems,
+)
 from stages.run.settings import Settings
 
 # What optimum-neuron 0.4.5 trains without pipeline parallelism (its model classes).
@@ -72,11 +78,7 @@ def topology_problems(settings: Settings, config: Any) -> list[str]:
     if unfit := list(size_problems(sizes, machine, config)):
         remedy = sizes.changed_to(nearest(settings, machine, config))
         problems += [f"{problem} Set {remedy}." for problem in unfit]
-    return [
-        *problems,
-        *model_problems(settings, config),
-        *lora_problems(settings, config),
-    ]
+    return [*problems, *model_problems(settings, config), *lora_problems(settings, config)]
 
 
 def size_problems(sizes: Sizes, machine: Hardware, config: Any) -> Iterator[str]:
@@ -205,11 +207,8 @@ def lora_problems(settings: Settings, config: Any) -> Iterator[str]:
     """What is wrong with LORA_TARGET_MODULES: unknown layers, or parts of a fused layer."""
     if not settings.lora_r:
         return
+    yield from lora_layer_problems(settings, LORA_LAYERS)
     names = settings.lora_target_modules.split()
-    unknown = [name for name in names if name not in LORA_LAYERS]
-    if unknown or not names:
-        problem = f"names {', '.join(unknown)}" if unknown else "names no layer"
-        yield f"LORA_TARGET_MODULES {problem}. Set it to some of {', '.join(LORA_LAYERS)}."
     tp, kv_heads = settings.tensor_parallel_size, kv_heads_of(config)
     fused: dict[tuple[str, ...], str] = {MLP: "one layer in training"}
     # Where a process has no complete KV heads, NxD keeps the three projections in one layer.

@@ -15,6 +15,7 @@ from stages.model.fit import (
     LORA_LAYERS,
     architecture_problems,
     fit_problems,
+    lora_layer_problems,
     not_divisible,
     position_problems,
     rope_problems,
@@ -49,12 +50,8 @@ def training_problems(settings: Settings, config: Any, vocabulary: int) -> Itera
 
 def _lora_problems(settings: Settings, config: Any) -> Iterator[str]:
     """A message for layers that have no adapter, and for a rank that cannot be divided."""
-    names = JOINED_LAYERS if config.model_type == "phi3" else LORA_LAYERS
-    wanted = settings.lora_target_modules.split()
-    unknown = [name for name in wanted if name not in names]
-    if unknown or not wanted:
-        problem = f"names {', '.join(unknown)}" if unknown else "names no layer"
-        yield f"LORA_TARGET_MODULES {problem}. Set it to some of {' '.join(names)}."
+    layers = JOINED_LAYERS if config.model_type == "phi3" else LORA_LAYERS
+    yield from lora_layer_problems(settings, layers)
     if settings.lora_r < settings.tensor_parallel_size:
         yield (
             f"LORA_R={settings.lora_r} is below TENSOR_PARALLEL_SIZE="

@@ -49,8 +49,8 @@ def add_adapters(model: Any, settings: Settings) -> None:
 
 
 def freeze(model: torch.nn.Module) -> None:
-    """Let nothing but the adapters be trained. Splitting a layer makes its parameters anew, so this
-    comes after it."""
+    """Let nothing but the adapters be trained. This comes after the layers are split, which makes
+    new parameters."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
 
