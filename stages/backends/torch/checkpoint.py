@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from stages.run.digests import file_digest
+from stages.backends.torch.checkpoint_damage import LIST, agreed, damage, facts_of
 from stages.run.disk import disk_guard
 from stages.run.errors import StageFailure
 from stages.run.fsync import flush, fsync_tree, make_durable_folder
@@ -39,7 +39,6 @@ from stages.run.json_file import write_json
 # of about this size.
 FILE_BYTES = 1 << 30
 PARTIAL = StateDictOptions(strict=False)  # a state without the frozen weights
-LIST = "files.json"  # name -> bytes and sha256 of each other file of a checkpoint
 
 
 def save_checkpoint(
@@ -189,7 +188,7 @@ def _write(
     if not checkpoint and dist.get_rank() == 0:
         for path in writing.glob("*.safetensors"):
             _sort_metadata(path)
-    files = _facts(writing, sorted(path.name for path in writing.iterdir())) if checkpoint else {}
+    files = facts_of(writing, sorted(path.name for path in writing.iterdir())) if checkpoint else {}
     if dist.get_rank() == 0:
         if checkpoint:  # train's manifest lists the shards
             more = {**more, LIST: files}
@@ -234,8 +233,8 @@ def _remove_damaged(folder: Path) -> list[str]:
     """Remove the checkpoints after the last whole one; returns what was wrong with each, the same
     on every rank."""
     said = []
-    for name in _agreed([path.name for path in reversed(_checkpoints(folder))]):
-        wrong = _damage(folder / name)
+    for name in agreed([path.name for path in reversed(_checkpoints(folder))]):
+        wrong = damage(folder / name)
         if not wrong:
             break
         said.append(f"checkpoint {name} is damaged: {'; '.join(wrong)}")
@@ -243,64 +242,3 @@ def _remove_damaged(folder: Path) -> list[str]:
             shutil.rmtree(folder / name)
         dist.barrier()
     return said
-
-
-def _damage(checkpoint: Path) -> list[str]:
-    """What a checkpoint has no longer as it was written, the same on every rank; each reads its
-    share of the files."""
-    written = _agreed(_listed(checkpoint))
-    if written is None:
-        return [f"its list of files, {LIST}, is missing or cannot be read"]
-    found = _facts(checkpoint, sorted(written))
-    wrong = []
-    for name, facts in written.items():
-        if name not in found:
-            wrong.append(f"{name} is missing or cannot be read")
-        elif found[name]["bytes"] != facts["bytes"]:
-            wrong.append(f"{name} has {found[name]['bytes']} bytes, not {facts['bytes']}")
-        elif found[name]["sha256"] != facts["sha256"]:
-            wrong.append(f"{name} has other bytes than were written")
-    return wrong
-
-
-def _listed(checkpoint: Path) -> dict[str, dict[str, Any]] | None:
-    """What `_write` listed; None where that cannot be read."""
-    try:
-        listed = json.loads((checkpoint / LIST).read_bytes())
-        return {
-            Path(name).name: {"bytes": facts["bytes"], "sha256": facts["sha256"]}
-            for name, facts in listed.items()
-        } or None
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-    ):  # damaged bytes may be JSON of any shape
-        return None
-
-
-def _facts(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Bytes and sha256 of each file that can be read. Every rank reads its share and is given
-    all."""
-    mine = {}
-    for name in names[dist.get_rank() :: dist.get_world_size()]:
-        try:
-            mine[name] = {
-                "bytes": (folder / name).stat().st_size,
-                "sha256": file_digest(folder / name),
-            }
-        except (OSError, ValueError):  # a damaged list may hold what no file can be called
-            continue
-    shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, mine)
-    return {name: facts for share in shares for name, facts in share.items()}
-
-
-def _agreed(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
