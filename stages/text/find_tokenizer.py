@@ -79,7 +79,7 @@ def _not_done(files: dict[str, bytes]) -> list[str]:
 
 
 def _write_config(files: dict[str, bytes], config: dict[str, Any]) -> None:
-    files[_CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    files[_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _converted(model: str, folder: Path) -> TextTokenizer:
