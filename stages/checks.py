@@ -20,6 +20,7 @@ from stages.run.layout import CONFIG_FILE
 from stages.run.setting import STAGES
 from stages.run.settings import Settings
 from stages.text.questions import read_questions
+from stages.text.text_template import format_problems
 
 
 def problems(settings: Settings, config: Any | None, stages: Collection[str]) -> list[str]:
@@ -39,6 +40,8 @@ def problems(settings: Settings, config: Any | None, stages: Collection[str]) ->
         pass
     except InputError as error:  # NEURON_RT_* names no cores
         found += error.problems
+    if "data" in stages:
+        found += format_problems(settings)
     if "eval" in stages and not settings.prompt:
         try:
             read_questions(settings)

@@ -44,6 +44,7 @@ def join(settings: Settings, train: Path, work: Path) -> StageResult:
     from stages.model.check import check_model_folder, pretrained_config, tied_weights
     from stages.model.config import published_generation_config
     from stages.model.notes import published_notes, tokenizer_notes
+    from stages.text.prompt import load_format
     from stages.text.tokens import TextTokenizer
 
     shards = published_shards(train)
@@ -53,12 +54,13 @@ def join(settings: Settings, train: Path, work: Path) -> StageResult:
     config = pretrained_config(train)
     config.dtype = "bfloat16" if settings.bf16 else "float32"
     tokenizer = TextTokenizer.load(train / TOKENIZER_FOLDER)
-    # The one that the documents ended with: generation stops where eval stops.
-    config.eos_token_id = tokenizer.eos
+    # What ended the answers in training: generation stops where eval stops.
+    end = load_format(work, tokenizer).end
+    config.eos_token_id = end
     config.save_pretrained(work)
     if (train / GENERATION_CONFIG_FILE).is_file():
-        write_json(work / GENERATION_CONFIG_FILE, published_generation_config(train, tokenizer.eos))
-    for line in published_notes(train, tokenizer):
+        write_json(work / GENERATION_CONFIG_FILE, published_generation_config(train, end))
+    for line in published_notes(train, tokenizer, end):
         print(f"note: {line}", flush=True)
     try:
         joined = backend.consolidate(

@@ -1,7 +1,7 @@
 """Turn a dataset's examples into packed sequences of token ids, and account for every token.
 
-Publishes train/ and validation/ (`datasets.load_from_disk` reads them), the tokenizer and the
-prompt template. PUSH_DATASET saves the sequences to S3 or the Hub too.
+Publishes train/ and validation/ (`datasets.load_from_disk` reads them), the tokenizer with a chat
+template, and the prompt's format. PUSH_DATASET saves the sequences to S3 or the Hub too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from stages.checks import require
 from stages.run.cli import stage_command
-from stages.run.layout import PROMPT_FILE, TOKENIZER_FOLDER
+from stages.run.layout import TOKENIZER_FOLDER
 from stages.run.progress import Progress, printable
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
@@ -34,46 +34,61 @@ def pack(settings: Settings, work: Path) -> StageResult:
     """Read, tokenise, split and pack DATASET into `work`; print the accounts and a sample."""
     from stages.model.notes import model_notes
     from stages.text.answer import encode_questions
+    from stages.text.chat_format import set_chat_template
+    from stages.text.choose_format import choose_format
+    from stages.text.columns import Columns
     from stages.text.dataset import Layout, build
-    from stages.text.examples import Columns, read_examples
+    from stages.text.examples import open_examples
     from stages.text.find_tokenizer import find_tokenizer
-    from stages.text.prompt import PromptTemplate
     from stages.text.questions import read_questions
 
     s = settings
     require(s, "data")
-    template, tokenizer = PromptTemplate(), find_tokenizer(s.model_id, s.model_revision)
-    for line in model_notes(s, tokenizer):
-        print(line, flush=True)
-    # eval's prompts are checked now, not after the training is paid for.
-    encode_questions(read_questions(s).questions, tokenizer, template, s.inference_sequence_length)
-    columns = Columns(s.instruction_column, s.context_column, s.response_column)
-    batches = read_examples(
+    tokenizer = find_tokenizer(s.model_id, s.model_revision)
+    dataset = open_examples(
         s.dataset,
-        columns=columns,
+        columns=Columns(
+            s.instruction_column, s.context_column, s.response_column, s.messages_column
+        ),
         revision=s.dataset_revision,
         config=s.dataset_config,
         split=s.dataset_split,
     )
+    prompt_format = choose_format(s, dataset.columns, tokenizer)
+    print(f"prompt format: {prompt_format.description()}", flush=True)
+    for line in model_notes(s, tokenizer, prompt_format.end):
+        print(line, flush=True)
+    # eval's prompts are checked now, not after the training is paid for.
+    questions = read_questions(s).questions
+    encode_questions(questions, tokenizer, prompt_format, s.inference_sequence_length)
     layout = Layout(s.max_length, packing=s.packing, overlong=s.overlong, loss_on=s.loss_on)
     account = build(
-        counted(batches),
+        counted(dataset.batches),
         tokenizer,
-        template,
+        prompt_format,
         output=work,
         layout=layout,
         validation_fraction=s.validation_fraction,
         seed=s.seed,
     )
+    set_chat_template(tokenizer, prompt_format.chat_template())
     tokenizer.save(work / TOKENIZER_FOLDER)
-    template.save(work / PROMPT_FILE)
+    prompt_format.save(work)
     print(
         f"a sample of {account.tokens_in:,} tokens:\n\n{printable(account.sample)}\n\n"
         f"{account.table()}",
         flush=True,
     )
+    for line in (*dataset.notes(), *prompt_format.notes()):
+        print(f"note: {printable(line)}", flush=True)
     return StageResult(
-        tokens=account.tokens_in, metrics={**account.figures(), "vocabulary": tokenizer.vocab_size}
+        tokens=account.tokens_in,
+        metrics={
+            "columns": dataset.columns.describe(),
+            "prompt_format": prompt_format.description(),
+            **account.figures(),
+            "vocabulary": tokenizer.vocab_size,
+        },
     )
 
 

@@ -17,7 +17,7 @@ from stages.run.progress import Progress, printable
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
 from stages.text.answer import Answer, Answerer, write_answers
-from stages.text.questions import Question, read_questions
+from stages.text.questions import question_of, read_questions
 
 SHOWN = 10  # printed answers; answers.jsonl has all
 
@@ -53,10 +53,9 @@ def main(
 
 def answer_one(settings: Settings, compiled: Path) -> None:
     """Stream the answer to PROMPT to the terminal."""
+    question = question_of(settings.prompt, settings.context)
     model = backend_module("generate", settings).load(compiled)
-    for piece in Answerer(compiled, model, settings).stream(
-        Question(settings.prompt, settings.context)
-    ):
+    for piece in Answerer(compiled, model, settings).stream(question):
         print(printable(piece), end="", flush=True)
     print(flush=True)
 
@@ -74,9 +73,8 @@ def answer_all(settings: Settings, compiled: Path) -> list[Answer]:
             answers.append(answer)
             progress.update(1)
     for answer in answers[:SHOWN]:
-        context = f"\n   ({answer.context})" if answer.context else ""
         cut = "" if answer.ended else " [cut]"
-        print(printable(f"\nQ: {answer.instruction}{context}\nA: {answer.answer}{cut}"), flush=True)
+        print(printable(f"\n{answer.question}\nA: {answer.answer}{cut}"), flush=True)
     if len(answers) > SHOWN:
         print(f"\n... {len(answers) - SHOWN} more in answers.jsonl", flush=True)
     return answers
@@ -84,10 +82,10 @@ def answer_all(settings: Settings, compiled: Path) -> list[Answer]:
 
 def exact_matches(answers: list[Answer]) -> dict[str, int]:
     """The number of answers that equal the expected text, and of those that have one."""
-    judged = [answer for answer in answers if answer.expected is not None]
+    judged = [answer for answer in answers if answer.question.expected is not None]
     if not judged:
         return {}
-    matches = sum(answer.answer == answer.expected for answer in judged)
+    matches = sum(answer.answer == answer.question.expected for answer in judged)
     print(f"\nexact matches: {matches} of {len(judged)}", flush=True)
     return {"exact_matches": matches, "judged": len(judged)}
 

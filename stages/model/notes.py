@@ -15,14 +15,14 @@ from stages.model.config import (
 from stages.model.files import CONFIG_FILES
 from stages.model.location import local_model
 from stages.run.errors import InputError, StageFailure
-from stages.run.layout import CONFIG_FILE, GENERATION_CONFIG_FILE, PROMPT_FILE
+from stages.run.layout import CONFIG_FILE, GENERATION_CONFIG_FILE
 from stages.run.settings import Settings
 from stages.text.tokens import TextTokenizer
 
 
-def model_notes(settings: Settings, tokenizer: TextTokenizer) -> list[str]:
+def model_notes(settings: Settings, tokenizer: TextTokenizer, end: int) -> list[str]:
     """The lines for MODEL_ID; fetches its configs where it is on the Hub. A config.json that cannot
-    be had or read is left to the stage that needs it."""
+    be had or read is left to the stage that needs it. `end`: the id that ends an answer."""
     try:
         folder = local_model(settings.model_id)
         if folder is None:
@@ -31,31 +31,30 @@ def model_notes(settings: Settings, tokenizer: TextTokenizer) -> list[str]:
             folder = download_files(settings.model_id, settings.model_revision, CONFIG_FILES)
         _, changes = translated_config(folder)
         lines = [f"{CONFIG_FILE}, {change}." for change in changes]
-        lines += published_notes(folder, tokenizer)
+        lines += published_notes(folder, tokenizer, end)
     except (InputError, StageFailure):
         return []
     return [f"note: MODEL_ID={settings.model_id}: {line}" for line in lines]
 
 
-def published_notes(folder: Path, tokenizer: TextTokenizer) -> Iterator[str]:
+def published_notes(folder: Path, tokenizer: TextTokenizer, end: int) -> Iterator[str]:
     """Where the model that is published behaves in another way than its base in `folder`: the end
-    of an answer, settings of generation, and the format of a question.
+    of an answer and settings of generation.
 
     Raises StageFailure where a config is damaged.
     """
-    eos = tokenizer.eos
     others = {
         name: ids
         for name, ids in _ends(folder).items()
-        if ids != [eos] and (ids or name == CONFIG_FILE)
+        if ids != [end] and (ids or name == CONFIG_FILE)
     }
     if others:
         says = " and ".join(
             f"{name} ends an answer at {_shown(ids, tokenizer)}" for name, ids in others.items()
         )
         yield (
-            f"{says}; the tokenizer's EOS is {_shown([eos], tokenizer)}. The model is trained to "
-            f"end at {eos}, and the published files name only that."
+            f"{says}. The model is trained to end one at {_shown([end], tokenizer)}, and the "
+            "published files name only that."
         )
     if (folder / GENERATION_CONFIG_FILE).is_file():
         others = {
@@ -71,13 +70,6 @@ def published_notes(folder: Path, tokenizer: TextTokenizer) -> Iterator[str]:
                 f"{GENERATION_CONFIG_FILE} has {settings}. eval does not apply that, and the "
                 "published file does not have it: plain transformers answers as eval does."
             )
-    if tokenizer.has_chat_template:
-        yield (
-            "the tokenizer has a chat template, and the model is trained in the format of "
-            f"{PROMPT_FILE}. A server that applies the template (chat completions) asks the model "
-            f"in other words than it was trained with: send it text in the format of {PROMPT_FILE} "
-            "(completions)."
-        )
 
 
 def tokenizer_notes(folder: Path, tokenizer: TextTokenizer) -> Iterator[str]:
@@ -85,7 +77,8 @@ def tokenizer_notes(folder: Path, tokenizer: TextTokenizer) -> Iterator[str]:
     training and eval do: its classes differ in which of two contradicting settings they follow."""
     from transformers import AutoTokenizer
 
-    ours, word = tokenizer.encode_prompt("a"), "AutoTokenizer"
+    [first], word = tokenizer.encode_after([""], ["a"]), "AutoTokenizer"
+    ours = [*tokenizer.bos, *(first.ids or ())]
     try:
         theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)("a").input_ids
     except Exception as error:  # its classes raise anything

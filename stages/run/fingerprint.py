@@ -102,7 +102,7 @@ def _modules_used(tree: ast.Module, backend: str) -> list[str]:
             names.append(f"stages.backends.{backend}.{ast.literal_eval(node.args[0])}")
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             # A module that is started as a process: `python -m stages.backends.torch.worker`.
-            names += [node.value] if node.value.startswith("stages.backends.") else []
+            names += [node.value] if node.value.startswith("stages.") else []
     return [
         name.replace(".", "/") + ".py"
         for name in names

@@ -193,7 +193,7 @@ def _values(
     for name in settings.path_settings():
         # Only the content of DATASET=folder/rows.jsonl counts, not where the file is or its name.
         path = Path(str(values.get(name)))
-        if name not in values or not path.exists():
+        if not values.get(name) or not path.exists():
             continue
         files = _model_files(stage, path) if name == "MODEL_ID" else None
         signatures[name] = digests.signature(path, files)

@@ -34,13 +34,15 @@ def setting(
     path: bool = False,
     check: Callable[[str], object] | None = None,
     on_or_off: str = "",
+    may_be_empty: bool = False,
 ) -> Any:
     """A field of `Settings`. `stages` names those whose output it changes; "" is for none.
     `on_or_off` names those that change only between 0 and any other value.
 
     `least` and `most` are inclusive bounds (MOST_WHOLE where a whole number has no `most`), `above`
     and `below` exclusive ones. `path` marks a value that may name a local file or folder: its
-    content, not its name, then makes a stage stale. `check` raises InputError for a bad value.
+    content, not its name, then makes a stage stale. `may_be_empty`: the empty text has a meaning.
+    `check` raises InputError for a bad value.
     """
     unknown = {*stages.split(), *on_or_off.split()} - set(STAGES)
     assert not unknown, f"not stages: {unknown}"
@@ -52,6 +54,7 @@ def setting(
         "choices": choices,
         "path": path,
         "check": check,
+        "may_be_empty": may_be_empty,
     }
     return field(
         default=default,
@@ -99,7 +102,7 @@ def parse(f: Field[Any], text: str) -> Any:
         if (
             f.default != ""
             and not (text.strip() if facts["path"] else text)
-            and name != "CONTEXT_COLUMN"
+            and not facts["may_be_empty"]
         ):
             raise InputError(f"{name} is empty. Leave it out for the default, {f.default}.")
         if facts["check"]:

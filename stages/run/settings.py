@@ -107,9 +107,48 @@ class Settings:
         "", "Configuration of DATASET on the Hub; empty where it has only one.", "data"
     )
     dataset_split: str = setting("train", "Split of DATASET.", "data")
-    instruction_column: str = setting("instruction", "Column of the instruction.", "data")
-    context_column: str = setting("context", "Column of the context; empty for none.", "data")
-    response_column: str = setting("response", "Column of the response.", "data")
+    messages_column: str = setting(
+        "auto",
+        "Column of conversations; auto: found by its name (messages, conversations).",
+        "data",
+    )
+    instruction_column: str = setting(
+        "auto",
+        "Column of the instruction; auto: found by its name (instruction, prompt, question); empty "
+        "for texts without one.",
+        "data",
+        may_be_empty=True,
+    )
+    context_column: str = setting(
+        "auto",
+        "Column of the context; auto: found by its name (context, input); empty for none.",
+        "data",
+        may_be_empty=True,
+    )
+    response_column: str = setting(
+        "auto",
+        "Column of the response; auto: found by its name (response, output, completion, answer).",
+        "data",
+    )
+    prompt_format: str = setting(
+        "auto",
+        "How prompts are written: as in the Dolly tutorial, by the model's chat template, or by "
+        "the file PROMPT_TEMPLATE; auto: chat for conversations if the model has a template.",
+        "data",
+        choices=("auto", "dolly", "chat", "file"),
+    )
+    prompt_template: str = setting(
+        "",
+        "File with the text of a prompt, which names {instruction}, {context} and {response}.",
+        "data",
+        path=True,
+    )
+    chat_template: str = setting(
+        "",
+        "File with a chat template (Jinja), in place of the model's.",
+        "data",
+        path=True,
+    )
     max_length: int = setting(
         2048,
         "Length of a packed sequence.",
@@ -135,7 +174,7 @@ class Settings:
     )
     loss_on: str = setting(
         "all",
-        "Tokens that the loss counts: all, or only the response's.",
+        "Tokens that the loss counts: all, or only those of responses.",
         "data",
         choices=("all", "response"),
     )
@@ -292,11 +331,16 @@ class Settings:
     )
 
     # Answers.
-    prompt: str = setting("", 'One instruction to answer: `make eval PROMPT="..."`.')
+    prompt: str = setting(
+        "",
+        'One instruction to answer: `make eval PROMPT="..."`; or a conversation as JSON, '
+        '`[{"role": "user", "content": "..."}]`.',
+    )
     context: str = setting("", "Context of PROMPT.")
     prompts: str = setting(
         "data/demo/prompts.jsonl",
-        "File of prompts that eval answers, with DATASET's columns; any format of DATASET's.",
+        "File of prompts that eval answers: instructions or conversations, in any format of "
+        "DATASET's.",
         "eval",
         path=True,
     )
@@ -374,6 +418,19 @@ class Settings:
             problems.append(
                 f"PUSH_DATASET={self.push_dataset} would overwrite DATASET={self.dataset}. Name "
                 "another place."
+            )
+        if self.messages_column != "auto" and {self.instruction_column, self.response_column} != {
+            "auto"
+        }:
+            problems.append(
+                f"MESSAGES_COLUMN={self.messages_column} holds questions and answers, and "
+                f"INSTRUCTION_COLUMN={self.instruction_column} and RESPONSE_COLUMN="
+                f"{self.response_column} name them too. Set one or the other."
+            )
+        if self.instruction_column == "" and self.response_column == "auto":
+            problems.append(
+                "INSTRUCTION_COLUMN is empty, for texts without an instruction. Set "
+                "RESPONSE_COLUMN to the column of the texts."
             )
         if self.max_steps == 0:
             problems.append(

@@ -32,7 +32,10 @@ class Accounting:
     duplicate: int = 0  # documents with the text of an earlier one; kept
     # Documents in which a token would have spanned the prompt and the response.
     split_again: int = 0
+    apart: int = 0  # documents beyond one per example: answers that have one of their own
+    unanswered: int = 0  # messages after the last answer; left out
     tokens_in: int = 0
+    roles: dict[str, int] = field(default_factory=dict)  # tokens in, by the role of their message
     over_long: int = 0  # documents longer than max_length
     dropped: int = 0  # over-long documents that were left out
     cut_tokens: int = 0  # tokens cut off over-long documents
@@ -62,7 +65,7 @@ class Accounting:
         splits = self.splits.values()
         sums = {
             "examples in": (
-                self.rows_in,
+                self.rows_in + self.apart,
                 self.empty + self.dropped + sum(split.documents for split in splits),
             ),
             "tokens in": (
@@ -72,6 +75,8 @@ class Accounting:
                 + sum(split.documents_tokens for split in splits),
             ),
         }
+        if self.roles:
+            sums["tokens by role"] = (self.tokens_in, sum(self.roles.values()))
         for name, split in self.splits.items():
             sums[f"{name}'s tokens"] = (split.documents_tokens, split.packed + split.left_over)
             sums[f"{name}'s sequence tokens"] = (
@@ -93,7 +98,7 @@ class Accounting:
             )
 
     def table(self) -> str:
-        """The accounts as a table of 17 lines."""
+        """The accounts as a table."""
         train, validation = self.train, self.validation
         lines = [
             ("examples in", self.rows_in, ""),
@@ -108,7 +113,11 @@ class Accounting:
                 self.split_again,
                 "a token would span prompt and response",
             ),
+            *[("  among them one per answer", self.apart, "more than examples")] * bool(self.apart),
+            *[("messages after the last answer", self.unanswered, "left out")]
+            * bool(self.unanswered),
             ("tokens in", self.tokens_in, ""),
+            *((f"  of {role}", count, "") for role, count in self.roles.items() if count),
             ("  cut off over-long documents", self.cut_tokens, ""),
             ("  of dropped documents", self.dropped_tokens, ""),
             ("  left over after last sequence", train.left_over + validation.left_over, ""),

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.run.errors import refuse
 from stages.run.settings import Settings
-from stages.text.prompt import PromptTemplate
+from stages.text.pieces import encode_pieces
+from stages.text.prompt import PromptFormat, load_format
 from stages.text.questions import Question, first_problems
 from stages.text.tokens import TextTokenizer
 
@@ -24,25 +25,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """One line of answers.jsonl. `ended`: the model gave EOS; False when MAX_NEW_TOKENS or the
-    compiled length cut the answer off."""
+    """`ended`: the model ended it; False when MAX_NEW_TOKENS or the compiled length cut it off."""
 
-    instruction: str
-    context: str
+    question: Question
     answer: str
     tokens: int
     ended: bool
-    expected: str | None = None
+
+    def as_object(self) -> dict[str, Any]:
+        """One line of answers.jsonl."""
+        return {
+            **self.question.as_object(),
+            "answer": self.answer,
+            "tokens": self.tokens,
+            "ended": self.ended,
+            "expected": self.question.expected,
+        }
 
 
 class Answerer:
-    """A compiled model with the tokenizer and the prompt template in its folder."""
+    """A compiled model with the tokenizer and the prompt's format in its folder."""
 
     def __init__(self, compiled: Path, model: LoadedModel, settings: Settings):
         self.model = model
         self.settings = settings
-        self.template = PromptTemplate.load(compiled)
         self.tokenizer = TextTokenizer.load(compiled)
+        self.format = load_format(compiled, self.tokenizer)
 
     def stream(self, question: Question) -> Iterator[str]:
         """The answer to one question, piece by piece; each piece ends with a complete
@@ -53,12 +61,12 @@ class Answerer:
             if new is None:
                 break
             ids.append(new)
-            text = self.tokenizer.decode_answer(ids)
+            text = self._text(ids)
             # A character of several bytes that is incomplete decodes as the replacement character.
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):
                 yield text[len(shown) :]
                 shown = text
-        yield self.tokenizer.decode_answer(ids)[len(shown) :]
+        yield self._text(ids, whole=True)[len(shown) :]
 
     def answers(self, questions: list[Question]) -> Iterator[Answer]:
         """The answers in order, INFERENCE_BATCH_SIZE questions at a time. Raises InputError, before
@@ -74,21 +82,20 @@ class Answerer:
                         answer_ids.append(new)
             for question, prompt, answer_ids in zip(group, prompts, ids, strict=True):
                 room = min(self.settings.max_new_tokens, self.model.sequence_length - len(prompt))
-                text = self.tokenizer.decode_answer(answer_ids)
-                yield Answer(
-                    question.instruction,
-                    question.context,
-                    text,
-                    len(answer_ids),
-                    len(answer_ids) < room,
-                    question.expected,
-                )
+                text = self._text(answer_ids, whole=True)
+                yield Answer(question, text, len(answer_ids), len(answer_ids) < room)
 
     def encode(self, questions: list[Question]) -> list[list[int]]:
         """The prompts' ids; see `encode_questions`."""
-        return encode_questions(
-            questions, self.tokenizer, self.template, self.model.sequence_length
-        )
+        return encode_questions(questions, self.tokenizer, self.format, self.model.sequence_length)
+
+    def _text(self, ids: list[int], whole: bool = False) -> str:
+        """The answer that ids are; until it is `whole`, nothing of what may be the words with which
+        the template begins an answer."""
+        text, lead = self.tokenizer.decode_answer(ids), self.format.lead
+        if text.startswith(lead):
+            return text[len(lead) :]
+        return "" if lead.startswith(text) and not whole else text
 
     def _generate(self, prompts: list[list[int]], number: int) -> Iterator[list[int | None]]:
         s = self.settings
@@ -100,7 +107,7 @@ class Answerer:
             top_k=s.top_k,
             top_p=s.top_p,
             seed=s.seed,
-            eos_token_id=self.tokenizer.eos,
+            eos_token_id=self.format.end,
             number=number,
         )
 
@@ -108,19 +115,25 @@ class Answerer:
 def encode_questions(
     questions: list[Question],
     tokenizer: TextTokenizer,
-    template: PromptTemplate,
+    format: PromptFormat,
     sequence_length: int,
 ) -> list[list[int]]:
     """The ids of each question's prompt, for a model that is compiled for `sequence_length` tokens,
     prompt and answer together.
 
-    Raises InputError with the place of each question that is too long or cannot be encoded; names
+    Raises InputError with the place of each question that is too long or cannot be written; names
     the first ten and counts all.
     """
-    prompts = [template.prompt(question.instruction, question.context) for question in questions]
-    encoded, problems = [], []
-    for question, ids in zip(questions, tokenizer.encode_prompts(prompts), strict=True):
-        if ids is None:
+    written = format.prompts([question.messages for question in questions])
+    prompts = [one for one in written if not isinstance(one, str)]
+    encoded = iter(encode_pieces(prompts, tokenizer, format.starts_text))
+    found, problems = [], []
+    for question, prompt in zip(questions, written, strict=True):
+        runs = None if isinstance(prompt, str) else next(encoded)
+        ids = [id for run in runs or () for id in run.ids]
+        if isinstance(prompt, str):
+            problems.append(f"{question.place}: {prompt}")
+        elif runs is None:
             problems.append(
                 f"{question.place} contains the spelling of a control token, which this tokenizer "
                 "cannot encode as text. Remove it."
@@ -132,14 +145,14 @@ def encode_questions(
                 "INFERENCE_SEQUENCE_LENGTH."
             )
         else:
-            encoded.append(ids)
+            found.append(ids)
     refuse(first_problems(problems))
-    return encoded
+    return found
 
 
 def write_answers(path: Path, answers: list[Answer]) -> None:
     """answers.jsonl: one JSON object per answer."""
     path.write_text(
-        "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers),
+        "".join(json.dumps(answer.as_object(), ensure_ascii=False) + "\n" for answer in answers),
         encoding="utf-8",
     )

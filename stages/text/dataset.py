@@ -15,10 +15,12 @@ import numpy as np
 from stages.run.disk import disk_guard
 from stages.run.errors import InputError
 from stages.text.accounting import Accounting, SplitAccount
-from stages.text.documents import Documents, Encoded, digest, encode, held_out
+from stages.text.conversation import is_empty, until_last_answer
+from stages.text.documents import Documents, Encoded, encode, held_out
 from stages.text.examples import Example
 from stages.text.packing import Packing, best_fit, concat
-from stages.text.prompt import PromptTemplate
+from stages.text.pieces import ROLES
+from stages.text.prompt import PromptFormat
 from stages.text.sequences import bytes_of, save_sequences
 from stages.text.tokens import TextTokenizer
 
@@ -32,7 +34,7 @@ class Layout:
     `max_length`: tokens of a sequence. `packing`: best_fit cuts no document that fits a sequence;
     concat joins all and cuts at max_length. `overlong`: what best_fit does with a document longer
     than a sequence: truncate (its end, with EOS, is cut off), drop, or error; concat always cuts
-    documents. `loss_on`: all tokens, or response (and EOS).
+    documents. `loss_on`: all tokens, or response: those of answers and what ends them.
     """
 
     max_length: int
@@ -44,7 +46,7 @@ class Layout:
 def build(
     batches: Iterable[list[Example]],
     tokenizer: TextTokenizer,
-    template: PromptTemplate,
+    format: PromptFormat,
     *,
     output: Path,
     layout: Layout,
@@ -55,14 +57,14 @@ def build(
     `datasets.load_from_disk` reads both.
 
     Documents are held out before packing, by their text and `seed`. Examples with an empty
-    instruction or response are left out. Memory grows only by some 200 bytes per document. Raises
+    message are left out. Memory grows only by some 200 bytes per document. Raises
     InputError for examples that cannot be used and when no document remains to train on.
     """
     output.mkdir(parents=True, exist_ok=True)
     account = Accounting(layout.max_length)
     documents = Documents(output)
     try:
-        _tokenise(batches, tokenizer, template, seed, documents, account)
+        _tokenise(batches, tokenizer, format, seed, documents, account)
         kept = _fit(documents, layout, account)
         for_validation = held_out(documents.digests[kept], validation_fraction)
         chosen = {"train": kept[~for_validation], "validation": kept[for_validation]}
@@ -93,29 +95,26 @@ def build(
 def _tokenise(
     batches: Iterable[list[Example]],
     tokenizer: TextTokenizer,
-    template: PromptTemplate,
+    format: PromptFormat,
     seed: int,
     documents: Documents,
     account: Accounting,
 ) -> None:
     """Fill `documents`. The sample is the text with the greatest digest: in effect a random one,
     and the last that would be held out."""
-    greatest = -1
-    for batch, encoding in _encoding(_nonempty(batches, account), tokenizer, template):
-        texts = [
-            template.text(example.instruction, example.context, example.response)
-            for example in batch
-        ]
-        digests = [digest(text, seed) for text in texts]
-        if max(digests) > greatest:
-            greatest = max(digests)
-            account.sample = texts[digests.index(greatest)]
-        encoded = encoding.result()
+    greatest, roles = -1, np.zeros(len(ROLES), np.int64)
+    for encoded in _encoding(_nonempty(batches, account), tokenizer, format, seed):
+        if (digest := int(encoded.digests.max())) > greatest:
+            greatest, account.sample = digest, encoded.sample
         account.split_again += encoded.split_again
-        documents.append(encoded, digests)
+        account.apart += encoded.apart
+        roles += encoded.roles
+        documents.append(encoded)
     documents.close_input()
-    account.duplicate = len(documents.digests) - len(np.unique(documents.digests))
+    distinct = len(np.unique(documents.digests))
+    account.duplicate = len(documents.digests) - account.apart - distinct
     account.tokens_in = int(documents.lengths.sum())
+    account.roles = dict(zip(ROLES, roles.tolist(), strict=True))
     if not len(documents.lengths):
         raise InputError(
             f"None of the {account.rows_in:,} examples has both an instruction and a response."
@@ -123,11 +122,15 @@ def _tokenise(
 
 
 def _nonempty(batches: Iterable[list[Example]], account: Accounting) -> Iterator[list[Example]]:
-    """The batches without their empty examples, which are counted."""
+    """The batches without their empty examples, and without messages after the last answer; both
+    are counted."""
     for batch in batches:
-        nonempty = [
-            example for example in batch if example.instruction.strip() and example.response.strip()
-        ]
+        nonempty = []
+        for place, messages in batch:
+            answered = until_last_answer(messages)
+            if not is_empty(answered):
+                nonempty.append(Example(place, answered))
+                account.unanswered += len(messages) - len(answered)
         account.rows_in += len(batch)
         account.empty += len(batch) - len(nonempty)
         if nonempty:
@@ -135,21 +138,22 @@ def _nonempty(batches: Iterable[list[Example]], account: Accounting) -> Iterator
 
 
 def _encoding(
-    batches: Iterable[list[Example]], tokenizer: TextTokenizer, template: PromptTemplate
-) -> Iterator[tuple[list[Example], Future[Encoded]]]:
-    """Each batch with the future of its documents, two batches at a time.
+    batches: Iterable[list[Example]], tokenizer: TextTokenizer, format: PromptFormat, seed: int
+) -> Iterator[Encoded]:
+    """The documents of each batch, two batches at a time.
 
     The tokenizer releases the interpreter's lock, so reading and collecting overlap with it.
     """
     # Without this, tokenizers warns and uses one thread in a forked process.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    pending: deque[tuple[list[Example], Future[Encoded]]] = deque()
+    pending: deque[Future[Encoded]] = deque()
     with ThreadPoolExecutor(_BATCHES_AT_ONCE) as pool:
         for batch in batches:
-            pending.append((batch, pool.submit(encode, batch, tokenizer, template)))
+            pending.append(pool.submit(encode, batch, tokenizer, format, seed))
             if len(pending) > _BATCHES_AT_ONCE:
-                yield pending.popleft()
-        yield from pending
+                yield pending.popleft().result()
+        for future in pending:
+            yield future.result()
 
 
 def _fit(documents: Documents, layout: Layout, account: Accounting) -> np.ndarray:

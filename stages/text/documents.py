@@ -1,15 +1,14 @@
 """Documents: examples as token ids on the disk; only what packing needs of each is in memory.
 
-A document is BOS, the prompt and the response of an example, and EOS. Its ids go to an unnamed
-temporary file (int32), so memory grows by some 200 bytes per document, packing included, however
-long the documents are.
+A document is an example as its prompt format writes it. Its ids go to an unnamed temporary file
+(int32, with a bit that marks those of answers), so memory grows by some 200 bytes per document,
+packing included, however long the documents are.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain
@@ -18,74 +17,116 @@ from pathlib import Path
 import numpy as np
 
 from stages.run.errors import InputError, StageFailure
-from stages.text.examples import Example
-from stages.text.prompt import PromptTemplate
+from stages.text.examples import PROBLEMS_SHOWN, Example
+from stages.text.pieces import ROLES, Piece, Run, encode_pieces
+from stages.text.prompt import PromptFormat
 from stages.text.tokens import TextTokenizer
+
+# Set in the ids of tokens that the model is to say; no vocabulary has so many ids.
+ANSWER = np.int32(2**30)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The documents of one batch of examples. `ids`: int32, all documents end to end; `lengths`,
-    `prompt_lengths`: int64 per document."""
+    """The documents of one batch of examples. `ids`: int32, all documents end to end, those of
+    answers with the bit ANSWER; per document `lengths` and `prompt_lengths` (tokens before the
+    first answer), int64, and `digests`, uint64: equal for the documents of one conversation.
+
+    `roles`: tokens per role of ROLES. `apart`: documents beyond one per example. `sample`: the text
+    of the document with the greatest digest.
+    """
 
     ids: np.ndarray
     lengths: np.ndarray
     prompt_lengths: np.ndarray
+    digests: np.ndarray
+    roles: np.ndarray
     split_again: int
+    apart: int
+    sample: str
 
 
-def encode(examples: list[Example], tokenizer: TextTokenizer, template: PromptTemplate) -> Encoded:
-    """The ids of each example: BOS, prompt, response, EOS. Eval gives the model the same ids of a
-    prompt.
+def encode(
+    examples: list[Example], tokenizer: TextTokenizer, format: PromptFormat, seed: int = 0
+) -> Encoded:
+    """The documents of `examples` as ids. Eval gives the model the same ids of a prompt.
 
-    Raises InputError that names the examples whose text cannot be kept apart from control tokens or
-    from the prompt, and StageFailure if a document does not have exactly one BOS (where the
-    tokenizer has one) and one EOS.
+    Raises InputError that names the examples that the format cannot write, or whose text cannot be
+    kept apart from control tokens or from the prompt; and StageFailure if a document has other
+    control tokens than the format wrote.
     """
-    prompts = tokenizer.encode_prompts(
-        [template.prompt(example.instruction, example.context) for example in examples]
-    )
-    responses, split_again = tokenizer.encode_responses(
-        template.response, [example.response for example in examples]
-    )
-    failed = [
-        example.place
-        for example, *parts in zip(examples, prompts, responses, strict=True)
-        if None in parts
-    ]
-    if failed:
-        reason = (
-            "this tokenizer cannot encode the text without its control tokens, or the "
-            "response apart from the prompt. Remove the example."
+    written = format.documents([example.messages for example in examples])
+    documents = [one for made in written if not isinstance(made, str) for one in made]
+    encoded = iter(encode_pieces(documents, tokenizer, format.starts_text))
+    problems, runs, digests, texts = [], list[list[Run]](), [], []
+    for example, made in zip(examples, written, strict=True):
+        if isinstance(made, str):
+            problems.append(f"{example.place}: {made}")
+            continue
+        text = "".join(piece.text for piece in made[-1] if piece.control is None)
+        for pieces in made:
+            if (one := next(encoded)) is None:
+                problems.append(
+                    f"{example.place}: this tokenizer cannot encode the text without its control "
+                    "tokens, or an answer apart from its prompt. Remove the example."
+                )
+                continue
+            runs.append(one)
+            digests.append(digest(text, seed))
+            texts.append(pieces)
+    if problems:
+        more = len(problems) - PROBLEMS_SHOWN
+        raise InputError(
+            problems[:PROBLEMS_SHOWN] + [f"... and {more:,} more of this batch"] * (more > 0)
         )
-        raise InputError([f"{place}: {reason}" for place in failed[:10]])
-    eos = (tokenizer.eos,)
-    parts = [
-        part
-        for prompt, response in zip(prompts, responses, strict=True)
-        for part in (prompt, response, eos)
-        if part is not None
-    ]
-    sizes = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts)).reshape(-1, 3)
-    ids = np.fromiter(chain.from_iterable(parts), dtype=np.int32, count=int(sizes.sum()))
-    lengths = sizes.sum(axis=1)
-    _check_controls(ids, lengths, tokenizer)
-    return Encoded(ids, lengths, sizes[:, 0], split_again)
+    return _joined(runs, digests, texts, len(examples), tokenizer)
 
 
-def _check_controls(ids: np.ndarray, lengths: np.ndarray, tokenizer: TextTokenizer) -> None:
-    """Raise StageFailure unless each document has one BOS, one EOS and no other control token."""
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
+def _joined(
+    documents: list[list[Run]],
+    digests: list[int],
+    pieces: list[list[Piece]],
+    examples: int,
+    tokenizer: TextTokenizer,
+) -> Encoded:
+    runs = list(chain.from_iterable(documents))
+    sizes = np.fromiter((len(run.ids) for run in runs), np.int64, count=len(runs))
+    answers = np.fromiter((run.answer for run in runs), bool, count=len(runs))
+    roles = np.fromiter((ROLES.index(run.role) for run in runs), np.int64, count=len(runs))
+    counts = np.fromiter(map(len, documents), np.int64, count=len(documents))
+    ids = np.fromiter(
+        chain.from_iterable(run.ids for run in runs), np.int32, count=int(sizes.sum())
+    )
+    of_document = np.repeat(np.arange(len(documents)), counts)
+    lengths = np.bincount(of_document, sizes, len(documents)).astype(np.int64)
+    # Runs before the first answer of their document.
+    before = np.add.accumulate(answers) - np.repeat(
+        np.concatenate([[0], np.add.accumulate(np.bincount(of_document, answers))[:-1]]), counts
+    )
+    prompts = np.bincount(of_document, sizes * (before == 0), len(documents)).astype(np.int64)
+    _check_controls(ids, pieces, tokenizer)
+    greatest = max(range(len(digests)), key=digests.__getitem__)
+    return Encoded(
+        np.where(np.repeat(answers, sizes), ids | ANSWER, ids),
+        lengths,
+        prompts,
+        np.array(digests, np.uint64),
+        np.bincount(roles, sizes, len(ROLES)).astype(np.int64),
+        sum(run.split_again for run in runs),
+        len(documents) - examples,
+        "".join(piece.text for piece in pieces[greatest]),
+    )
+
+
+def _check_controls(ids: np.ndarray, pieces: list[list[Piece]], tokenizer: TextTokenizer) -> None:
+    """Raise StageFailure unless the control tokens are those that the format wrote, in order."""
     lookup = np.zeros(int(ids.max(initial=max(tokenizer.controls))) + 1, dtype=bool)
     lookup[list(tokenizer.controls)] = True
-    framed = (ids[ends - 1] == tokenizer.eos).all() and all(
-        (ids[starts + at] == id).all() for at, id in enumerate(tokenizer.bos)
-    )
-    if not framed or np.count_nonzero(lookup[ids]) != len(lengths) * (len(tokenizer.bos) + 1):
+    wanted = [piece.control for piece in chain.from_iterable(pieces) if piece.control is not None]
+    if not np.array_equal(ids[lookup[ids]], wanted):
         raise StageFailure(
-            "A document does not have exactly one BOS and one EOS. The tokenizer's tokenizer.json "
-            "contradicts itself."
+            "A document has other control tokens than its prompt format wrote. The tokenizer's "
+            "tokenizer.json contradicts itself."
         )
 
 
@@ -101,15 +142,9 @@ class Documents:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (`close` closes it)
         self._batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def append(self, encoded: Encoded, digests: Iterable[int]) -> None:
+    def append(self, encoded: Encoded) -> None:
         self._file.write(encoded.ids.data)
-        self._batches.append(
-            (
-                encoded.lengths,
-                encoded.prompt_lengths,
-                np.fromiter(digests, np.uint64, count=len(encoded.lengths)),
-            )
-        )
+        self._batches.append((encoded.lengths, encoded.prompt_lengths, encoded.digests))
 
     def close_input(self) -> None:
         """End the input: build the arrays and allow `read`."""
@@ -122,7 +157,7 @@ class Documents:
         self._offsets = (np.cumsum(self.lengths) - self.lengths).tolist()
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
-        """`length` ids of a document from its token `start`, int32.
+        """`length` ids of a document from its token `start`, int32, those of answers with ANSWER.
 
         A memory map is not used: its pages would count as memory of this process.
         """

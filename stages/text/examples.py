@@ -1,9 +1,9 @@
-"""Examples of a dataset in any format: instruction, context and response as checked text.
+"""Examples of a dataset in any format, as checked conversations.
 
-`read_examples` opens what DATASET names (a local file, a folder of files, a saved `datasets`
-folder, one of them on S3, or a dataset on the Hub) and yields batches of examples; only one batch
-is in memory. Problems are reported together, by file, line or row, and column. Only the standard
-library is imported unless the dataset needs more.
+`open_examples` opens what DATASET names (a local file, a folder of files, a saved `datasets`
+folder, one of them on S3, or a dataset on the Hub), finds its columns and yields batches of
+examples; only one batch is in memory. Problems are reported together, by file, line or row, and
+column. Only the standard library is imported unless the dataset needs more.
 """
 
 from __future__ import annotations
@@ -11,14 +11,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from stages.model.location import local_path
 from stages.run.errors import InputError
-from stages.run.layout import SEQUENCE_COLUMNS
 from stages.run.progress import printable
 from stages.text import formats
+from stages.text.columns import USUAL, Columns, find_columns
+from stages.text.conversation import (
+    Conversation,
+    Message,
+    read_conversation,
+    text_fault,
+)
 from stages.text.formats import FORMAT_NAMES, FORMATS, Problem, Record
 from stages.text.sources import Source, open_local
 
@@ -26,86 +32,110 @@ BATCH_EXAMPLES = 1000
 # A batch of long examples ends earlier: tokenising takes some hundred bytes per character.
 BATCH_CHARACTERS = 4 * 2**20
 PROBLEMS_SHOWN = 10
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of a dataset's columns. `context` and `response` are "" where the dataset has none."""
-
-    instruction: str = "instruction"
-    context: str = "context"
-    response: str = "response"
+# Records that are looked at for a context, which the first may lack.
+_LOOKED_AT = 100
 
 
 class Example(NamedTuple):
-    """The texts of one example, and its `place` for messages ("dolly.jsonl, line 3").
-
-    A null or absent context is "".
-    """
+    """One example as a conversation, and its `place` for messages ("dolly.jsonl, line 3")."""
 
     place: str
-    instruction: str
-    context: str
-    response: str
+    messages: Conversation
 
 
-def read_examples(
+@dataclass
+class Examples:
+    """An opened dataset. `columns` are those that are read, none of them AUTO; `unread`: names of
+    others, and of keys of messages, complete once `batches` has ended."""
+
+    columns: Columns
+    batches: Iterator[list[Example]]
+    unread: set[str]
+
+    def notes(self) -> list[str]:
+        """What is not read, once `batches` has ended."""
+        names = sorted(self.unread)
+        if not names:
+            return []
+        more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+        return [f"not read of DATASET: {', '.join(map(repr, names[:10]))}{more}."]
+
+
+def open_examples(
     dataset: str,
     *,
     revision: str = "",
     config: str = "",
     split: str = "train",
     columns: Columns | None = None,
-) -> Iterator[list[Example]]:
-    """Batches of at most 1,000 examples of `dataset`.
+) -> Examples:
+    """The examples of `dataset`, in batches of at most 1,000.
 
     `dataset`: a file of FORMATS, a folder of such files or a saved `datasets` folder, local or
     s3://, or a Hub id with `revision`, `config` and `split` (folders have a split too). Prints what
     is found out about its format. Blank lines are skipped; columns that are not named are ignored.
-    Raises InputError: at once for a dataset that
-    cannot be opened or lacks a column; at the end for bad examples, of which it names the first
-    ten and counts all (nothing is yielded after the first); and for a dataset without examples.
+    Raises InputError: at once for a dataset that cannot be opened, has no examples or lacks a
+    column; at the end for bad examples, of which it names the first ten and counts all (nothing is
+    yielded after the first).
     """
     columns = columns or Columns()
-    source = open_dataset(
-        dataset,
-        revision,
-        config,
-        split,
-        [name for name in (columns.instruction, columns.context, columns.response) if name],
-    )
+    source = open_dataset(dataset, revision, config, split, sorted(columns.wanted))
     if config and (dataset.startswith("s3://") or os.path.lexists(dataset)):
         print(f"DATASET_CONFIG={printable(config)}: not read, because only the Hub has them")
     for note in source.notes:
         print(f"DATASET={printable(dataset)}: {printable(note)}", flush=True)
+    records = source.read()
+    first = list(islice(records, _LOOKED_AT)) if source.columns is None else []
+    place, existing = _existing(source, first, columns)
+    if existing is None:  # no record can be read: the batches report it
+        found = Columns("", "", "", "")
+    else:
+        found = find_columns(place, existing, columns)
+        print(f"DATASET={printable(dataset)}: {printable(found.describe())}", flush=True)
+    unread = {str(name) for name in source.columns or ()} - {*found.named}
+    batches = _batches(source.name, chain(first, records), found, unread)
+    return Examples(found, batches, unread)
+
+
+def _existing(
+    source: Source, first: list[tuple[str, Record]], columns: Columns
+) -> tuple[str, list[str] | None]:
+    """The names of the columns, and the place that shows them: the dataset, or its first record."""
     if source.columns is not None:
-        _require(
-            source.name,
-            source.columns,
-            columns.instruction,
-            columns.response,
-            context=columns.context,
-        )
-    return _batches(source, columns)
+        return source.name, source.columns
+    if not first:
+        raise _no_examples(source.name)
+    place, record = first[0]
+    if isinstance(record, Problem):
+        return place, None
+    records = (later for _, later in first if not isinstance(later, Problem))
+    names = {*USUAL["context"], columns.context.lower()}
+    contexts = {name for later in records for name in later if name.lower() in names}
+    return place, [*record, *sorted(contexts - {*record})]
 
 
-def _batches(source: Source, columns: Columns) -> Iterator[list[Example]]:
+def _no_examples(name: str) -> InputError:
+    return InputError(f"{name} has no examples. Check that DATASET names the right file or split.")
+
+
+def _batches(
+    name: str,
+    records: Iterator[tuple[str, Record]],
+    columns: Columns,
+    unread: set[str],
+) -> Iterator[list[Example]]:
     batch: list[Example] = []
     problems: list[str] = []
     examples = bad = characters = 0
-    context_seen = not columns.context
-    for place, record in source.read():
-        if not examples and source.columns is None and isinstance(record, dict):
-            _require(place, list(record), columns.instruction, columns.response)
+    for place, record in records:
         examples += 1
-        example = _example(place, record, columns)
+        example = _example(place, record, columns, unread)
         if isinstance(example, list):
             bad += 1
             problems += example[: PROBLEMS_SHOWN - len(problems)]
         elif not bad:
             batch.append(example)
-            characters += len(example.instruction) + len(example.context) + len(example.response)
-            context_seen = context_seen or columns.context in record
+            characters += sum(len(one.content) + len(one.context) for one in example.messages)
             if len(batch) == BATCH_EXAMPLES or characters >= BATCH_CHARACTERS:
                 yield batch
                 batch, characters = [], 0
@@ -117,75 +147,53 @@ def _batches(source: Source, columns: Columns) -> Iterator[list[Example]]:
     if problems:
         raise InputError(problems)
     if not examples:
-        raise InputError(
-            f"{source.name} has no examples. Check that DATASET names the right file or split."
-        )
-    if not context_seen:
-        raise InputError(
-            f"{source.name}: no example has the column {columns.context!r}. Set CONTEXT_COLUMN "
-            "to its name, or to nothing if there is none."
-        )
+        raise _no_examples(name)
     if batch:
         yield batch
 
 
-def _require(
-    place: str, existing: list[str], instruction: str, response: str, context: str = ""
-) -> None:
-    """Raise InputError with each missing column, the closest name, and the existing columns."""
-    if set(SEQUENCE_COLUMNS) <= set(existing) and instruction not in existing:
-        raise InputError(
-            f"{place} holds packed sequences, which a data stage published, and no examples. Set "
-            "DATASET to what it was made from."
-        )
-    problems = []
-    for setting, name in (
-        ("INSTRUCTION_COLUMN", instruction),
-        ("CONTEXT_COLUMN", context),
-        ("RESPONSE_COLUMN", response),
-    ):
-        if name and name not in existing:
-            near = get_close_matches(name, existing, n=1)
-            hint = f" Did you mean {near[0][:60]!r}?" if near else ""
-            have = (
-                f"it has {', '.join(repr(column[:60]) for column in existing[:20])}"
-                if existing
-                else "it has no columns"
-            )
-            none = ", or to nothing if there is none" if name == context else ""
-            problems.append(
-                f"{place}: there is no column {name!r}; {have}.{hint} Set {setting} to its "
-                f"name{none}."
-            )
-        elif name and existing.count(name) > 1:
-            problems.append(
-                f"{place}: {existing.count(name)} columns are called {name!r}. Rename all but one."
-            )
-    if problems:
-        raise InputError(problems)
-
-
-def _example(place: str, record: Record, columns: Columns) -> Example | list[str]:
+def _example(place: str, record: Record, columns: Columns, unread: set[str]) -> Example | list[str]:
     """The record as an example, or its problems."""
     if isinstance(record, Problem):
         return [f"{place} {record}"]
+    if len(record) > len(columns.named):
+        unread.update(name for name in map(str, record) if name not in columns.named)
+    if columns.messages:
+        name = columns.messages
+        value, present = record.get(name), name in record
+        if value is None:
+            return [f"{place}, column {name!r} {fault(value, present)}"]
+        messages = read_conversation(value, unread)
+        if isinstance(messages, str):
+            return [f"{place}, column {name!r} {messages}"]
+    else:
+        texts, problems = _texts(place, record, columns)
+        if problems:
+            return problems
+        instruction, context, response = texts
+        asked = (Message("user", instruction, context),) if columns.instruction else ()
+        messages = (*asked, Message("assistant", response))
+    if sum(len(one.content) + len(one.context) for one in messages) > formats.MAX_EXAMPLE_BYTES:
+        return [f"{place} {formats.TOO_LONG}"]
+    return Example(place, messages)
+
+
+def _texts(place: str, record: dict[str, Any], columns: Columns) -> tuple[list[str], list[str]]:
+    """Instruction, context and response of a record, and their problems."""
     texts: list[str] = []
     problems = []
     for name, required in (
         (columns.instruction, True),
         (columns.context, False),
-        (columns.response, bool(columns.response)),
+        (columns.response, True),
     ):
         text: Any = record.get(name) if name else ""
         if not required and (text is None or text != text):  # null, or pandas' NaN
             text = ""
-        problem = fault(text, name in record)
-        if problem:
+        if problem := fault(text, name in record):
             problems.append(f"{place}, column {name!r} {problem}")
         texts.append(text)
-    if not problems and sum(map(len, texts)) > formats.MAX_EXAMPLE_BYTES:
-        problems.append(f"{place} {formats.TOO_LONG}")
-    return problems or Example(place, *texts)
+    return texts, problems
 
 
 def fault(text: object, present: bool) -> str:
@@ -198,15 +206,7 @@ def fault(text: object, present: bool) -> str:
             f"is {shown if len(shown) <= 40 else shown[:40] + '...'}, of type "
             f"{type(text).__name__}: it must be text."
         )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = (
-            f"character {error.start + 1} is U+{ord(text[error.start]):04X}, half of a "
-            "surrogate pair"
-        )
-        return f"is not text: {half}. Write the character itself."
-    return ""
+    return text_fault(text)
 
 
 def open_dataset(

@@ -1,37 +1,54 @@
-"""The file PROMPTS: the questions that eval answers, in DATASET's columns.
+"""The questions that eval answers: those of the file PROMPTS, or PROMPT.
 
 Standard library only, so that make can check the file before anything runs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stages.run.errors import InputError
 from stages.run.settings import Settings
+from stages.text.columns import AUTO, Columns, find_columns
+from stages.text.conversation import (
+    Conversation,
+    Message,
+    from_json,
+    read_conversation,
+)
 from stages.text.examples import PROBLEMS_SHOWN, fault
-from stages.text.formats import FORMAT_NAMES, Problem, Record
+from stages.text.formats import FORMAT_NAMES, Problem
 from stages.text.sources import open_local
 
 
 @dataclass(frozen=True)
 class Question:
-    """One example of PROMPTS. `place` names it in messages; `expected` is its response, None if it
-    has none."""
+    """A conversation that ends with what is asked. `place` names it in messages; `expected` is the
+    answer that it should get, None if it has none."""
 
-    instruction: str
-    context: str = ""
+    messages: Conversation
     expected: str | None = None
     place: str = field(default="PROMPT", compare=False)
+
+    def __str__(self) -> str:
+        """The question as the screen shows it: what was asked last."""
+        *_, last = self.messages
+        context = f"\n   ({last.context})" if last.context else ""
+        return f"Q: {last.content}{context}"
+
+    def as_object(self) -> dict[str, Any]:
+        """The question as answers.jsonl has it: instruction and context, or the messages."""
+        if len(self.messages) == 1 and self.messages[0].role == "user":
+            return {"instruction": self.messages[0].content, "context": self.messages[0].context}
+        return {"messages": [{"role": one.role, "content": one.content} for one in self.messages]}
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What PROMPTS holds. `unread`: names of its columns that no setting names. `notes`: what was
-    found out about its format."""
+    """What PROMPTS holds. `unread`: names of its columns that are not read. `notes`: what was found
+    out about its format."""
 
     questions: list[Question]
     unread: list[str]
@@ -41,44 +58,67 @@ class Questions:
         """What of the file is not read, and how it is read, as a line; empty for nothing."""
         notes = list(self.notes)
         if self.unread:
-            notes.append(
-                f"not read: {', '.join(map(repr, self.unread[:10]))} "
-                f"(INSTRUCTION_COLUMN={settings.instruction_column}, CONTEXT_COLUMN="
-                f"{settings.context_column}, RESPONSE_COLUMN={settings.response_column})"
-            )
+            notes.append(f"not read: {', '.join(map(repr, self.unread[:10]))}")
         return f"PROMPTS={settings.prompts}: {'; '.join(notes)}" if notes else ""
 
 
+def question_of(text: str, context: str = "") -> Question:
+    """The question that PROMPT holds: one instruction, or a conversation as JSON."""
+    value = from_json(text)
+    if isinstance(value, str):
+        return Question((Message("user", text, context),))
+    messages = read_conversation(value, set())
+    problem = messages if isinstance(messages, str) else _unasked(messages)
+    if context and not problem:
+        problem = "has a CONTEXT, which belongs to one instruction. Write it into a message."
+    if problem:
+        raise InputError(f"PROMPT {problem}")
+    return Question(messages)  # type: ignore[arg-type]  # a text is a problem
+
+
 def read_questions(settings: Settings) -> Questions:
-    """The questions in PROMPTS, a file of any format that DATASET may have. Only the instruction is
-    required.
+    """The questions in PROMPTS, a file of any format that DATASET may have: instructions, or
+    conversations whose last answer is the expected one.
 
     Raises InputError for a file that cannot be read and for records that are no questions: names
     the first ten and counts all.
     """
     path = Path(settings.prompts)
-    wanted = f"with {settings.instruction_column!r} in each"
     if not path.is_file():
-        raise InputError(f"PROMPTS={path} is not a file. Name one ({FORMAT_NAMES}) {wanted}.")
-    columns = [settings.instruction_column, settings.context_column, settings.response_column]
-    source = open_local(path, "train", [name for name in columns if name])
-    questions, problems = [], []
-    seen = dict.fromkeys(source.columns or ())
-    for place, record in source.read():
-        question = _question(place, record, columns)
-        seen |= {} if isinstance(record, Problem) else dict.fromkeys(record)
-        if isinstance(question, Question):
-            questions.append(question)
-        else:
-            problems.append(question)
+        raise InputError(
+            f"PROMPTS={path} is not a file. Name one ({FORMAT_NAMES}) with an instruction or a "
+            "conversation in each example."
+        )
+    named = Columns(
+        settings.instruction_column or AUTO,
+        settings.context_column,
+        settings.response_column,
+        settings.messages_column,
+    )
+    source = open_local(path, "train", sorted(named.wanted | Columns().wanted))
+    records = list(source.read())
+    read = [record for _, record in records if not isinstance(record, Problem)]
+    existing = source.columns or list(dict.fromkeys(name for record in read for name in record))
+    columns = Columns("", "", "", "")
+    if read:
+        columns = find_columns(f"PROMPTS={path}", existing, _of(named, existing), answered=False)
+    made = [
+        f"{place} {record}" if isinstance(record, Problem) else _question(place, record, columns)
+        for place, record in records
+    ]
+    questions = [one for one in made if isinstance(one, Question)]
+    problems = [one for one in made if isinstance(one, str)]
     if not questions and not problems:
-        problems.append(f"PROMPTS={path} holds no prompt. Write one object per line, {wanted}.")
+        problems.append(f"PROMPTS={path} holds no prompt. Write one object per line.")
     if problems:
-        problems = first_problems(problems)
-        if seen and settings.instruction_column not in seen:
-            problems = [_no_column(path, settings, list(seen)), *problems[:1]]
-        raise InputError(problems)
-    return Questions(questions, [name for name in seen if name not in columns], source.notes)
+        raise InputError(first_problems(problems))
+    unread = [name for name in existing if name not in columns.named]
+    return Questions(questions, unread, source.notes)
+
+
+def _of(named: Columns, existing: list[str]) -> Columns:
+    """The columns that the settings name for DATASET, as far as PROMPTS has them."""
+    return Columns(*(name if name in ("", *existing) else AUTO for name in astuple(named)))
 
 
 def first_problems(problems: list[str]) -> list[str]:
@@ -89,30 +129,42 @@ def first_problems(problems: list[str]) -> list[str]:
     return [*problems[:PROBLEMS_SHOWN], count]
 
 
-def _no_column(path: Path, settings: Settings, columns: list[str]) -> str:
-    near = get_close_matches(settings.instruction_column, columns, n=1)
-    hint = f" Did you mean {near[0][:60]!r}?" if near else ""
-    return (
-        f"PROMPTS={path} has no column {settings.instruction_column!r}, which INSTRUCTION_COLUMN "
-        f"names; it has {', '.join(repr(name[:60]) for name in columns[:20]) or 'none'}.{hint} "
-        "Name a file with DATASET's columns in PROMPTS."
-    )
-
-
-def _question(place: str, record: Record, columns: list[str]) -> Question | str:
+def _question(place: str, record: dict[str, Any], columns: Columns) -> Question | str:
     """The record as a question, or its problem."""
-    if isinstance(record, Problem):
-        return f"{place} {record}"
-    instruction: Any
-    instruction, context, expected = (record.get(name) if name else None for name in columns)
-    for name, text, required in zip(
-        columns, (instruction, context, expected), (True, False, False), strict=True
+    if columns.messages:
+        name = columns.messages
+        messages = read_conversation(record.get(name), set())
+        if isinstance(messages, str):
+            return f"{place}, column {name!r} {messages}"
+        expected = None
+        if messages and messages[-1].role == "assistant":
+            *asked, last = messages
+            messages, expected = tuple(asked), last.content
+        problem = _unasked(messages)
+        if problem:
+            return f"{place}, column {name!r} {problem}"
+        return Question(messages, expected, place)
+    texts: list[Any] = []
+    for name, required in (
+        (columns.instruction, True),
+        (columns.context, False),
+        (columns.response, False),
     ):
+        text: Any = record.get(name) if name else None
         absent = text is None or text != text  # null, or pandas' NaN
         if problem := fault(text, name in record) if required or not absent else "":
             return f"{place}, column {name!r} {problem}"
+        texts.append(None if absent else text)
+    instruction, context, expected = texts
     if not instruction.strip():
-        return f"{place}, column {columns[0]!r} is empty."
-    given = (value if isinstance(value, str) else None for value in (context, expected))
-    context, expected = given
-    return Question(instruction, context or "", expected, place)
+        return f"{place}, column {columns.instruction!r} is empty."
+    return Question((Message("user", instruction, context or ""),), expected, place)
+
+
+def _unasked(messages: Conversation) -> str:
+    """Why nothing is asked in a conversation, as the end of a sentence; "" where something is."""
+    if not messages or messages[-1].role not in ("user", "tool"):
+        return "asks nothing: its last message must be a user's, or an answer after it."
+    if any(message.is_empty for message in messages):
+        return "has a message without text."
+    return ""

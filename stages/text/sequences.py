@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from stages.run.layout import IGNORED_LABEL, SEQUENCE_COLUMNS
 from stages.text.accounting import SplitAccount
-from stages.text.documents import Documents
+from stages.text.documents import ANSWER, Documents
 from stages.text.packing import Packing
 
 _DATA_FILE = "data-00000-of-00001.arrow"
@@ -37,7 +37,7 @@ def save_sequences(
     what was written.
 
     Columns, each a fixed-size list of int32 [max_length]: `input_ids`, filled up with `pad`;
-    `labels`, IGNORED_LABEL on padding and, for the loss on the response, on prompts;
+    `labels`, IGNORED_LABEL on padding and, for the loss on the response, on all but answers;
     `position_ids`, from 0 for each segment and for the padding, so that zeros mark the borders.
     """
     folder.mkdir(parents=True)
@@ -76,7 +76,7 @@ def _filled(
     """Batches of sequences, int32 [columns, sequences, max_length]; counts them in `account`."""
     positions = np.arange(max_length, dtype=np.int32)
     batch_size = max(1, _BATCH_TOKENS // max_length)
-    numbers, prompts = chosen.tolist(), documents.prompt_lengths[chosen].tolist()
+    numbers = chosen.tolist()
     for begin in range(0, len(packing), batch_size):
         sequences = list(packing.sequences(begin, min(begin + batch_size, len(packing))))
         cells = np.empty((len(SEQUENCE_COLUMNS), len(sequences), max_length), dtype=np.int32)
@@ -84,10 +84,11 @@ def _filled(
             at = 0
             for document, start, length in segments:
                 end = at + length
-                ids[at:end] = labels[at:end] = documents.read(numbers[document], start, length)
+                marked = documents.read(numbers[document], start, length)
+                ids[at:end] = labels[at:end] = marked & ~ANSWER
                 position[at:end] = positions[:length]
                 if loss_on == "response":
-                    labels[at : at + min(max(prompts[document] - start, 0), length)] = IGNORED_LABEL
+                    labels[at:end][marked < ANSWER] = IGNORED_LABEL
                 at = end
             ids[at:], labels[at:], position[at:] = pad, IGNORED_LABEL, positions[: max_length - at]
             account.packed += at

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -27,12 +27,21 @@ from stages.run.layout import TOKENIZER_FILES
 _ANCHORS = ("\n", "a", ".", "0", " a", "\u4e2d")
 
 
+class Encoding(NamedTuple):
+    """The ids of a text, None where it cannot be encoded without control tokens; `split_again`:
+    whether a token would have spanned its border."""
+
+    ids: list[int] | None
+    split_again: bool
+
+
 class TextTokenizer:
     """A model's tokenizer. A document's ids are `bos` + prompt + response + `eos`.
 
-    `bos`: the ids that the tokenizer puts first, usually one or none. `eos`, `pad`: one
-    id each (`pad` is `eos` where the tokenizer has none). `controls`: ids that no text may produce,
-    which UNK is only where it is BOS or EOS.
+    `settings`: of tokenizer_config.json. `after_control`: the border of a text that follows a
+    control token. `bos`: the ids that the tokenizer puts first, usually one or none. `eos`, `pad`:
+    one id each (`pad` is `eos` where the tokenizer has none). `controls`: ids that no text may
+    produce, which UNK is only where it is BOS or EOS.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: dict[str, Any], files: dict[str, bytes]):
@@ -64,15 +73,19 @@ class TextTokenizer:
                 "The tokenizer puts tokens around a text that are not in its vocabulary. Correct "
                 "its tokenizer.json."
             )
+        continues = self._continues_after(spellings[self.eos])
         self._mark_spaces = _marks_spaces(tokenizer)
         if self._mark_spaces:
             tokenizer.normalizer = None  # `_encode` does its work
         self._spelling = re.compile(
             "|".join(map(re.escape, sorted(spellings.values(), key=len, reverse=True)))
         )
-        self.has_chat_template = bool(
-            settings.get("chat_template") or "chat_template.jinja" in files
-        )
+        self._ids = {spelling: id for id, spelling in spellings.items()}
+        added = tokenizer.get_added_tokens_decoder()
+        self._strips_left = {id for id in self.controls if id in added and added[id].lstrip}
+        self._strips_right = {id for id in self.controls if id in added and added[id].rstrip}
+        self.settings = settings
+        self.after_control = "\n" if continues else ""
         self._before_answer = self._reversible_anchor()
 
     @classmethod
@@ -127,54 +140,53 @@ class TextTokenizer:
         except (TypeError, OverflowError):  # an id from a config, which may be anything
             return None
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """BOS and the ids of a prompt: the start of a document in training, and the model's input
-        in answering."""
-        [ids] = self.encode_prompts([prompt])
-        if ids is None:
-            raise InputError(
-                "The prompt contains the spelling of a control token, which this tokenizer cannot "
-                "encode as text. Remove it."
-            )
-        return ids
+    def encode_after(self, borders: Sequence[str], texts: Sequence[str]) -> list[Encoding]:
+        """The ids of each text as it continues its border; an empty border is the start of a text.
 
-    def encode_prompts(self, prompts: Sequence[str]) -> list[list[int] | None]:
-        """`encode_prompt` of each; None for one with the spelling of a control token that cannot
-        be encoded as text."""
-        bos, encoded = list(self.bos), self._encode(prompts)
-        plain = [
-            ids if self.controls.isdisjoint(ids) else self._encode_as_text(text)
-            for text, ids in zip(prompts, encoded, strict=True)
-        ]
-        return [None if ids is None else bos + ids for ids in plain]
-
-    def encode_responses(
-        self, border: str, responses: Sequence[str]
-    ) -> tuple[list[list[int] | None], int]:
-        """The ids of each response as it continues a prompt that ends in `border`, None where that
-        is impossible; and how many responses were split again.
-
-        A response is encoded after `border`, whose ids are then removed, so that it does not get
-        the space that many tokenizers put before a text. Where a token would span the border (a
-        response that begins with white space), the prompt's ids would not be a prefix of the
-        document's: such a response is split again, which means encoded after another anchor.
+        A text is encoded after its border, whose ids are then removed, so that it does not get the
+        space that many tokenizers put before a text. Where a token would span both, the border's
+        ids would not be a prefix of the document's: the text is then split again, which means
+        encoded after another anchor.
         """
-        head = self._encode([border])[0]
-        encoded: list[list[int] | None] = []
-        split_again = 0
-        for response, ids in zip(
-            responses, self._encode([border + response for response in responses]), strict=True
+        heads = dict.fromkeys(borders)
+        heads.update(zip(heads, self._encode(list(heads)), strict=True))
+        encoded = []
+        for border, text, ids in zip(
+            borders,
+            texts,
+            self._encode([border + text for border, text in zip(borders, texts, strict=True)]),
+            strict=True,
         ):
+            head = heads[border] or []
             apart = ids[: len(head)] == head
-            split_again += not apart
             if apart and self.controls.isdisjoint(ids):
-                encoded.append(ids[len(head) :])
+                encoded.append(Encoding(ids[len(head) :], False))
             else:
-                encoded.append(self._encode_as_text(response, continues=True))
-        return encoded, split_again
+                as_text = self._encode_as_text(text, continues=bool(border))
+                encoded.append(Encoding(as_text, not apart))
+        return encoded
+
+    def spells_control(self, text: str) -> bool:
+        """Whether a text has the spelling of a control token in it."""
+        return self._spelling.search(text) is not None
+
+    def split(self, literal: str) -> Iterator[tuple[str, int | None]]:
+        """The parts of a template's own text: text, and control tokens with their ids. White space
+        beside a control token that takes it (Phi-3's) is gone."""
+        at, strip_next = 0, False
+        for match in [*self._spelling.finditer(literal), None]:
+            text = literal[at : match.start() if match else len(literal)]
+            text = text.lstrip() if strip_next else text
+            id = self._ids[match[0]] if match else None
+            text = text.rstrip() if id in self._strips_left else text
+            if text:
+                yield text, None
+            if match:
+                yield match[0], id
+                at, strip_next = match.end(), id in self._strips_right
 
     def decode_answer(self, ids: Sequence[int]) -> str:
-        """The text of ids that continue a prompt: what `encode_responses` made them from.
+        """The text of ids that continue a prompt: what `encode_after` made them from.
 
         The start of a text is decoded without its first space, so the ids are decoded after an
         anchor, as they were encoded after the prompt's border, and the anchor is cut off.
@@ -220,6 +232,16 @@ class TextTokenizer:
             if ids[: len(head)] == head:
                 return ids[len(head) :]
         return None
+
+    def _continues_after(self, control: str) -> bool:
+        """Whether text after a control token gets no space before it, which the start of a text
+        gets (Metaspace with prepend_scheme "first")."""
+        with _rust_errors("A text cannot be encoded with this tokenizer.json"):
+            self._tokenizer.encode_special_tokens = False
+            after = self._tokenizer.encode(f"{control}a", add_special_tokens=False).ids
+            self._tokenizer.encode_special_tokens = True
+            start = self._tokenizer.encode("a", add_special_tokens=False).ids
+        return after[:1] == [self.eos] and after[1:] != start
 
     def _reversible_anchor(self) -> tuple[str, list[int]]:
         """A text and its ids, after which ids are decoded to the text that they were encoded from;

@@ -1,0 +1,267 @@
+"""The format of a model's own chat template, or of the file CHAT_TEMPLATE.
+
+transformers renders it in a process of its own (render): a template is a program that comes with a
+model. Only the template's own text becomes control tokens; what a message spells stays text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from stages.run.errors import InputError
+from stages.run.json_file import write_json
+from stages.run.layout import PROMPT_FILE
+from stages.text.conversation import Conversation, Message, answers_of
+from stages.text.pieces import Piece
+from stages.text.tokens import TextTokenizer
+
+TEMPLATE_FILE = "chat_template.jinja"
+_CONFIG = "tokenizer_config.json"
+_MOST_SECONDS, _MOST_BYTES = 60, 2**30  # of a CPU for one request; of memory
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def chat_template_of(tokenizer: TextTokenizer) -> str:
+    """The chat template among a tokenizer's files, "" where there is none."""
+    if TEMPLATE_FILE in tokenizer.files:
+        return tokenizer.files[TEMPLATE_FILE].decode(errors="replace")
+    template = tokenizer.settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else ""
+
+
+def set_chat_template(tokenizer: TextTokenizer, template: str) -> None:
+    """Put a chat template where AutoTokenizer reads it, in place of any other."""
+    tokenizer.files[TEMPLATE_FILE] = template.encode()
+    config = json.loads(tokenizer.files.get(_CONFIG, b"{}"))
+    if config.pop("chat_template", None) is not None:
+        tokenizer.files[_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+
+
+class ChatFormat:
+    """See PromptFormat. The template is that of the tokenizer's files."""
+
+    starts_text = False
+
+    def __init__(self, tokenizer: TextTokenizer, end: int | None = None, lead: str = ""):
+        """`end` and `lead` are those of prompt.json; without them, an example shows them. Raises
+        InputError for a template that ends no answer."""
+        self._tokenizer, self._template = tokenizer, chat_template_of(tokenizer)
+        self._renderer = _Renderer(self._template, _special_tokens(tokenizer))
+        self._split = lru_cache(4096)(lambda text: list(tokenizer.split(text)))
+        self.end, self.lead = tokenizer.eos if end is None else end, lead
+        if end is None:
+            self.end, self.lead = self._example()
+
+    def documents(self, conversations: Sequence[Conversation]) -> list[list[list[Piece]] | str]:
+        return [
+            documents if isinstance(documents, str) else self._checked(messages, documents)
+            for messages, documents in zip(
+                conversations, self._rendered(conversations, ask=False), strict=True
+            )
+        ]
+
+    def prompts(self, conversations: Sequence[Conversation]) -> list[list[Piece] | str]:
+        return [
+            rendered if isinstance(rendered, str) else list(self._pieces(messages, rendered[0]))
+            for messages, rendered in zip(
+                conversations, self._rendered(conversations, ask=True), strict=True
+            )
+        ]
+
+    def chat_template(self) -> str:
+        """The template; where it writes the date of the day, with the date that was written."""
+        dates = self._renderer.dates
+        if not dates:
+            return self._template
+        return (
+            f"{{%- macro strftime_now(format) -%}}{{{{- {json.dumps(dates)}.get(format, '') -}}}}"
+            f"{{%- endmacro -%}}{self._template}"
+        )
+
+    def description(self) -> str:
+        return "chat"
+
+    def notes(self) -> list[str]:
+        """What of the template a user should know, once documents are rendered."""
+        notes = []
+        if dates := self._renderer.dates:
+            notes.append(
+                f"the chat template writes the date; it is published with "
+                f"{', '.join(map(repr, dates.values()))}, as the model is trained."
+            )
+        if self._tokenizer.bos and not self._begins_with_bos:
+            notes.append(
+                "the chat template writes no BOS, which the tokenizer puts before other texts: the "
+                "model is trained and asked without."
+            )
+        return notes
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / PROMPT_FILE, {"format": "chat", "end": self.end, "lead": self.lead})
+
+    def _example(self) -> tuple[int, str]:
+        """What ends an answer of a short conversation, and what begins it."""
+        messages = (Message("user", "a"), Message("assistant", "b"))
+        [documents] = self._rendered([messages], ask=False)
+        if isinstance(documents, str):
+            raise InputError(f"{documents}, for a short question and its answer. {_OTHER}")
+        pieces = list(self._pieces(messages, documents[0], end=None))
+        answer = [piece for piece in pieces if piece.answer]
+        self._begins_with_bos = [pieces[0].control] == [*self._tokenizer.bos][:1]
+        if [one.control for one in pieces[:2]] == 2 * [*self._tokenizer.bos][:1]:
+            raise InputError(f"the chat template writes BOS twice. {_OTHER}")
+        if not answer or answer[-1].control is None:
+            rest = pieces[-1].text if pieces else ""
+            raise InputError(
+                "the chat template ends an answer with no control token of the tokenizer, so that "
+                f"a model would not stop; after it stands {rest[:60]!r}. {_OTHER}"
+            )
+        said = [piece.role == "assistant" and not piece.literal for piece in answer].index(True)
+        return answer[-1].control, "".join(piece.text for piece in answer[:said])
+
+    def _rendered(
+        self, conversations: Sequence[Conversation], ask: bool
+    ) -> list[list[dict[str, Any]] | str]:
+        """What the renderer makes of each conversation; or why it makes nothing."""
+        request, problems = [], {}
+        for number, messages in enumerate(conversations):
+            # An answer without a question before it is part of the prompts after it.
+            answers = [at for at in answers_of(messages) if at]
+            if problem := self._problem(messages, answers, ask):
+                problems[number] = problem
+            else:
+                request.append(([_as_object(message) for message in messages], answers))
+        rendered = iter(self._renderer.ask(request, ask) if request else ())
+        return [
+            problems[number] if number in problems else next(rendered)
+            for number in range(len(conversations))
+        ]
+
+    def _problem(self, messages: Conversation, answers: list[int], ask: bool) -> str:
+        if not answers and not ask:
+            return "no answer follows a question."
+        for number, message in enumerate(messages, start=1):
+            if message.extra and self._tokenizer.spells_control(
+                json.dumps(message.extra, ensure_ascii=False)
+            ):
+                return (
+                    f"message {number} spells a control token in {', '.join(message.extra)}, which "
+                    "the template writes as its own words. Remove it."
+                )
+        return ""
+
+    def _checked(
+        self, messages: Conversation, documents: list[dict[str, Any]]
+    ) -> list[list[Piece]] | str:
+        """The pieces of each document; a text where an answer ends in another way than others."""
+        written = [list(self._pieces(messages, document, self.end)) for document in documents]
+        for document, pieces in zip(documents, written, strict=True):
+            ends = sum(piece.answer and piece.control == self.end for piece in pieces)
+            if ends != len(document["answers"]):
+                end = self._tokenizer.spelling(self.end)
+                return f"the chat template ends an answer with something else than {end!r}."
+        return written
+
+    def _pieces(
+        self, messages: Conversation, document: dict[str, Any], end: int | None = -1
+    ) -> Iterator[Piece]:
+        """The pieces of a rendered document. An answer ends with the control token `end`, or (None)
+        with the first one after its text."""
+        answering = said = False
+        for index, (text, number) in enumerate(document["parts"]):
+            if index in document["answers"]:
+                answering, said = True, False
+            if number >= 0:
+                role = messages[number].role
+                said = said or role == "assistant"
+                yield Piece(text, role, answer=answering)
+                continue
+            for part, id in self._split(text):
+                yield Piece(part, "template", id, literal=True, answer=answering)
+                if id is not None and (said if end is None else id == end):
+                    answering = False
+
+
+class _Renderer:
+    """The process that renders; started when it is first asked."""
+
+    def __init__(self, template: str, tokens: dict[str, str]):
+        self._first = {"template": template, "tokens": tokens}
+        self._process: subprocess.Popen[str] | None = None
+        self._one_at_a_time = Lock()
+        self.dates: dict[str, str] = {}
+
+    def ask(self, conversations: list[Any], ask: bool) -> list[Any]:
+        """The answer of `render` to a request; raises InputError where it ends without one."""
+        with self._one_at_a_time:
+            try:
+                if self._process is None:
+                    self._start()
+                answer = self._send({"conversations": conversations, "ask": ask})
+            except (BrokenPipeError, ValueError):
+                raise InputError(self._why_it_ended()) from None
+        self.dates = answer["dates"]
+        return list(answer["conversations"])
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "stages.text.render", str(_MOST_SECONDS), str(_MOST_BYTES)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            cwd=_ROOT,
+            # A template needs no secret of this process.
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        )
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(self._first) + "\n")
+
+    def _send(self, request: dict[str, Any]) -> Any:
+        assert self._process and self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def _why_it_ended(self) -> str:
+        assert self._process
+        status = self._process.wait()
+        self._process = None
+        return (
+            f"the chat template was stopped (status {status}): it may take {_MOST_SECONDS} s for "
+            f"1,000 conversations, and {_MOST_BYTES // 2**20:,} MiB. {_OTHER}"
+        )
+
+
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH")
+_OTHER = "Name another one in CHAT_TEMPLATE, or set PROMPT_FORMAT=dolly."
+
+
+def _as_object(message: Message) -> dict[str, Any]:
+    """A message as a chat template reads it. A context, which only columns have, follows the
+    text."""
+    content = message.content
+    if message.context.strip():
+        content += f"\n\n{message.context}"
+    return {"role": message.role, "content": content, **(message.extra or {})}
+
+
+def _special_tokens(tokenizer: TextTokenizer) -> dict[str, str]:
+    """The tokens that a template may name: bos_token, eos_token and others."""
+    tokens = {}
+    for name, token in tokenizer.settings.items():
+        content = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(content, str):
+            tokens[name] = content
+    return tokens
