@@ -60,13 +60,13 @@ graph := $(foreach s,$(STAGES),$s:$(subst $(empty) ,$(comma),$($s.from)):$($s.af
 plan = env $(foreach v,$(unasked),-u $v) MAKELEVEL=$(MAKELEVEL) \
   $(foreach v,RECIPE RUN $(given),$(call quoted,$v=$(value $v))) $(PYTHON) -I -S stages/make/plan.py \
   $(call quoted,$(out)) $(graph) --given $(call quoted,$(given)) --goals $(call quoted,$(MAKECMDGOALS))
-answering := $(and $(filter eval,$(MAKECMDGOALS)),$(asking),$(wildcard $(out)/compile-inference/manifest.json))
+answering := $(and $(or $(filter chat,$(MAKECMDGOALS)),$(and $(filter eval,$(MAKECMDGOALS)),$(asking))),$(wildcard $(out)/compile-inference/manifest.json))
 flags := $(filter-out --%,$(firstword -$(MAKEFLAGS)))
 dry_run := $(findstring n,$(flags))
 ifneq (,$(findstring B,$(flags)))
   $(error make -B is not for stages, which know what has changed. To make one again, remove $(out)/STAGE)
 endif
-uses_run := $(filter all demo outputs/% $(STAGES),$(MAKECMDGOALS))
+uses_run := $(filter all demo chat outputs/% $(STAGES),$(MAKECMDGOALS))
 ifneq (,$(or $(uses_run),$(filter status verify clean,$(MAKECMDGOALS))))
   stale := $(shell $(plan) $(if $(uses_run),$(if $(answering),--answer,$(if $(dry_run),--dry-run)),--check-run))
   ifneq (0,$(.SHELLSTATUS))
@@ -88,7 +88,7 @@ tested := $(if $(VENV),$(VENV)/tests-requirements.txt)
 # AWS's own package index: what PyPI has under the names of its wheels is empty.
 export NEURON_PIP_INDEX ?= https://pip.repos.neuron.amazonaws.com
 
-.PHONY: help all demo status verify doctor cache-status cache-lookup cache-synchronize
+.PHONY: help all demo chat status verify doctor cache-status cache-lookup cache-synchronize
 .PHONY: check test torture audit lint types clean FORCE $(STAGES)
 
 help: ## Targets, and settings with their values
@@ -128,6 +128,9 @@ else
 eval: | $(out)/compile-inference/manifest.json
 	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.eval $(foreach s,$(eval.from),--$s $(out)/$s) --output $(out)/eval
 endif
+
+chat: | $(out)/compile-inference/manifest.json ## Talk to the compiled model
+	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.chat --compile-inference $(out)/compile-inference
 
 ifneq (,$(installed))
 # A copy of the requirements is kept with what was installed from them, and compared by content.

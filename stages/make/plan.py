@@ -142,13 +142,25 @@ def typed_problems(given: list[str], goals: list[str]) -> list[str]:
     ]
 
 
-def print_status(stale: dict[str, list[str]], graph: Graph, found: list[str]) -> None:
-    """A line per stage, and why one of them would refuse."""
+def print_status(
+    stale: dict[str, list[str]], graph: Graph, found: list[str], run_folder: Path
+) -> None:
+    """A line per stage, what data found in the dataset, and why a stage would refuse."""
     for stage in graph:
         state = f"to run: {'; '.join(stale[stage])}" if stage in stale else "up to date"
         print(f"{stage:>18}  {state}")
+        if stage == "data" and (read := what_data_read(run_folder / "data")):
+            print(f"{'':>18}  {read}")
     for problem in found:
         print(f"would be refused: {problem}", file=sys.stderr)
+
+
+def what_data_read(data: Path) -> str:
+    """The columns and the prompt's format that the published data were made with, as a line."""
+    metrics = (manifest_of(data) or {}).get("metrics")
+    if not isinstance(metrics, dict) or not metrics.get("columns"):
+        return ""
+    return f"read: {metrics['columns']}; prompts: {metrics.get('prompt_format')}"
 
 
 def main(run_folder: str, *words: str) -> None:
@@ -188,7 +200,7 @@ def main(run_folder: str, *words: str) -> None:
         if to_run and (line := recipe_note(os.environ)):
             print(f"note: {line}", file=sys.stderr)
         if "--show" in flags:
-            print_status(stale, graph, found)
+            print_status(stale, graph, found, Path(run_folder))
             return
         refuse(found)
     if "--dry-run" in flags:

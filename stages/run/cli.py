@@ -24,9 +24,10 @@ from stages.run.settings import Settings
 
 
 def stage_command(
-    stage: str, *more: str, **folders: str
+    stage: str, *more: str, publishes: bool = True, **folders: str
 ) -> Callable[[Callable[..., None]], click.Command]:
-    """Make a click command of `main(settings, <folders>, output)`.
+    """Make a click command of `main(settings, <folders>, output)`; one that publishes nothing has
+    no `output`.
 
     `folders`: name -> help of each upstream output that the stage reads. `more`: settings that
     change no published output but are this stage's (PROMPT).
@@ -34,7 +35,7 @@ def stage_command(
 
     def decorate(main: Callable[..., None]) -> click.Command:
         def run(**given: Any) -> None:
-            paths = {name: given.pop(name) for name in (*folders, "output")}
+            folders_given = {name: given.pop(name) for name in paths}
             guard_stage()
             for stream in (sys.stdout, sys.stderr):
                 # What a terminal cannot show is escaped: printing never ends a stage.
@@ -44,11 +45,11 @@ def stage_command(
                 # Redrawn bars of libraries fill a log; `Progress` writes lines instead.
                 os.environ.setdefault("TQDM_DISABLE", "1")
             with_exit_status(
-                lambda: main(Settings.read({**os.environ, **_set(given)}), **paths),
-                paths["output"].parent,
+                lambda: main(Settings.read({**os.environ, **_set(given)}), **folders_given),
+                list(folders_given.values())[-1].parent,
             )
 
-        paths = {**folders, "output": "Folder to publish."}
+        paths = {**folders, **({"output": "Folder to publish."} if publishes else {})}
         places = [
             click.Option(
                 [f"--{name.replace('_', '-')}"],

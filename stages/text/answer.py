@@ -51,13 +51,15 @@ class Answerer:
         self.settings = settings
         self.tokenizer = TextTokenizer.load(compiled)
         self.format = load_format(compiled, self.tokenizer)
+        self.ended = False  # whether the model ended the last answer of `stream`
 
     def stream(self, question: Question) -> Iterator[str]:
         """The answer to one question, piece by piece; each piece ends with a complete
         character."""
         ids: list[int] = []
         shown = ""
-        for (new,) in self._generate(self.encode([question]), 0):
+        [prompt] = self.encode([question])
+        for (new,) in self._generate([prompt], 0):
             if new is None:
                 break
             ids.append(new)
@@ -66,6 +68,7 @@ class Answerer:
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):
                 yield text[len(shown) :]
                 shown = text
+        self.ended = self._has_ended(prompt, ids)
         yield self._text(ids, whole=True)[len(shown) :]
 
     def answers(self, questions: list[Question]) -> Iterator[Answer]:
@@ -81,13 +84,19 @@ class Answerer:
                     if new is not None:
                         answer_ids.append(new)
             for question, prompt, answer_ids in zip(group, prompts, ids, strict=True):
-                room = min(self.settings.max_new_tokens, self.model.sequence_length - len(prompt))
-                text = self._text(answer_ids, whole=True)
-                yield Answer(question, text, len(answer_ids), len(answer_ids) < room)
+                ended = self._has_ended(prompt, answer_ids)
+                yield Answer(question, self._text(answer_ids, whole=True), len(answer_ids), ended)
 
-    def encode(self, questions: list[Question]) -> list[list[int]]:
-        """The prompts' ids; see `encode_questions`."""
-        return encode_questions(questions, self.tokenizer, self.format, self.model.sequence_length)
+    def encode(self, questions: list[Question], length: int | None = None) -> list[list[int]]:
+        """The prompts' ids; see `encode_questions`. `length`: the room for prompt and answer, by
+        default what the model is compiled for."""
+        return encode_questions(
+            questions, self.tokenizer, self.format, length or self.model.sequence_length
+        )
+
+    def _has_ended(self, prompt: list[int], answer: list[int]) -> bool:
+        room = min(self.settings.max_new_tokens, self.model.sequence_length - len(prompt))
+        return len(answer) < room
 
     def _text(self, ids: list[int], whole: bool = False) -> str:
         """The answer that ids are; until it is `whole`, nothing of what may be the words with which
