@@ -26,12 +26,12 @@ from stages.run.settings import Settings
 REQUIREMENTS = {"torch": "requirements.txt", "neuron": "docker/requirements.txt"}
 # The pinned libraries that shape what a stage publishes.
 LIBRARIES = {
-    "data": ("datasets", "tokenizers", "transformers"),
+    "data": ("datasets", "jinja2", "tokenizers", "transformers"),
     "precompile": ("torch", "transformers"),
     "train": ("torch", "transformers"),
     "consolidate": ("safetensors", "torch", "transformers"),
     "compile-inference": ("torch", "transformers"),
-    "eval": ("tokenizers", "torch", "transformers"),
+    "eval": ("jinja2", "tokenizers", "torch", "transformers"),
 }
 # Those that shape it besides on Neuron.
 NEURON_LIBRARIES = {
