@@ -1,4 +1,4 @@
-"""`make chat`: a conversation with its history, that an interrupt or a long message does not end."""
+"""`make chat`: a conversation with its history; neither Ctrl-C nor a long message ends it."""
 
 from __future__ import annotations
 

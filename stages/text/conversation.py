@@ -74,8 +74,10 @@ def read_conversation(value: object, not_read: set[str]) -> Conversation | str:
     if isinstance(value, str):
         value = from_json(value)
     if not isinstance(value, list):
-        shown = repr(value)[:40]
-        return f"is {shown}, of type {type(value).__name__}: it must be a list of messages (in CSV as JSON)."
+        return (
+            f"is {repr(value)[:40]}, of type {type(value).__name__}: it must be a list of messages "
+            "(in CSV as JSON)."
+        )
     messages = []
     for number, item in enumerate(value, start=1):
         message = _message(item, not_read)
