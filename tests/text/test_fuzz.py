@@ -23,13 +23,14 @@ from stages.run.setting import variable
 from stages.run.settings import Settings, unknown_names
 from stages.run.sizes import parse_size
 from stages.text.dataset import Layout, build
-from stages.text.documents import encode
-from stages.text.examples import Example, read_examples
+from stages.text.documents import ANSWER, encode
+from stages.text.examples import Example
 from stages.text.find_tokenizer import find_tokenizer
-from stages.text.prompt import PromptTemplate
+from stages.text.prompt import TextFormat
 from stages.text.questions import read_questions
 from stages.text.tokens import TextTokenizer
 from tests.text.conftest import KINDS, folders, tokenizers  # noqa: F401 (fixtures)
+from tests.text.conversations import example, read, texts_of
 from tests.torture.plugin import examples
 
 pytestmark = pytest.mark.torture("fuzz")
@@ -42,7 +43,6 @@ ROWS = [
     }
     for number in range(12)
 ]
-TEMPLATE = PromptTemplate()
 
 
 def written(kind: str) -> bytes:
@@ -118,8 +118,8 @@ def test_a_damaged_dataset_is_read_or_refused_by_name(
     else:
         file.write_bytes(content)
     try:
-        for row in chain.from_iterable(read_examples(str(file))):
-            assert all(text.encode() or text == "" for text in row[1:])
+        for row in read(file):
+            assert all(text.encode() or text == "" for text in texts_of(row))
     except InputError as refused:
         assert all(
             str(file) in problem or "examples have problems" in problem
@@ -137,7 +137,7 @@ def test_damaged_prompts_are_read_or_refused(
     file.write_bytes(content)
     try:
         assert all(
-            question.instruction.encode()
+            question.messages[0].content.encode()
             for question in read_questions(Settings(prompts=str(file))).questions
         )
     except InputError as refused:
@@ -232,10 +232,11 @@ def reference(
     """(ids, labels) of each document that is packed, by the plainest means."""
     found = []
     for row in rows:
-        if not row.instruction.strip() or not row.response.strip():
+        instruction, _, response = texts_of(row)
+        if not instruction.strip() or not response.strip():
             continue
-        encoded = encode([row], tokenizer, TEMPLATE)
-        ids, prompt = encoded.ids.tolist(), int(encoded.prompt_lengths[0])
+        encoded = encode([row], tokenizer, TextFormat(tokenizer))
+        ids, prompt = (encoded.ids & ~ANSWER).tolist(), int(encoded.prompt_lengths[0])
         labels = [IGNORED_LABEL] * prompt + ids[prompt:] if layout.loss_on == "response" else ids
         if len(ids) > layout.max_length and layout.packing == "best_fit":
             if layout.overlong == "drop" or (
@@ -282,10 +283,10 @@ def test_packed_rows_hold_every_token_once_in_order_with_its_label(
     layout: Layout,
 ) -> None:
     tokenizer, output = tokenizers["byte_level"], tmp_path_factory.mktemp("rows")
-    rows = [Example(f"row {number}", *text) for number, text in enumerate(texts, 1)]
+    rows = [example(f"row {number}", *text) for number, text in enumerate(texts, 1)]
     expected = reference(rows, tokenizer, layout)
     try:
-        account = build([rows], tokenizer, TEMPLATE, output=output, layout=layout)
+        account = build([rows], tokenizer, TextFormat(tokenizer), output=output, layout=layout)
     except InputError:
         assert not expected or sum(len(ids) for ids, _ in expected) < layout.max_length
         return
@@ -386,8 +387,10 @@ def test_a_tokenizer_with_rubbish_in_it_works_or_is_refused(
         tokenizer = find_tokenizer(str(folder))
         assert tokenizer.vocab_size > tokenizer.eos
         encoded = encode(
-            [Example("row 1", "the </s> cat", "", "[INST] é🦆 \n sat")], tokenizer, TEMPLATE
+            [example("row 1", "the </s> cat", "", "[INST] é🦆 \n sat")],
+            tokenizer,
+            TextFormat(tokenizer),
         )
-        assert isinstance(tokenizer.decode(encoded.ids.tolist()), str)
+        assert isinstance(tokenizer.decode((encoded.ids & ~ANSWER).tolist()), str)
     except (InputError, StageFailure) as refused:
         assert str(refused)
