@@ -32,7 +32,7 @@ def notes(folder: Path, config: Any, generation: Any = None, **tokenizer: Any) -
         (
             1,
             None,
-            "config.json ends an answer at 1 ('<s>'). The model is trained to end one at 2 ('</s>')",
+            "config.json ends an answer at 1 ('<s>'). The model is trained to end one at 2",
         ),
         (
             2,
