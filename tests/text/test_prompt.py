@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,15 @@ from hypothesis import strategies as st
 
 from stages.run.errors import InputError
 from stages.run.settings import Settings
+from stages.text.answer import encode_questions
+from stages.text.chat_format import set_chat_template
 from stages.text.conversation import Message
 from stages.text.prompt import TextFormat, load_format
+from stages.text.questions import Question
 from stages.text.text_template import DOLLY, format_problems, read_template
 from stages.text.tokens import TextTokenizer
 from tests.text.conversations import dolly
+from tests.text.tokenizer_kinds import REAL
 from tests.torture.plugin import examples
 
 USER, ANSWER = Message("user", "Why?"), Message("assistant", "Because.")
@@ -136,6 +141,7 @@ def test_a_file_that_is_no_format_is_refused_by_name(tmp_path: Path, tokenizer, 
     [
         ("Q: {instruction}\nA: {response}", "", "Q: Why?\nA: "),
         ("Q: {instruction}\nA: {response}\r\n\n", "", "Q: Why?\nA: "),  # the editor's line ends
+        ("\ufeff{instruction}\r\n\r\n{context}\r\n\r\n{response}", "", "Why?\n\n"),  # Windows'
         ("[{context}] {instruction}{response}", "c", "[c] Why?"),
         ("{context}\n\n{instruction}\n\n{response}", "", "Why?\n\n"),
         ("In {context}: {instruction}\n\n{response}", "", "In : Why?\n\n"),
@@ -184,3 +190,40 @@ def test_a_file_that_is_no_template_is_refused_before_anything_runs(
 def test_a_template_that_spells_bos_or_eos_is_refused(tokenizer):
     with pytest.raises(InputError, match="spells BOS or EOS"):
         TextFormat(tokenizer, "<s>{instruction}{response}")
+
+
+# The chat template that is published.
+
+
+@pytest.mark.parametrize(
+    "template", [DOLLY, "it's \\ {instruction}\n\n<{context}>\n\n🦆 {response}"]
+)
+@pytest.mark.parametrize("make", REAL, ids=lambda make: make.__name__)
+def test_the_published_chat_template_asks_as_eval_does(
+    tmp_path: Path, make: Callable[[Path], Path], template: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = TextTokenizer.load(make(tmp_path / "model"))
+    format = TextFormat(tokenizer, template)
+    set_chat_template(tokenizer, format.chat_template())
+    tokenizer.save(tmp_path / "saved")
+    published = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    conversations = [
+        (Message("user", "the cat {sat}"),),
+        (Message("system", "Be brief."), USER, ANSWER, Message("user", "And 'then'?")),
+        (
+            Message("system", "a"),
+            Message("system", "b"),
+            USER,
+            ANSWER,
+            Message("system", "c"),
+            USER,
+        ),
+        (Message("system", " "), Message("user", "naïve 🦆\n")),
+    ]
+    for messages in conversations:
+        [ids] = encode_questions([Question(messages)], tokenizer, format, 2**20)
+        asked = [{"role": one.role, "content": one.content} for one in messages]
+        theirs = published.apply_chat_template(asked, add_generation_prompt=True)
+        assert theirs == ids, (published.decode(theirs), published.decode(ids))
