@@ -23,7 +23,13 @@ TORCH = {"backend": "torch", "max_length": 512, "inference_sequence_length": 512
 # Other values of settings, other values of config.json -> a part of the message.
 REFUSED = [
     ({**TORCH, "prompts": "nowhere.jsonl"}, {}, "PROMPTS=nowhere.jsonl is not a file"),
-    ({**TORCH, "instruction_column": "question"}, {}, "has no column 'question'"),
+    ({**TORCH, "prompt_template": "nowhere.txt"}, {}, "PROMPT_TEMPLATE=nowhere.txt cannot be read"),
+    ({**TORCH, "prompt_format": "file"}, {}, "PROMPT_FORMAT=file needs PROMPT_TEMPLATE"),
+    (
+        {**TORCH, "prompt_format": "dolly", "chat_template": "nowhere.jinja"},
+        {},
+        "PROMPT_FORMAT=dolly does not read CHAT_TEMPLATE=nowhere.jinja",
+    ),
     ({**TORCH, "inference_sequence_length": 4096}, {}, "INFERENCE_SEQUENCE_LENGTH=4096 is above"),
     ({**TORCH, "inference_sequence_length": 4}, {}, "too short"),
     ({**TORCH, "max_length": 4096}, {}, "MAX_LENGTH=4096 is above"),

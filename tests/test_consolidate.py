@@ -19,8 +19,9 @@ from stages.consolidate import join
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
 from stages.text.find_tokenizer import find_tokenizer
-from stages.text.prompt import PromptTemplate
+from stages.text.prompt import TextFormat
 from stages.text.tokens import TextTokenizer
+from tests.text.conversations import text_ids
 from tests.text.tokenizer_kinds import gpt2, llama, llama3
 from tests.tiny_models import tiny_model
 
@@ -52,7 +53,7 @@ def published(
         (work / "config.json").write_text(json.dumps({**saved, **config}))
         if generation is not None:
             (work / "generation_config.json").write_text(json.dumps(generation))
-        PromptTemplate().save(work / "prompt.json")
+        TextFormat(tokenizer).save(work)
         writer = HuggingFaceStorageWriter(str(work / "shards"), save_distributed=True)
         dcp.save(dict(model.named_parameters()), storage_writer=writer, no_dist=True)
         return StageResult()
@@ -88,7 +89,10 @@ def test_the_published_model_ends_an_answer_where_eval_does(
 def test_the_difference_to_the_base_is_said(tmp_path: Path, capsys: Any) -> None:
     published(tmp_path, llama, {"eos_token_id": 1}, None)
     said = capsys.readouterr().out
-    assert "config.json ends an answer at 1 ('<s>'); the tokenizer's EOS is 2 ('</s>')" in said
+    assert (
+        "config.json ends an answer at 1 ('<s>'). The model is trained to end one at 2 ('</s>')"
+        in said
+    )
 
 
 @pytest.mark.parametrize("add_bos", [True, None])
@@ -105,7 +109,7 @@ def test_a_first_token_that_only_autotokenizer_adds_is_said(
 
     folder = published(tmp_path, contradicting, {}, None)
     theirs = AutoTokenizer.from_pretrained(folder)("a").input_ids
-    same = theirs == TextTokenizer.load(folder).encode_prompt("a")
+    same = theirs == text_ids(TextTokenizer.load(folder), "a")
     assert ("AutoTokenizer makes the ids" in capsys.readouterr().out) == (not same)
     assert same == (add_bos is None)
 

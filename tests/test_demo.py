@@ -110,8 +110,9 @@ def test_the_demo_dataset_is_what_it_says() -> None:
 
 def test_the_shipped_tokenizer_gives_every_row_back(tmp_path: Path) -> None:
     from stages.text.tokens import TextTokenizer
+    from tests.text.conversations import text_ids
 
     tokenizer = TextTokenizer.load(ROOT / "data/demo/model")
     for line in (ROOT / "data/demo/demo.jsonl").read_text().splitlines():
         text = " ".join(json.loads(line).values())
-        assert tokenizer.decode(tokenizer.encode_prompt(text)) == text
+        assert tokenizer.decode(text_ids(tokenizer, text)) == text

@@ -156,8 +156,7 @@ def _example(place: str, record: Record, columns: Columns, unread: set[str]) -> 
     """The record as an example, or its problems."""
     if isinstance(record, Problem):
         return [f"{place} {record}"]
-    if len(record) > len(columns.named):
-        unread.update(name for name in map(str, record) if name not in columns.named)
+    unread |= record.keys() - {*columns.named}
     if columns.messages:
         name = columns.messages
         value, present = record.get(name), name in record

@@ -48,7 +48,8 @@ def encode_pieces(
     control tokens or from the prompt before it.
 
     Neighbouring texts are encoded as one, as a tokenizer encodes a rendered template, except that
-    an answer begins a run of its own: the prompt's ids are then a prefix of the document's.
+    an answer begins a run of its own, also one that is not learned: the prompt's ids are then a
+    prefix of the document's, and a conversation has the same ids when it is continued.
     `starts_text`: what follows the BOS is encoded as the start of a text, as a tokenizer does that
     puts the BOS itself.
     """
@@ -93,7 +94,7 @@ def _chunks(
             leading = starts_text and controls <= len(tokenizer.bos)
             border = "" if leading else tokenizer.after_control
             continue
-        if texts and piece.answer != texts[0].answer:
+        if texts and (piece.answer != texts[0].answer or _says_first(piece, texts)):
             yield from flush()
             # The template's last words suffice to encode what follows them.
             last = texts[-1]
@@ -102,3 +103,9 @@ def _chunks(
         if piece.text:
             texts.append(piece)
     yield from flush()
+
+
+def _says_first(piece: Piece, texts: Sequence[Piece]) -> bool:
+    """Whether a piece begins an answer that is not learned, after the `texts` of its prompt."""
+    is_said = not piece.literal and piece.role == "assistant" and not piece.answer
+    return is_said and all(one.literal or one.role != "assistant" for one in texts)

@@ -11,7 +11,7 @@ from typing import Any
 
 from stages.run.errors import InputError
 from stages.run.settings import Settings
-from stages.text.columns import AUTO, Columns, find_columns
+from stages.text.columns import AUTO, USUAL, Columns, find_columns
 from stages.text.conversation import (
     Conversation,
     Message,
@@ -101,9 +101,14 @@ def read_questions(settings: Settings) -> Questions:
     existing = source.columns or list(dict.fromkeys(name for record in read for name in record))
     columns = Columns("", "", "", "")
     if read:
-        columns = find_columns(f"PROMPTS={path}", existing, _of(named, existing), answered=False)
+        texts = "" if settings.instruction_column else settings.response_column
+        of_dataset = _of(named, existing, texts)
+        columns = find_columns(f"PROMPTS={path}", existing, of_dataset, answered=False)
+    keys = set[str]()  # of messages, that nothing reads
     made = [
-        f"{place} {record}" if isinstance(record, Problem) else _question(place, record, columns)
+        f"{place} {record}"
+        if isinstance(record, Problem)
+        else _question(place, record, columns, keys)
         for place, record in records
     ]
     questions = [one for one in made if isinstance(one, Question)]
@@ -113,11 +118,14 @@ def read_questions(settings: Settings) -> Questions:
     if problems:
         raise InputError(first_problems(problems))
     unread = [name for name in existing if name not in columns.named]
-    return Questions(questions, unread, source.notes)
+    return Questions(questions, [*unread, *sorted(keys)], source.notes)
 
 
-def _of(named: Columns, existing: list[str]) -> Columns:
-    """The columns that the settings name for DATASET, as far as PROMPTS has them."""
+def _of(named: Columns, existing: list[str], texts: str) -> Columns:
+    """The columns that the settings name for DATASET, as far as PROMPTS has them. `texts`: its
+    column of texts without a prompt, which hold what is asked where nothing else does."""
+    if texts in existing and not any(name.lower() in USUAL["instruction"] for name in existing):
+        return Columns(texts, "", "", "")
     return Columns(*(name if name in ("", *existing) else AUTO for name in astuple(named)))
 
 
@@ -129,11 +137,13 @@ def first_problems(problems: list[str]) -> list[str]:
     return [*problems[:PROBLEMS_SHOWN], count]
 
 
-def _question(place: str, record: dict[str, Any], columns: Columns) -> Question | str:
-    """The record as a question, or its problem."""
+def _question(
+    place: str, record: dict[str, Any], columns: Columns, unread: set[str]
+) -> Question | str:
+    """The record as a question, or its problem. Adds the keys that nothing reads to `unread`."""
     if columns.messages:
         name = columns.messages
-        messages = read_conversation(record.get(name), set())
+        messages = read_conversation(record.get(name), unread)
         if isinstance(messages, str):
             return f"{place}, column {name!r} {messages}"
         expected = None

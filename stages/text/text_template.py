@@ -67,7 +67,7 @@ def _read(setting: str, path: str) -> str:
             raise InputError(
                 f"{setting}={path} has more than {_MOST_BYTES:,} bytes. Write a shorter one."
             )
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"{setting}={path} cannot be read ({reason}). Name a text file.") from None

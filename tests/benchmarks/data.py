@@ -67,16 +67,16 @@ def tutorial(dataset: str, model: str, output: Path) -> float:
 def stage(dataset: str, model: str, output: Path) -> float:
     """The data stage with the tutorial's packing. Seconds of work."""
     from stages.text.dataset import Layout, build
-    from stages.text.examples import read_examples
+    from stages.text.examples import open_examples
     from stages.text.find_tokenizer import find_tokenizer
-    from stages.text.prompt import PromptTemplate
+    from stages.text.prompt import TextFormat
 
     tokenizer = find_tokenizer(model)
     started = time.perf_counter()
     build(
-        read_examples(dataset),
+        open_examples(dataset).batches,
         tokenizer,
-        PromptTemplate(),
+        TextFormat(tokenizer),
         output=output,
         layout=Layout(MAX_LENGTH, packing="concat"),
     )

@@ -114,7 +114,7 @@ def digests(folder: Path) -> dict[str, str]:
 def main() -> None:
     from stages.model import hub
     from stages.run.errors import InputError, StageFailure
-    from stages.text.examples import Columns, read_examples
+    from stages.text.examples import Columns, open_examples
     from stages.text.find_tokenizer import find_tokenizer
     from stages.text.push import push
 
@@ -136,10 +136,10 @@ def main() -> None:
             elif kind == "tokenizer":
                 find_tokenizer(name, revision)
             else:
-                batches = read_examples(
+                dataset = open_examples(
                     name, columns=Columns("instruction", "context", "response"), revision=revision
                 )
-                rows = [row.response for batch in batches for row in batch]
+                rows = [row.messages[-1].content for batch in dataset.batches for row in batch]
         except (InputError, StageFailure) as refused:
             error = str(refused)
         print(

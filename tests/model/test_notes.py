@@ -22,18 +22,31 @@ def notes(folder: Path, config: Any, generation: Any = None, **tokenizer: Any) -
         (folder / "generation_config.json").write_text(json.dumps(generation))
     saved = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**saved, **tokenizer}))
-    return model_notes(replace(Settings(), model_id=str(folder)), TextTokenizer.load(folder))
+    published = TextTokenizer.load(folder)
+    return model_notes(replace(Settings(), model_id=str(folder)), published, published.eos)
 
 
 @pytest.mark.parametrize(
     "config, generation, said",
     [
-        (1, None, "config.json ends an answer at 1 ('<s>'); the tokenizer's EOS is 2 ('</s>')"),
-        (2, 1, "generation_config.json ends an answer at 1 ('<s>'); the tokenizer's EOS is 2"),
-        ([2, 1], None, "config.json ends an answer at 2 ('</s>'), 1 ('<s>'); the tokenizer's EOS"),
-        (None, None, "config.json ends an answer at no token; the tokenizer's EOS is 2"),
-        ("x", None, "config.json ends an answer at x (None); the tokenizer's EOS is 2"),
-        (10**30, None, "(None); the tokenizer's EOS is 2"),
+        (
+            1,
+            None,
+            "config.json ends an answer at 1 ('<s>'). The model is trained to end one at 2",
+        ),
+        (
+            2,
+            1,
+            "generation_config.json ends an answer at 1 ('<s>'). The model is trained to end one",
+        ),
+        ([2, 1], None, "config.json ends an answer at 2 ('</s>'), 1 ('<s>'). The model is"),
+        (
+            None,
+            None,
+            "config.json ends an answer at no token. The model is trained to end one",
+        ),
+        ("x", None, "config.json ends an answer at x (None). The model is trained to end one"),
+        (10**30, None, "(None). The model is trained to end one at 2"),
     ],
 )
 def test_the_ends_of_an_answer_are_compared(
@@ -48,12 +61,10 @@ def test_where_all_agree_nothing_is_said(tmp_path: Path) -> None:
     assert notes(tmp_path, {"eos_token_id": 2}, {"eos_token_id": [2]}) == []
 
 
-def test_a_chat_template_that_is_not_the_trained_format_is_said(tmp_path: Path) -> None:
-    [note] = notes(tmp_path, {"eos_token_id": 2}, chat_template="{{ messages }}")
-    assert "has a chat template" in note and "prompt.json" in note
-    (tmp_path / "tokenizer_config.json").unlink()
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    assert len(notes(tmp_path, {"eos_token_id": 2})) == 1
+def test_the_end_that_a_chat_template_writes_is_compared_in_place_of_eos(tmp_path: Path) -> None:
+    notes(tmp_path, {"eos_token_id": 1})
+    tokenizer = TextTokenizer.load(tmp_path)
+    assert model_notes(replace(Settings(), model_id=str(tmp_path)), tokenizer, 1) == []
 
 
 @pytest.mark.parametrize("content", ["", "[]", "[[1]]"])
@@ -63,4 +74,5 @@ def test_a_config_that_cannot_be_read_is_left_to_the_stage_that_needs_it(
     notes(tmp_path, {})
     (tmp_path / "config.json").write_text(content)
     chosen = replace(Settings(), model_id=str(tmp_path))
-    assert len(model_notes(chosen, TextTokenizer.load(tmp_path))) <= 1
+    tokenizer = TextTokenizer.load(tmp_path)
+    assert len(model_notes(chosen, tokenizer, tokenizer.eos)) <= 1

@@ -123,7 +123,8 @@ WRONG: list[tuple[str, dict[str, str], list[str]]] = [
     (EXPORTED, {"MODEL_ID": ""}, ["MODEL_ID is empty"]),
     (TYPED, {"DATASET": "  "}, ["DATASET is empty"]),
     (TYPED, {"BF16": ""}, ["BF16='' is neither 1 nor 0"]),
-    (EXPORTED, {"INSTRUCTION_COLUMN": ""}, ["INSTRUCTION_COLUMN is empty"]),
+    (EXPORTED, {"RESPONSE_COLUMN": ""}, ["RESPONSE_COLUMN is empty"]),
+    (EXPORTED, {"INSTRUCTION_COLUMN": ""}, ["INSTRUCTION_COLUMN is empty, for texts without"]),
     # Unknown.
     (
         TYPED,

@@ -16,12 +16,12 @@ from tokenizers import Tokenizer
 from stages.run.errors import InputError, StageFailure
 from stages.text.accounting import Accounting, SplitAccount
 from stages.text.dataset import Layout, build
-from stages.text.documents import encode
+from stages.text.documents import ANSWER, encode
 from stages.text.examples import Example
-from stages.text.prompt import PromptTemplate
+from stages.text.prompt import TextFormat
+from tests.text.conversations import dolly, example, texts_of
 from tests.torture.plugin import examples
 
-TEMPLATE = PromptTemplate()
 LENGTH = 48
 WORDS = ["the", "cat", "sat", "on", "mat", "and", "then", "they", "all", "went", "home"]
 sentences = st.lists(st.sampled_from(WORDS), min_size=1, max_size=30).map(" ".join)
@@ -31,7 +31,7 @@ datasets_of_rows = st.lists(
 
 
 def as_rows(texts) -> list[Example]:
-    return [Example(f"row {number}", *text) for number, text in enumerate(texts, 1)]
+    return [example(f"row {number}", *text) for number, text in enumerate(texts, 1)]
 
 
 def numbered(count: int) -> list[Example]:
@@ -56,8 +56,8 @@ def pieces(rows: list[dict[str, list[int]]], part: str = "input_ids") -> list[li
 
 
 def documents(rows: list[Example], tokenizer) -> list[tuple[list[int], int]]:
-    encoded = encode(rows, tokenizer, TEMPLATE)
-    ids, prompts = iter(encoded.ids.tolist()), encoded.prompt_lengths.tolist()
+    encoded = encode(rows, tokenizer, TextFormat(tokenizer))
+    ids, prompts = iter((encoded.ids & ~ANSWER).tolist()), encoded.prompt_lengths.tolist()
     return [
         ([next(ids) for _ in range(length)], prompt)
         for length, prompt in zip(encoded.lengths.tolist(), prompts, strict=True)
@@ -87,7 +87,7 @@ def test_every_document_that_fits_stands_whole_in_one_row_of_one_split(
     build(
         [rows],
         tokenizer,
-        TEMPLATE,
+        TextFormat(tokenizer),
         output=output,
         layout=Layout(400, loss_on=loss_on),
         validation_fraction=fraction,
@@ -116,7 +116,7 @@ def test_padding_is_ignored_by_the_loss_and_has_positions_of_its_own(
     tokenizers, tmp_path_factory, texts
 ):
     tokenizer, output = tokenizers["byte_level"], tmp_path_factory.mktemp("out")
-    build([as_rows(texts)], tokenizer, TEMPLATE, output=output, layout=Layout(400))
+    build([as_rows(texts)], tokenizer, TextFormat(tokenizer), output=output, layout=Layout(400))
     for row in read(output / "train"):
         padding = [at for at, id in enumerate(row["input_ids"]) if id == tokenizer.pad]
         assert padding == list(range(400 - len(padding), 400))
@@ -137,14 +137,7 @@ def test_concat_gives_the_tutorials_chunks(folders, tokenizers, tmp_path_factory
     chunks, remainder = [], []
     for begin in range(0, len(rows), batch):
         for row in rows[begin : begin + batch]:
-            parts = [
-                f"### Instruction\n{row.instruction}",
-                f"### Context\n{row.context}",
-                f"### Answer\n{row.response}",
-            ]
-            remainder += plain.encode(
-                "\n\n".join(part for part in parts if row.context or part != parts[1]) + "</s>"
-            ).ids
+            remainder += plain.encode(dolly(*texts_of(row)) + "</s>").ids
         whole = len(remainder) // LENGTH * LENGTH
         chunks += [remainder[at : at + LENGTH] for at in range(0, whole, LENGTH)]
         remainder = remainder[whole:]
@@ -153,7 +146,7 @@ def test_concat_gives_the_tutorials_chunks(folders, tokenizers, tmp_path_factory
         account = build(
             batches,
             tokenizers["llama"],
-            TEMPLATE,
+            TextFormat(tokenizers["llama"]),
             output=output,
             layout=Layout(LENGTH, packing="concat"),
         )
@@ -171,7 +164,7 @@ def test_datasets_reads_what_is_written(tokenizer, tmp_path):
     build(
         [numbered(40)],
         tokenizer,
-        TEMPLATE,
+        TextFormat(tokenizer),
         output=tmp_path,
         layout=Layout(LENGTH),
         validation_fraction=0.2,
@@ -191,9 +184,13 @@ def test_the_same_rows_give_the_same_bytes_however_they_come_in_batches(
 ):
     rows = numbered(300)
     options = {"layout": Layout(LENGTH, packing=packing), "validation_fraction": 0.1, "seed": 5}
-    build([rows], tokenizer, TEMPLATE, output=tmp_path / "one", **options)
+    build([rows], tokenizer, TextFormat(tokenizer), output=tmp_path / "one", **options)
     build(
-        [rows[:7], rows[7:200], rows[200:]], tokenizer, TEMPLATE, output=tmp_path / "two", **options
+        [rows[:7], rows[7:200], rows[200:]],
+        tokenizer,
+        TextFormat(tokenizer),
+        output=tmp_path / "two",
+        **options,
     )
     files = [
         {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.*")}
@@ -205,7 +202,7 @@ def test_the_same_rows_give_the_same_bytes_however_they_come_in_batches(
 
 def test_other_rows_give_another_fingerprint(tokenizer, tmp_path):
     for name, rows in (("one", numbered(5)), ("two", numbered(6))):
-        build([rows], tokenizer, TEMPLATE, output=tmp_path / name, layout=Layout(400))
+        build([rows], tokenizer, TextFormat(tokenizer), output=tmp_path / name, layout=Layout(400))
     assert (tmp_path / "one/train/state.json").read_bytes() != (
         tmp_path / "two/train/state.json"
     ).read_bytes()
@@ -215,7 +212,7 @@ def test_nothing_held_out_leaves_no_validation_folder(tokenizer, tmp_path):
     account = build(
         [numbered(3)],
         tokenizer,
-        TEMPLATE,
+        TextFormat(tokenizer),
         output=tmp_path,
         layout=Layout(400),
         validation_fraction=0.0,
@@ -228,7 +225,7 @@ def test_a_single_row_is_kept_for_training(tokenizer, tmp_path):
     account = build(
         [numbered(1)],
         tokenizer,
-        TEMPLATE,
+        TextFormat(tokenizer),
         output=tmp_path,
         layout=Layout(400),
         validation_fraction=0.5,
@@ -240,7 +237,7 @@ def test_equal_rows_are_counted_and_stay_on_one_side(tokenizer, tmp_path):
     account = build(
         [numbered(30) * 3],
         tokenizer,
-        TEMPLATE,
+        TextFormat(tokenizer),
         output=tmp_path,
         layout=Layout(LENGTH),
         validation_fraction=0.2,
@@ -256,7 +253,7 @@ def test_equal_rows_are_counted_and_stay_on_one_side(tokenizer, tmp_path):
 
 def test_rows_without_instruction_or_response_are_left_out_and_counted(tokenizer, tmp_path):
     rows = as_rows([("the cat", "", "sat"), (" ", "", "sat"), ("the cat", "", "\n\t")])
-    account = build([rows], tokenizer, TEMPLATE, output=tmp_path, layout=Layout(400))
+    account = build([rows], tokenizer, TextFormat(tokenizer), output=tmp_path, layout=Layout(400))
     assert (account.rows_in, account.empty, account.train.documents) == (3, 2, 1)
 
 
@@ -282,7 +279,7 @@ def test_over_long_documents_are_cut_or_dropped_and_every_token_of_them_counted(
     account = build(
         [LONG],
         tokenizer,
-        TEMPLATE,
+        TextFormat(tokenizer),
         output=tmp_path,
         layout=Layout(LENGTH, overlong=overlong, loss_on=loss_on),
     )
@@ -298,7 +295,7 @@ def test_over_long_documents_are_cut_or_dropped_and_every_token_of_them_counted(
 
 
 def test_a_cut_document_keeps_its_beginning(tokenizer, tmp_path):
-    build([LONG[1:2]], tokenizer, TEMPLATE, output=tmp_path, layout=Layout(LENGTH))
+    build([LONG[1:2]], tokenizer, TextFormat(tokenizer), output=tmp_path, layout=Layout(LENGTH))
     assert (
         read(tmp_path / "train")[0]["input_ids"] == documents(LONG[1:2], tokenizer)[0][0][:LENGTH]
     )
@@ -309,7 +306,7 @@ def test_a_prompt_cut_by_concat_is_masked_in_both_rows(tokenizer, tmp_path):
     build(
         [rows],
         tokenizer,
-        TEMPLATE,
+        TextFormat(tokenizer),
         output=tmp_path,
         layout=Layout(LENGTH, packing="concat", loss_on="response"),
     )
@@ -356,7 +353,7 @@ def test_what_leaves_nothing_to_train_on_is_refused_with_numbers_and_a_remedy(
         build(
             [rows],
             tokenizer,
-            TEMPLATE,
+            TextFormat(tokenizer),
             output=tmp_path,
             layout=layout,
             validation_fraction=fraction,
@@ -368,7 +365,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tokenizer, tmp_path, mon
     with pytest.raises(
         StageFailure, match=r"has room for 100 B, and 4\.8 kB are needed for the sequences"
     ):
-        build([numbered(2)], tokenizer, TEMPLATE, output=tmp_path, layout=Layout(400))
+        build([numbered(2)], tokenizer, TextFormat(tokenizer), output=tmp_path, layout=Layout(400))
     assert not list(tmp_path.rglob("*.arrow"))
 
 
@@ -377,7 +374,7 @@ def test_the_sample_is_a_training_document_that_the_seed_chooses(tokenizer, tmp_
         seed: build(
             [numbered(20)],
             tokenizer,
-            TEMPLATE,
+            TextFormat(tokenizer),
             output=tmp_path / str(seed),
             layout=Layout(400),
             validation_fraction=0.5,
@@ -387,11 +384,11 @@ def test_the_sample_is_a_training_document_that_the_seed_chooses(tokenizer, tmp_
     }
     assert len(set(samples.values())) > 1
     for seed, sample in samples.items():
-        assert sample in {TEMPLATE.text(*row[1:]) for row in numbered(20)}
+        assert sample in {f"{dolly(*texts_of(row))}<|end|>" for row in numbered(20)}
         trained = [
             tokenizer.decode(piece) for piece in pieces(read(tmp_path / str(seed) / "train"))
         ]
-        assert sample in trained
+        assert sample.removesuffix("<|end|>") in trained
 
 
 BALANCED = Accounting(

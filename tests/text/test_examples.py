@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from stages.run.errors import InputError
 from stages.text import formats
-from stages.text.examples import BATCH_EXAMPLES, Columns, read_examples
+from stages.text.columns import Columns
+from stages.text.examples import BATCH_EXAMPLES, open_examples
+from tests.text.conversations import read, texts_of
 from tests.torture.plugin import examples
 
 GOOD = {"instruction": "Why?", "context": "", "response": "Because."}
@@ -26,7 +28,7 @@ HEADER = b"instruction,context,response\n"
 
 
 def texts(dataset: Path | str, **options) -> list[tuple[str, str, str]]:
-    return [row[1:] for batch in read_examples(str(dataset), **options) for row in batch]
+    return [texts_of(row) for row in read(dataset, **options)]
 
 
 def message(dataset: Path | str, **options) -> str:
@@ -45,7 +47,7 @@ REFUSED = {
     "blank lines only": ("d.jsonl", b"\n \n\r\n", ["d.jsonl has no examples"]),
     "BOM only": ("d.jsonl", b"\xef\xbb\xbf", ["has no examples"]),
     "empty array": ("d.json", b"[]", ["d.json has no examples"]),
-    "empty CSV": ("d.csv", b"", ["no column 'instruction'", "it has no columns"]),
+    "empty CSV": ("d.csv", b"", ["no column for the instruction", "it has no columns"]),
     "CSV of a header only": ("d.csv", HEADER, ["d.csv has no examples"]),
     "empty Parquet": ("d.parquet", b"", ["d.parquet", "not a Parquet file"]),
     "not JSON": ("d.jsonl", LINE + b"\nnonsense\n", ["d.jsonl, line 2", "not JSON"]),
@@ -91,11 +93,6 @@ REFUSED = {
         LINE + b'\n{"instruction": "x"}',
         ["line 2, column 'response' is missing"],
     ),
-    "context in no row": (
-        "d.jsonl",
-        b'{"instruction": "x", "response": "y"}',
-        ["no example has the column 'context'", "CONTEXT_COLUMN"],
-    ),
     "null instruction": (
         "d.jsonl",
         line(instruction=None),
@@ -134,8 +131,8 @@ REFUSED = {
     ),
     "CSV without a column": (
         "d.csv",
-        b"instruction,answer\nx,y\n",
-        ["no column 'context'", "no column 'response'"],
+        b"topic,reply\nx,y\n",
+        ["no column for the instruction", "no column for the response", "it has 'topic', 'reply'"],
     ),
     "CSV with a field too few": (
         "d.csv",
@@ -193,7 +190,7 @@ REFUSED = {
     "a row without columns": (
         "d.jsonl",
         b"{}",
-        ["line 1", "no column 'instruction'", "it has no columns"],
+        ["line 1", "no column for the instruction", "it has no columns"],
     ),
     "columns called alike": (
         "d.csv",
@@ -331,14 +328,15 @@ def test_the_first_ten_bad_rows_are_named_and_all_are_counted(tmp_path):
 
 def test_rows_come_in_bounded_batches_with_their_places(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b"\n".join([LINE] * (2 * BATCH_EXAMPLES + 1)))
-    batches = list(read_examples(str(tmp_path / "d.jsonl")))
+    batches = list(open_examples(str(tmp_path / "d.jsonl")).batches)
     assert [len(batch) for batch in batches] == [BATCH_EXAMPLES, BATCH_EXAMPLES, 1]
     assert batches[2][0].place == f"{tmp_path / 'd.jsonl'}, line {2 * BATCH_EXAMPLES + 1}"
 
 
 def test_a_batch_of_long_rows_ends_before_it_fills_the_memory(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b"\n".join([line(response="x" * 3 * 2**20)] * 4))
-    assert [len(batch) for batch in read_examples(str(tmp_path / "d.jsonl"))] == [2, 2]
+    batches = open_examples(str(tmp_path / "d.jsonl")).batches
+    assert [len(batch) for batch in batches] == [2, 2]
 
 
 @pytest.mark.torture("data")
@@ -378,16 +376,18 @@ def test_blanks_between_rows_are_passed_over_however_many(tmp_path):
     assert texts(tmp_path / "d.json") == [("Why?", "", "Because.")]
 
 
-def test_columns_may_have_other_names_and_a_dataset_no_context_or_response(tmp_path):
+def test_columns_may_have_other_names_and_a_dataset_no_context(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b'{"q": "Why?", "a": "Because."}')
     assert texts(tmp_path / "d.jsonl", columns=Columns("q", "", "a")) == [("Why?", "", "Because.")]
-    assert texts(tmp_path / "d.jsonl", columns=Columns("q", "", "")) == [("Why?", "", "")]
 
 
 @pytest.mark.torture("data")
 @pytest.mark.parametrize(
     "columns, told",
-    [({"instruction": [1]}, "row 1, column 'instruction' is 1"), ({}, "no column 'instruction'")],
+    [
+        ({"instruction": [1]}, "row 1, column 'instruction' is 1"),
+        ({}, "no column for the instruction"),
+    ],
 )
 def test_a_parquet_file_of_another_shape_is_refused(tmp_path, columns, told):
     pq.write_table(

@@ -8,6 +8,7 @@ import pytest
 
 from stages.run.errors import InputError
 from stages.text.find_tokenizer import find_tokenizer
+from tests.text.conversations import text_ids
 from tests.text.tokenizer_kinds import llama3
 
 
@@ -22,7 +23,7 @@ def test_a_model_without_tokenizer_json_is_converted(folders, tmp_path):
     )
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     tokenizer = find_tokenizer(str(tmp_path))
-    assert tokenizer.decode(tokenizer.encode_prompt("the cat sat")) == "the cat sat"
+    assert tokenizer.decode(text_ids(tokenizer, "the cat sat")) == "the cat sat"
 
 
 def test_a_tokenizer_that_transformers_5_saved_is_published_so_that_version_4_loads_it(
@@ -39,7 +40,7 @@ def test_a_tokenizer_that_transformers_5_saved_is_published_so_that_version_4_lo
     tokenizer.save(tmp_path / "saved")
     published = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert published.eos_token_id == tokenizer.eos
-    assert published("Why?").input_ids == tokenizer.encode_prompt("Why?")
+    assert published("Why?").input_ids == text_ids(tokenizer, "Why?")
     assert published.additional_special_tokens == ["<|end_of_text|>"]
 
 

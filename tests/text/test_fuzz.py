@@ -19,17 +19,21 @@ from hypothesis import strategies as st
 from stages.run.cache_url import check_cache_url
 from stages.run.errors import InputError, StageFailure
 from stages.run.layout import IGNORED_LABEL, SEQUENCE_COLUMNS
+from stages.run.progress import printable
 from stages.run.setting import variable
 from stages.run.settings import Settings, unknown_names
 from stages.run.sizes import parse_size
+from stages.text.conversation import Message, read_conversation
 from stages.text.dataset import Layout, build
-from stages.text.documents import encode
-from stages.text.examples import Example, read_examples
+from stages.text.documents import ANSWER, encode
+from stages.text.examples import Example, open_examples
 from stages.text.find_tokenizer import find_tokenizer
-from stages.text.prompt import PromptTemplate
+from stages.text.prompt import TextFormat, load_format
 from stages.text.questions import read_questions
+from stages.text.text_template import DOLLY, format_problems, read_template
 from stages.text.tokens import TextTokenizer
 from tests.text.conftest import KINDS, folders, tokenizers  # noqa: F401 (fixtures)
+from tests.text.conversations import example, read, texts_of
 from tests.torture.plugin import examples
 
 pytestmark = pytest.mark.torture("fuzz")
@@ -42,7 +46,6 @@ ROWS = [
     }
     for number in range(12)
 ]
-TEMPLATE = PromptTemplate()
 
 
 def written(kind: str) -> bytes:
@@ -118,8 +121,8 @@ def test_a_damaged_dataset_is_read_or_refused_by_name(
     else:
         file.write_bytes(content)
     try:
-        for row in chain.from_iterable(read_examples(str(file))):
-            assert all(text.encode() or text == "" for text in row[1:])
+        for row in read(file):
+            assert all(text.encode() or text == "" for text in texts_of(row))
     except InputError as refused:
         assert all(
             str(file) in problem or "examples have problems" in problem
@@ -137,7 +140,7 @@ def test_damaged_prompts_are_read_or_refused(
     file.write_bytes(content)
     try:
         assert all(
-            question.instruction.encode()
+            question.messages[0].content.encode()
             for question in read_questions(Settings(prompts=str(file))).questions
         )
     except InputError as refused:
@@ -148,16 +151,145 @@ def test_damaged_prompts_are_read_or_refused(
 
 
 @examples(100, 1_500)
-@given(content=damaged(b'{"instruction": "a", "context": "b", "response": "c", "separator": "d"}'))
-def test_a_damaged_template_is_read_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes
+@given(content=damaged(b'{"format": "text", "template": "Q: {instruction}\\n{response}"}'))
+def test_a_damaged_format_is_read_or_refused(
+    tokenizers: dict[str, TextTokenizer],  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+    content: bytes,
 ) -> None:
-    file = tmp_path_factory.getbasetemp() / "prompt.json"
-    file.write_bytes(content)
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "prompt.json").write_bytes(content)
     try:
-        assert isinstance(PromptTemplate.load(file).prompt("x"), str)
+        [prompt] = load_format(folder, tokenizers["llama"]).prompts([(Message("user", "x"),)])
+        assert prompt
+    except InputError as refused:
+        assert "prompt.json" in str(refused) or "spells BOS or EOS" in str(refused)
+
+
+@examples(100, 1_500)
+@given(
+    content=damaged(DOLLY.encode())
+    | st.binary(max_size=60)
+    | st.lists(
+        st.sampled_from(
+            ["{instruction}", "{context}", "{response}", "{x}", "{", "}", "{{", "\n\n", "</s>", "é"]
+        ),
+        max_size=8,
+    ).map(lambda parts: "".join(parts).encode())
+)
+def test_a_template_of_rubbish_is_used_or_refused_before_anything_runs(
+    tokenizers: dict[str, TextTokenizer],  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+    content: bytes,
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "template.txt"
+    file.write_bytes(content)
+    problems = format_problems(Settings(prompt_template=str(file)))
+    assert all(str(file) in problem and len(problem) < 500 for problem in problems)
+    if problems:
+        return
+    tokenizer = tokenizers["llama"]
+    try:
+        format = TextFormat(tokenizer, read_template(str(file)))
+    except InputError as refused:
+        assert "spells BOS or EOS" in str(refused)
+        return
+    row = example("row 1", "why, ", "c", "so")
+    ids = (encode([row], tokenizer, format).ids & ~ANSWER).tolist()
+    assert ids[0] == tokenizer.bos[0] and ids[-1] == tokenizer.eos
+    assert "why, " in tokenizer.decode(ids) and tokenizer.decode(ids).endswith("so")
+
+
+# Conversations.
+
+rubbish = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(), max_size=5)
+    | st.sampled_from(["user", "assistant", "system", "tool", "gpt", "text", "\ud83d", "[]", ""]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    *("role", "content", "from", "value", "weight", "tool_calls", "name"),
+                    *("reasoning_content", "type", "text", "x"),
+                ]
+            )
+            | st.text(st.characters(), max_size=3),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+like_messages = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system", "tool"]) | rubbish},
+        optional={
+            "content": st.text(st.characters(), max_size=5) | rubbish,
+            "weight": st.sampled_from([0, 1]) | rubbish,
+            "tool_calls": rubbish,
+        },
+    )
+    | rubbish,
+    max_size=4,
+)
+cells = like_messages | like_messages.map(json.dumps) | rubbish
+
+
+@examples(200, 3_000)
+@given(rows=st.lists(cells, min_size=1, max_size=3))
+def test_rubbish_in_messages_is_read_or_refused_by_place_and_column(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any]
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "messages.jsonl"
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    try:
+        dataset = open_examples(str(file))
+        for row in chain.from_iterable(dataset.batches):
+            assert row.place.startswith(str(file))
+            for message in row.messages:
+                assert message.role in ("user", "assistant", "system", "tool")
+                assert json.dumps([message.content, message.extra], ensure_ascii=False).encode()
+        assert all(note.isprintable() for note in map(printable, dataset.notes()))
+    except InputError as refused:
+        assert all(
+            problem.startswith(f"{file}, line ") and "column 'messages' " in problem
+            for problem in refused.problems
+            if "examples have problems" not in problem
+        )
+        assert len(str(refused)) < 2_000
+    try:
+        assert read_questions(Settings(prompts=str(file))).questions
     except InputError as refused:
         assert str(file) in str(refused)
+
+
+@examples(100, 2_000)
+@given(rows=st.lists(cells, min_size=1, max_size=3))
+def test_conversations_become_documents_or_are_refused_by_place(
+    tokenizers: dict[str, TextTokenizer],  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[Any],
+) -> None:
+    messages = [
+        made
+        for made in (read_conversation(row, set()) for row in rows)
+        if not isinstance(made, str)
+    ]
+    tokenizer = tokenizers["byte_level"]
+    batch = [Example(f"row {number}", made) for number, made in enumerate(messages, 1)]
+    output = tmp_path_factory.mktemp("conversations")
+    try:
+        account = build(
+            [batch], tokenizer, TextFormat(tokenizer), output=output, layout=Layout(400)
+        )
+        assert account.roles["assistant"] >= account.train.documents
+    except InputError as refused:
+        assert "row " in str(refused) or "None of the" in str(refused)
 
 
 # Settings.
@@ -232,10 +364,11 @@ def reference(
     """(ids, labels) of each document that is packed, by the plainest means."""
     found = []
     for row in rows:
-        if not row.instruction.strip() or not row.response.strip():
+        instruction, _, response = texts_of(row)
+        if not instruction.strip() or not response.strip():
             continue
-        encoded = encode([row], tokenizer, TEMPLATE)
-        ids, prompt = encoded.ids.tolist(), int(encoded.prompt_lengths[0])
+        encoded = encode([row], tokenizer, TextFormat(tokenizer))
+        ids, prompt = (encoded.ids & ~ANSWER).tolist(), int(encoded.prompt_lengths[0])
         labels = [IGNORED_LABEL] * prompt + ids[prompt:] if layout.loss_on == "response" else ids
         if len(ids) > layout.max_length and layout.packing == "best_fit":
             if layout.overlong == "drop" or (
@@ -282,10 +415,10 @@ def test_packed_rows_hold_every_token_once_in_order_with_its_label(
     layout: Layout,
 ) -> None:
     tokenizer, output = tokenizers["byte_level"], tmp_path_factory.mktemp("rows")
-    rows = [Example(f"row {number}", *text) for number, text in enumerate(texts, 1)]
+    rows = [example(f"row {number}", *text) for number, text in enumerate(texts, 1)]
     expected = reference(rows, tokenizer, layout)
     try:
-        account = build([rows], tokenizer, TEMPLATE, output=output, layout=layout)
+        account = build([rows], tokenizer, TextFormat(tokenizer), output=output, layout=layout)
     except InputError:
         assert not expected or sum(len(ids) for ids, _ in expected) < layout.max_length
         return
@@ -386,8 +519,10 @@ def test_a_tokenizer_with_rubbish_in_it_works_or_is_refused(
         tokenizer = find_tokenizer(str(folder))
         assert tokenizer.vocab_size > tokenizer.eos
         encoded = encode(
-            [Example("row 1", "the </s> cat", "", "[INST] é🦆 \n sat")], tokenizer, TEMPLATE
+            [example("row 1", "the </s> cat", "", "[INST] é🦆 \n sat")],
+            tokenizer,
+            TextFormat(tokenizer),
         )
-        assert isinstance(tokenizer.decode(encoded.ids.tolist()), str)
+        assert isinstance(tokenizer.decode((encoded.ids & ~ANSWER).tolist()), str)
     except (InputError, StageFailure) as refused:
         assert str(refused)

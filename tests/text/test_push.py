@@ -21,7 +21,7 @@ from stages.run.publish import publish
 from stages.run.push_target import check_push_target, overwrites, reason_to_push
 from stages.run.settings import Settings
 from stages.text import remote_sources
-from stages.text.examples import read_examples
+from stages.text.examples import open_examples
 from stages.text.push import push
 from tests.conftest import ROOT, Project
 from tests.fakes import hub as hubs
@@ -106,7 +106,7 @@ def test_s3_gets_a_saved_dataset_with_every_sequence(
 def test_sequences_are_no_dataset_to_tokenise_again(door: Door, data: Path) -> None:
     push(TARGET, data)
     with pytest.raises(InputError, match="holds packed sequences"):
-        list(read_examples(TARGET))
+        open_examples(TARGET)
 
 
 def test_the_same_sequences_are_pushed_once_and_others_or_elsewhere_again(

@@ -17,10 +17,10 @@ import pytest
 
 from stages.run.errors import InputError
 from stages.text import remote_sources
-from stages.text.examples import read_examples
 from tests.fakes import s3
 from tests.fakes.hub import closed_port
 from tests.fakes.s3 import FOR_EVER, Door
+from tests.text.conversations import read, texts_of
 
 pytestmark = pytest.mark.torture("network")
 
@@ -81,7 +81,7 @@ def door(served: tuple[Door, str], monkeypatch: pytest.MonkeyPatch) -> Door:
 
 
 def responses(dataset: str) -> list[int]:
-    return [int(row.response) for batch in read_examples(dataset) for row in batch]
+    return [int(texts_of(row)[2]) for row in read(dataset)]
 
 
 def refusal(dataset: str) -> str:

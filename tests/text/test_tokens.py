@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from stages.run.provenance import TOKENIZER_FILES
-from stages.text.documents import encode
-from stages.text.examples import Example
-from stages.text.prompt import PromptTemplate
+from stages.text.documents import ANSWER, encode
+from stages.text.prompt import TextFormat
 from stages.text.tokens import TextTokenizer
 from tests.text.conftest import KINDS
+from tests.text.conversations import ANSWER_HEADER, dolly, example, prompt_ids, text_ids
 from tests.torture.plugin import examples
 
-TEMPLATE = PromptTemplate()
 # Text with the pieces that go wrong: control tokens' spellings, white space at the border, the
 # space mark, marks and emoji.
 texts = st.lists(
@@ -48,9 +47,8 @@ texts = st.lists(
 
 
 def document(tokenizer: TextTokenizer, instruction: str, context: str, response: str) -> list[int]:
-    return encode(
-        [Example("row 1", instruction, context, response)], tokenizer, TEMPLATE
-    ).ids.tolist()
+    row = example("row 1", instruction, context, response)
+    return (encode([row], tokenizer, TextFormat(tokenizer)).ids & ~ANSWER).tolist()
 
 
 @pytest.mark.torture("fuzz")
@@ -60,7 +58,7 @@ def document(tokenizer: TextTokenizer, instruction: str, context: str, response:
 def test_what_eval_gives_the_model_is_a_prefix_of_what_it_was_trained_on(
     tokenizers, kind, instruction, context, response
 ):
-    prompt = tokenizers[kind].encode_prompt(TEMPLATE.prompt(instruction, context))
+    prompt = prompt_ids(tokenizers[kind], instruction, context)
     assert document(tokenizers[kind], instruction, context, response)[: len(prompt)] == prompt
 
 
@@ -90,7 +88,7 @@ def as_tokenized(kind: str, text: str) -> str:
 @examples(150, 300)
 @given(instruction=texts, response=texts)
 def test_a_document_decodes_to_its_text(tokenizers, kind, instruction, response):
-    text = as_tokenized(kind, TEMPLATE.text(instruction, "", response))
+    text = as_tokenized(kind, dolly(instruction, "", response))
     assert tokenizers[kind].decode(document(tokenizers[kind], instruction, "", response)) == text
 
 
@@ -102,14 +100,16 @@ def test_an_answer_decodes_to_the_response_that_it_was_trained_on(tokenizers, ki
     """Whatever it begins with: white space, line ends, a space mark, the spelling of a control
     token."""
     tokenizer = tokenizers[kind]
-    [[ids], _] = tokenizer.encode_responses(TEMPLATE.response, [response])
+    [(ids, _)] = tokenizer.encode_after([ANSWER_HEADER], [response])
+    assert ids is not None
     assert tokenizer.decode_answer(ids) == as_tokenized(kind, response)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("response", ["    return y", "\ttab", "\n\n1. A chip", " a", "It is."])
 def test_an_answer_keeps_the_white_space_that_it_begins_with(tokenizers, kind, response):
-    [[ids], _] = tokenizers[kind].encode_responses(TEMPLATE.response, [response])
+    [(ids, _)] = tokenizers[kind].encode_after([ANSWER_HEADER], [response])
+    assert ids is not None
     answer = tokenizers[kind].decode_answer(ids)
     assert answer == response or kind == "unigram"  # which has no letter for a line end
 
@@ -138,7 +138,7 @@ def test_a_response_is_encoded_as_when_prompt_and_response_are_one_text(
 ):
     whole = (
         Tokenizer.from_file(str(folders[kind] / "tokenizer.json"))
-        .encode(TEMPLATE.text("Why?", "", response))
+        .encode(dolly("Why?", "", response))
         .ids
     )
     assert document(tokenizers[kind], "Why?", "", response) == [*whole, tokenizers[kind].eos]
@@ -153,12 +153,12 @@ def test_a_response_whose_first_token_would_reach_into_the_prompt_is_split_there
     (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
     tokenizer = TextTokenizer.load(tmp_path)
-    rows = [Example("row 1", "Why?", "", "\n\nBecause."), Example("row 2", "Why?", "", "Because.")]
-    encoded = encode(rows, tokenizer, TEMPLATE)
-    prompt = tokenizer.encode_prompt(TEMPLATE.prompt("Why?"))
+    rows = [example("row 1", "Why?", "", "\n\nBecause."), example("row 2", "Why?", "", "Because.")]
+    encoded = encode(rows, tokenizer, TextFormat(tokenizer))
+    prompt = prompt_ids(tokenizer, "Why?")
     assert encoded.split_again == 1
     assert encoded.ids[: len(prompt)].tolist() == prompt
-    assert tokenizer.decode(encoded.ids[: encoded.lengths[0]]) == TEMPLATE.text(
+    assert tokenizer.decode(encoded.ids[: encoded.lengths[0]] & ~ANSWER) == dolly(
         "Why?", "", "\n\nBecause."
     )
 
@@ -171,7 +171,7 @@ def test_marking_spaces_here_gives_the_ids_of_the_tokenizers_own_normaliser(
 ):
     own = Tokenizer.from_file(str(folders["llama"] / "tokenizer.json"))
     own.encode_special_tokens = True
-    assert tokenizers["llama"].encode_prompt(text) == own.encode(text).ids
+    assert text_ids(tokenizers["llama"], text) == own.encode(text).ids
 
 
 def test_truncation_and_padding_kept_in_a_tokenizers_file_are_not_applied(folders, tmp_path):
@@ -184,8 +184,8 @@ def test_truncation_and_padding_kept_in_a_tokenizers_file_are_not_applied(folder
     )
     assert (
         len(
-            TextTokenizer.load(tmp_path).encode_prompt(
-                "the cat sat on the mat and the dog sat on the log"
+            text_ids(
+                TextTokenizer.load(tmp_path), "the cat sat on the mat and the dog sat on the log"
             )
         )
         > 4
@@ -205,7 +205,7 @@ def test_a_tokenizer_without_a_padding_token_pads_with_eos(tokenizers):
 
 
 def test_the_least_vocabulary_covers_every_id(tokenizers):
-    assert tokenizers["llama"].vocab_size > max(tokenizers["llama"].encode_prompt("\n\xff"))
+    assert tokenizers["llama"].vocab_size > max(text_ids(tokenizers["llama"], "\n\xff"))
 
 
 def test_saved_files_are_those_that_were_loaded(folders, tokenizers, tmp_path):
@@ -221,10 +221,13 @@ def test_saved_files_are_those_that_were_loaded(folders, tokenizers, tmp_path):
 def test_encoding_a_prompt_needs_no_heavy_library(folders):
     code = f"""
 import sys, pathlib
-from stages.text.prompt import PromptTemplate
+from stages.text.answer import encode_questions
+from stages.text.prompt import TextFormat
+from stages.text.questions import question_of
 from stages.text.tokens import TextTokenizer
 tokenizer = TextTokenizer.load(pathlib.Path({str(folders["llama"])!r}))
-tokenizer.decode(tokenizer.encode_prompt(PromptTemplate().prompt("Why?")))
+[ids] = encode_questions([question_of("Why?")], tokenizer, TextFormat(tokenizer), 100)
+tokenizer.decode(ids)
 heavy = {{"numpy", "torch", "transformers", "datasets", "pyarrow", "huggingface_hub"}}
 print(sorted(heavy & set(sys.modules)))
 """

@@ -19,7 +19,7 @@ from stages.model.check import described_model
 from stages.run.errors import InputError, StageFailure
 from stages.run.fingerprint import ROOT
 from stages.run.settings import Settings
-from stages.text.examples import Columns, read_examples
+from stages.text.examples import Columns, open_examples
 from stages.text.find_tokenizer import find_tokenizer
 from tests.conftest import Project
 from tests.tiny_llama import tiny_llama
@@ -148,15 +148,7 @@ def test_a_dataset_with_a_script_is_not_run(tmp_path: Path, marker: Path, name: 
     (dataset / name).write_text(EVIL.format(marker=str(marker)))
     for given in (dataset, dataset / name):
         with pytest.raises(InputError, match=str(given)):
-            list(
-                read_examples(
-                    str(given),
-                    columns=Columns("instruction", "context", "response"),
-                    revision="",
-                    config="",
-                    split="train",
-                )
-            )
+            open_examples(str(given), columns=Columns("instruction", "context", "response"))
 
 
 def test_make_refuses_a_model_that_needs_its_code_and_asks_nothing(

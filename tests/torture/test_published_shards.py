@@ -24,6 +24,7 @@ from stages.run.json_file import write_json
 from stages.run.layout import ADAPTER_CONFIG
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
+from stages.text.prompt import TextFormat
 from stages.text.tokens import TextTokenizer
 from tests.conftest import ROOT
 from tests.tiny_llama import tiny_llama
@@ -44,8 +45,9 @@ def train(tmp_path: Path) -> Path:
     def build(work: Path) -> StageResult:
         model = tiny_llama()
         model.config.save_pretrained(work)
-        TextTokenizer.load(ROOT / "data/demo/model").save(work / "tokenizer")
-        (work / "prompt.json").write_text("{}")
+        tokenizer = TextTokenizer.load(ROOT / "data/demo/model")
+        tokenizer.save(work / "tokenizer")
+        TextFormat(tokenizer).save(work)
         writer = HuggingFaceStorageWriter(str(work / "shards"), save_distributed=True)
         dcp.save(model.state_dict(), storage_writer=writer, no_dist=True)
         return StageResult()
@@ -148,8 +150,9 @@ def adapter(tmp_path: Path) -> Settings:
 
     def build(work: Path) -> StageResult:
         shutil.copy(base / "config.json", work)
-        TextTokenizer.load(ROOT / "data/demo/model").save(work / "tokenizer")
-        (work / "prompt.json").write_text("{}")
+        tokenizer = TextTokenizer.load(ROOT / "data/demo/model")
+        tokenizer.save(work / "tokenizer")
+        TextFormat(tokenizer).save(work)
         model = tiny_llama()
         add_adapters(model, changed)
         freeze(model)

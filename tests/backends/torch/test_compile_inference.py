@@ -56,7 +56,9 @@ def llama() -> LlamaForCausalLM:
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     llama().save_pretrained(folder)
-    (folder / "prompt.json").write_text('{"template": "{instruction}"}', encoding="utf-8")
+    (folder / "prompt.json").write_text(
+        '{"format": "text", "template": "{instruction}{response}"}', encoding="utf-8"
+    )
     return folder
 
 

@@ -17,9 +17,8 @@ from stages.backends.torch.export import Decode, Prefill
 from stages.backends.torch.generate import CompiledModel
 from stages.run.settings import Settings
 from stages.text.answer import Answerer
-from stages.text.prompt import PromptTemplate
-from stages.text.questions import Question
 from tests.test_consolidate import published
+from tests.text.conversations import dolly, question
 from tests.text.tokenizer_kinds import (
     gemma,
     gpt2,
@@ -38,7 +37,7 @@ MAX_NEW_TOKENS = 24
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [1]}
 SAMPLING |= {"repetition_penalty": 1.3, "min_new_tokens": 5, "no_repeat_ngram_size": 2}
 QUESTIONS = [
-    Question(instruction, context)
+    question(instruction, context)
     for instruction, context in (
         *(
             ("What is a chip?", ""),
@@ -89,10 +88,11 @@ def test_transformers_gives_evals_answers_and_stops_where_eval_stops(
 ) -> None:
     folder = published(tmp_path, make_tokenizer, {}, SAMPLING, architecture, eos_factor, **changes)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer, template = AutoTokenizer.from_pretrained(folder), PromptTemplate.load(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     answers = answers_of_eval(folder)
-    for question, (prompt, ids, text) in zip(QUESTIONS, answers, strict=True):
-        asked = template.prompt(question.instruction, question.context)
+    for one, (prompt, ids, text) in zip(QUESTIONS, answers, strict=True):
+        [user] = one.messages
+        asked = dolly(user.content, user.context, "")
         inputs = tokenizer(asked, return_tensors="pt", return_token_type_ids=False)
         assert inputs["input_ids"][0].tolist() == prompt
         whole = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)[0]
