@@ -20,7 +20,7 @@ from stages.run.errors import InputError
 from stages.run.json_file import write_json
 from stages.run.layout import PROMPT_FILE
 from stages.text.conversation import Conversation, Message, answers_of
-from stages.text.pieces import Piece
+from stages.text.pieces import Piece, encode_pieces
 from stages.text.tokens import TextTokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -64,10 +64,25 @@ class ChatFormat:
             self.end, self.lead = self._example()
 
     def documents(self, conversations: Sequence[Conversation]) -> list[list[list[Piece]] | str]:
+        made = self._made(conversations)
+        # The template may end the last answer in another way than those before it (gpt-oss).
+        again = [
+            number
+            for number, one in enumerate(made)
+            if isinstance(one, str) and one.startswith(_OTHER_END)
+        ]
+        alone = self._made([conversations[number] for number in again], alone=True)
+        for number, documents in zip(again, alone, strict=True):
+            made[number] = documents
+        return made
+
+    def _made(
+        self, conversations: Sequence[Conversation], alone: bool = False
+    ) -> list[list[list[Piece]] | str]:
         return [
             documents if isinstance(documents, str) else self._checked(messages, documents)
             for messages, documents in zip(
-                conversations, self._rendered(conversations, ask=False), strict=True
+                conversations, self._rendered(conversations, alone=alone), strict=True
             )
         ]
 
@@ -113,7 +128,7 @@ class ChatFormat:
     def _example(self) -> tuple[int, str]:
         """What ends an answer of a short conversation, and what begins it."""
         messages = (Message("user", "a"), Message("assistant", "b"))
-        [documents] = self._rendered([messages], ask=False)
+        [documents] = self._rendered([messages])
         if isinstance(documents, str):
             raise InputError(f"{documents}, for a short question and its answer. {_OTHER}")
         pieces = list(self._pieces(messages, documents[0], end=None))
@@ -127,11 +142,18 @@ class ChatFormat:
                 "the chat template ends an answer with no control token of the tokenizer, so that "
                 f"a model would not stop; after it stands {rest[:60]!r}. {_OTHER}"
             )
-        said = [piece.role == "assistant" and not piece.literal for piece in answer].index(True)
-        return answer[-1].control, "".join(piece.text for piece in answer[:said])
+        return answer[-1].control, self._lead(pieces)
+
+    def _lead(self, pieces: list[Piece]) -> str:
+        """What the answer "b" is decoded to, without the b: words of the template, or the space
+        that the tokenizer puts after a control token."""
+        said = [piece.role == "assistant" for piece in pieces].index(True)
+        [runs] = encode_pieces([pieces[: said + 1]], self._tokenizer, self.starts_text)
+        ids = [id for run in runs or () if run.answer for id in run.ids]
+        return self._tokenizer.decode_answer(ids).removesuffix(pieces[said].text)
 
     def _rendered(
-        self, conversations: Sequence[Conversation], ask: bool
+        self, conversations: Sequence[Conversation], ask: bool = False, alone: bool = False
     ) -> list[list[dict[str, Any]] | str]:
         """What the renderer makes of each conversation; or why it makes nothing."""
         request, problems = [], {}
@@ -142,7 +164,7 @@ class ChatFormat:
                 problems[number] = problem
             else:
                 request.append(([_as_object(message) for message in messages], answers))
-        rendered = iter(self._renderer.ask(request, ask) if request else ())
+        rendered = iter(self._renderer.ask(request, ask, alone) if request else ())
         return [
             problems[number] if number in problems else next(rendered)
             for number in range(len(conversations))
@@ -167,10 +189,16 @@ class ChatFormat:
         """The pieces of each document; a text where an answer ends in another way than others."""
         written = [list(self._pieces(messages, document, self.end)) for document in documents]
         for document, pieces in zip(documents, written, strict=True):
-            ends = sum(piece.answer and piece.control == self.end for piece in pieces)
-            if ends != len(document["answers"]):
+            ended: list[bool] = []
+            for piece in pieces:
+                if piece.answer and piece.apart:
+                    ended.append(False)
+                if piece.answer and piece.control == self.end:
+                    ended[-1] = True
+            if not all(ended):
+                number = document["numbers"][ended.index(False)] + 1
                 end = self._tokenizer.spelling(self.end)
-                return f"the chat template ends an answer with something else than {end!r}."
+                return f"{_OTHER_END} of message {number} with something else than {end!r}."
         return written
 
     def _pieces(
@@ -178,17 +206,20 @@ class ChatFormat:
     ) -> Iterator[Piece]:
         """The pieces of a rendered document. An answer ends with the control token `end`, or (None)
         with the first one after its text."""
-        answering = said = False
+        answering = said = apart = False
         for index, (text, number) in enumerate(document["parts"]):
+            apart = apart or index in document["starts"]
             if index in document["answers"]:
                 answering, said = True, False
             if number >= 0:
                 role = messages[number].role
                 said = said or role == "assistant"
-                yield Piece(text, role, answer=answering)
+                yield Piece(text, role, answer=answering, apart=apart)
+                apart = apart and not text
                 continue
             for part, id in self._split(text):
-                yield Piece(part, "template", id, literal=True, answer=answering)
+                yield Piece(part, "template", id, literal=True, answer=answering, apart=apart)
+                apart = False
                 if id is not None and (said if end is None else id == end):
                     answering = False
 
@@ -202,13 +233,13 @@ class _Renderer:
         self._one_at_a_time = Lock()
         self.dates: dict[str, str] = {}
 
-    def ask(self, conversations: list[Any], ask: bool) -> list[Any]:
+    def ask(self, conversations: list[Any], ask: bool, alone: bool) -> list[Any]:
         """The answer of `render` to a request; raises InputError where it ends without one."""
         with self._one_at_a_time:
             try:
                 if self._process is None:
                     self._start()
-                answer = self._send({"conversations": conversations, "ask": ask})
+                answer = self._send({"conversations": conversations, "ask": ask, "alone": alone})
             except (BrokenPipeError, ValueError):
                 raise InputError(self._why_it_ended()) from None
         self.dates = answer["dates"]
@@ -245,6 +276,7 @@ class _Renderer:
 
 
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH")
+_OTHER_END = "the chat template ends the answer"
 _OTHER = "Name another one in CHAT_TEMPLATE, or set PROMPT_FORMAT=dolly."
 
 

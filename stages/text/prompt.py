@@ -139,7 +139,7 @@ class TextFormat:
                 if user is None and self.template != PLAIN:
                     return f"message {number} answers nothing. {_IN_TURN}"
                 pieces += [
-                    Piece(message.content, "assistant", answer=message.learn),
+                    Piece(message.content, "assistant", answer=message.learn, apart=True),
                     self._eos._replace(answer=message.learn),
                 ]
                 user = None

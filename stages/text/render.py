@@ -33,6 +33,7 @@ _FIELDS = ("content", "reasoning_content")
 _MARK = re.compile("\ue000([0-9]+)([01])\ue001")
 
 Part = list[Any]  # [text, message]
+Asked = dict[int, "str | Exception"]  # message -> its prompt, or why there is none
 Messages = list[dict[str, Any]]
 
 
@@ -64,45 +65,82 @@ class Renderer:
             raise Refused(f"makes {len(text):,} characters of {room:,}")
         return str(text)
 
-    def prompt(self, messages: Messages) -> list[Part]:
-        """The parts of the prompt for an answer to `messages`."""
-        return self._parts(messages, self.render(messages, ask=True), ask=True, whole=False)
+    def prompt(self, messages: Messages) -> dict[str, Any]:
+        """The prompt for an answer to `messages`, as a document without answers."""
+        _, parts = self._ask(messages)
+        starts = _starts(parts, self._asked(messages))
+        return {"parts": parts, "starts": [*starts.values()], "answers": [], "numbers": []}
 
-    def documents(self, messages: Messages, answers: list[int]) -> list[dict[str, Any]]:
-        """The document of a conversation, or one for each of its `answers` (numbers of messages)
-        where the whole cannot be one: where the template writes earlier answers in other words."""
-        ways = [messages, _split_thinking(messages)]
-        reason = ""
-        for way in ways[: 1 + (ways[0] != ways[1])]:
+    def documents(
+        self, messages: Messages, answers: list[int], alone: bool
+    ) -> list[dict[str, Any]]:
+        """A document of the conversation, or one for each of its `answers` (numbers of messages)
+        where the whole cannot be one (the template writes earlier answers in other words) or is not
+        wanted (`alone`)."""
+        asked, reason = self._asked(messages), None
+        for way in [] if alone else _ways(messages):
             try:
-                return [self._document(way, answers)]
+                return [self._document(way, asked, answers)]
             except Refused as refused:
-                reason = reason or str(refused)
-        for way in ways[: 1 + (ways[0] != ways[1])] if len(answers) > 1 else []:
+                reason = reason or refused
+        for way in _ways(messages) if alone or len(answers) > 1 else []:
             try:
-                return [self._document(way[: at + 1], [at], alone=True) for at in answers]
-            except Refused:
-                continue
-        raise Refused(reason)
+                return [self._document(way[: at + 1], asked, [at], alone=True) for at in answers]
+            except Refused as refused:
+                reason = reason or refused
+        assert reason
+        raise reason
 
     def _document(
-        self, messages: Messages, answers: list[int], alone: bool = False
+        self, messages: Messages, asked: Asked, answers: list[int], alone: bool = False
     ) -> dict[str, Any]:
-        """A document as its parts and the numbers of those that begin an answer. `alone`: earlier
-        thinking may be missing, because it has documents of its own."""
+        """A document as its parts, and the numbers of those that begin a message of the assistant
+        (`starts`), and one of `answers`, whose `numbers` are those. `alone`: earlier thinking may be
+        missing, because it has documents of its own."""
         text = self.render(messages)
         parts = self._parts(messages, text, ask=False, whole=not alone)
-        starts = []
         for number in answers:
-            prompt = self.render(messages[:number], ask=True)
+            prompt = asked[number]
+            if isinstance(prompt, Exception):
+                raise prompt
             if not text.startswith(prompt):
                 raise Refused(
                     f"writes what comes before message {number + 1} in other words once that "
                     "message is there, so that the model would be asked in other words than it is "
                     "trained on"
                 )
-            starts.append(_cut(parts, len(prompt), number))
-        return {"parts": parts, "answers": starts}
+        starts = _starts(parts, asked)
+        if missing := [number for number in answers if number not in starts]:
+            raise Refused(f"begins the answer of message {missing[0] + 1} within a message")
+        return {
+            "parts": parts,
+            "starts": [*starts.values()],
+            "answers": [starts[number] for number in answers],
+            "numbers": answers,
+        }
+
+    def _ask(self, messages: Messages) -> tuple[str, list[Part]]:
+        """The text and the parts of the prompt for an answer to `messages`."""
+        reason = None
+        for way in _ways(messages):
+            try:
+                text = self.render(way, ask=True)
+                return text, self._parts(way, text, ask=True, whole=False)
+            except Refused as refused:
+                reason = reason or refused
+        assert reason
+        raise reason
+
+    def _asked(self, messages: Messages) -> Asked:
+        """The text of the prompt for each message of the assistant; or why it cannot be asked."""
+        asked: Asked = {}
+        for number, message in enumerate(messages):
+            if number and message["role"] == "assistant":
+                try:
+                    asked[number] = self._ask(messages[:number])[0]
+                except Exception as error:  # a template raises anything
+                    asked[number] = error
+        return asked
 
     def _parts(self, messages: Messages, text: str, ask: bool, whole: bool) -> list[Part]:
         """The rendered text as parts. Every message must be in it; `whole`: its thinking too."""
@@ -181,9 +219,23 @@ def _written(content: str, text: str, at: int, following: str) -> str | None:
     return None
 
 
-def _cut(parts: list[Part], length: int, number: int) -> int:
+def _starts(parts: list[Part], asked: Asked) -> dict[int, int]:
+    """Where the messages of the assistant begin: number -> part. Cuts the parts there, in prompts
+    as in documents, because a tokenizer might join what is on both sides. A message whose prompt is
+    not the beginning of the text has no place."""
+    text = "".join(text for text, _ in parts)
+    starts = {}
+    for number, prompt in asked.items():
+        if isinstance(prompt, str) and text.startswith(prompt):
+            start = _cut(parts, len(prompt), number)
+            if start is not None:
+                starts[number] = start
+    return starts
+
+
+def _cut(parts: list[Part], length: int, number: int) -> int | None:
     """Cut the literal in which the first `length` characters end, and return the number of the part
-    that begins there. Raises Refused where they end within a message, or after message `number`."""
+    that begins there; None where they end within a message, or after message `number`."""
     at = 0
     for index, (text, message) in enumerate(parts):
         if message == number:
@@ -195,7 +247,13 @@ def _cut(parts: list[Part], length: int, number: int) -> int:
                 break
             return index + 1
         at += len(text)
-    raise Refused(f"begins the answer of message {number + 1} within a message")
+    return None
+
+
+def _ways(messages: Messages) -> list[Messages]:
+    """How a conversation may be given to a template: as it is, or with thinking apart."""
+    split = _split_thinking(messages)
+    return [messages] if split == messages else [messages, split]
 
 
 def _split_thinking(messages: Messages) -> Messages:
@@ -229,9 +287,9 @@ def _answer(renderer: Renderer, request: dict[str, Any]) -> Iterator[Any]:
     for messages, answers in request["conversations"]:
         try:
             if request["ask"]:
-                yield [{"parts": renderer.prompt(messages), "answers": []}]
+                yield [renderer.prompt(messages)]
             else:
-                yield renderer.documents(messages, answers)
+                yield renderer.documents(messages, answers, request["alone"])
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a template raises anything
