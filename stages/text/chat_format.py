@@ -7,26 +7,22 @@ model. Only the template's own text becomes control tokens; what a message spell
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from stages.run.errors import InputError
 from stages.run.json_file import write_json
 from stages.run.layout import PROMPT_FILE
 from stages.text.conversation import Conversation, Message, answers_of
-from stages.text.pieces import Piece
+from stages.text.pieces import Piece, encode_pieces
+from stages.text.render_process import OTHER_TEMPLATE, RenderProcess
 from stages.text.tokens import TextTokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
 _CONFIG = "tokenizer_config.json"
-_MOST_SECONDS, _MOST_BYTES = 60, 2**30  # of a CPU for one request; of memory
-_ROOT = Path(__file__).resolve().parents[2]
+_OTHER_END = "the chat template ends the answer"
 
 
 def chat_template_of(tokenizer: TextTokenizer) -> str:
@@ -57,17 +53,32 @@ class ChatFormat:
         """`end` and `lead` are those of prompt.json; without them, an example shows them. Raises
         InputError for a template that ends no answer."""
         self._tokenizer, self._template = tokenizer, chat_template_of(tokenizer)
-        self._renderer = _Renderer(self._template, _special_tokens(tokenizer))
+        self._renderer = RenderProcess(self._template, _special_tokens(tokenizer))
         self._split = lru_cache(4096)(lambda text: list(tokenizer.split(text)))
         self.end, self.lead = tokenizer.eos if end is None else end, lead
         if end is None:
             self.end, self.lead = self._example()
 
     def documents(self, conversations: Sequence[Conversation]) -> list[list[list[Piece]] | str]:
+        made = self._made(conversations)
+        # The template may end the last answer in another way than those before it (gpt-oss).
+        again = [
+            number
+            for number, one in enumerate(made)
+            if isinstance(one, str) and one.startswith(_OTHER_END)
+        ]
+        alone = self._made([conversations[number] for number in again], alone=True)
+        for number, documents in zip(again, alone, strict=True):
+            made[number] = documents
+        return made
+
+    def _made(
+        self, conversations: Sequence[Conversation], alone: bool = False
+    ) -> list[list[list[Piece]] | str]:
         return [
             documents if isinstance(documents, str) else self._checked(messages, documents)
             for messages, documents in zip(
-                conversations, self._rendered(conversations, ask=False), strict=True
+                conversations, self._rendered(conversations, alone=alone), strict=True
             )
         ]
 
@@ -113,25 +124,32 @@ class ChatFormat:
     def _example(self) -> tuple[int, str]:
         """What ends an answer of a short conversation, and what begins it."""
         messages = (Message("user", "a"), Message("assistant", "b"))
-        [documents] = self._rendered([messages], ask=False)
+        [documents] = self._rendered([messages])
         if isinstance(documents, str):
-            raise InputError(f"{documents}, for a short question and its answer. {_OTHER}")
+            raise InputError(f"{documents}, for a short question and its answer. {OTHER_TEMPLATE}")
         pieces = list(self._pieces(messages, documents[0], end=None))
         answer = [piece for piece in pieces if piece.answer]
         self._begins_with_bos = [pieces[0].control] == [*self._tokenizer.bos][:1]
         if [one.control for one in pieces[:2]] == 2 * [*self._tokenizer.bos][:1]:
-            raise InputError(f"the chat template writes BOS twice. {_OTHER}")
+            raise InputError(f"the chat template writes BOS twice. {OTHER_TEMPLATE}")
         if not answer or answer[-1].control is None:
             rest = pieces[-1].text if pieces else ""
             raise InputError(
                 "the chat template ends an answer with no control token of the tokenizer, so that "
-                f"a model would not stop; after it stands {rest[:60]!r}. {_OTHER}"
+                f"a model would not stop; after it stands {rest[:60]!r}. {OTHER_TEMPLATE}"
             )
-        said = [piece.role == "assistant" and not piece.literal for piece in answer].index(True)
-        return answer[-1].control, "".join(piece.text for piece in answer[:said])
+        return answer[-1].control, self._lead(pieces)
+
+    def _lead(self, pieces: list[Piece]) -> str:
+        """What the answer "b" is decoded to, without the b: words of the template, or the space
+        that the tokenizer puts after a control token."""
+        said = [piece.role == "assistant" for piece in pieces].index(True)
+        [runs] = encode_pieces([pieces[: said + 1]], self._tokenizer, self.starts_text)
+        ids = [id for run in runs or () if run.answer for id in run.ids]
+        return self._tokenizer.decode_answer(ids).removesuffix(pieces[said].text)
 
     def _rendered(
-        self, conversations: Sequence[Conversation], ask: bool
+        self, conversations: Sequence[Conversation], ask: bool = False, alone: bool = False
     ) -> list[list[dict[str, Any]] | str]:
         """What the renderer makes of each conversation; or why it makes nothing."""
         request, problems = [], {}
@@ -142,7 +160,7 @@ class ChatFormat:
                 problems[number] = problem
             else:
                 request.append(([_as_object(message) for message in messages], answers))
-        rendered = iter(self._renderer.ask(request, ask) if request else ())
+        rendered = iter(self._renderer.ask(request, ask, alone) if request else ())
         return [
             problems[number] if number in problems else next(rendered)
             for number in range(len(conversations))
@@ -167,10 +185,16 @@ class ChatFormat:
         """The pieces of each document; a text where an answer ends in another way than others."""
         written = [list(self._pieces(messages, document, self.end)) for document in documents]
         for document, pieces in zip(documents, written, strict=True):
-            ends = sum(piece.answer and piece.control == self.end for piece in pieces)
-            if ends != len(document["answers"]):
+            ended: list[bool] = []
+            for piece in pieces:
+                if piece.answer and piece.apart:
+                    ended.append(False)
+                if piece.answer and piece.control == self.end:
+                    ended[-1] = True
+            if not all(ended):
+                number = document["numbers"][ended.index(False)] + 1
                 end = self._tokenizer.spelling(self.end)
-                return f"the chat template ends an answer with something else than {end!r}."
+                return f"{_OTHER_END} of message {number} with something else than {end!r}."
         return written
 
     def _pieces(
@@ -178,74 +202,22 @@ class ChatFormat:
     ) -> Iterator[Piece]:
         """The pieces of a rendered document. An answer ends with the control token `end`, or (None)
         with the first one after its text."""
-        answering = said = False
+        answering = said = apart = False
         for index, (text, number) in enumerate(document["parts"]):
+            apart = apart or index in document["starts"]
             if index in document["answers"]:
                 answering, said = True, False
             if number >= 0:
                 role = messages[number].role
                 said = said or role == "assistant"
-                yield Piece(text, role, answer=answering)
+                yield Piece(text, role, answer=answering, apart=apart)
+                apart = apart and not text
                 continue
             for part, id in self._split(text):
-                yield Piece(part, "template", id, literal=True, answer=answering)
+                yield Piece(part, "template", id, literal=True, answer=answering, apart=apart)
+                apart = False
                 if id is not None and (said if end is None else id == end):
                     answering = False
-
-
-class _Renderer:
-    """The process that renders; started when it is first asked."""
-
-    def __init__(self, template: str, tokens: dict[str, str]):
-        self._first = {"template": template, "tokens": tokens}
-        self._process: subprocess.Popen[str] | None = None
-        self._one_at_a_time = Lock()
-        self.dates: dict[str, str] = {}
-
-    def ask(self, conversations: list[Any], ask: bool) -> list[Any]:
-        """The answer of `render` to a request; raises InputError where it ends without one."""
-        with self._one_at_a_time:
-            try:
-                if self._process is None:
-                    self._start()
-                answer = self._send({"conversations": conversations, "ask": ask})
-            except (BrokenPipeError, ValueError):
-                raise InputError(self._why_it_ended()) from None
-        self.dates = answer["dates"]
-        return list(answer["conversations"])
-
-    def _start(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "stages.text.render", str(_MOST_SECONDS), str(_MOST_BYTES)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            cwd=_ROOT,
-            # A template needs no secret of this process.
-            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-        )
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps(self._first) + "\n")
-
-    def _send(self, request: dict[str, Any]) -> Any:
-        assert self._process and self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def _why_it_ended(self) -> str:
-        assert self._process
-        status = self._process.wait()
-        self._process = None
-        return (
-            f"the chat template was stopped (status {status}): it may take {_MOST_SECONDS} s for "
-            f"1,000 conversations, and {_MOST_BYTES // 2**20:,} MiB. {_OTHER}"
-        )
-
-
-_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH")
-_OTHER = "Name another one in CHAT_TEMPLATE, or set PROMPT_FORMAT=dolly."
 
 
 def _as_object(message: Message) -> dict[str, Any]:

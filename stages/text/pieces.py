@@ -16,13 +16,15 @@ ROLES = ("template", "system", "user", "assistant", "tool")
 class Piece(NamedTuple):
     """`control`: the id of a control token, whose spelling is `text`; None for text, which never
     becomes one. `literal`: whether the text is the template's own, and not a message's. `answer`:
-    whether the model is to say it."""
+    whether the model is to say it. `apart`: whether it begins a message of the assistant, which is
+    encoded apart from what is before it, in documents and prompts alike."""
 
     text: str
     role: str
     control: int | None = None
     literal: bool = False
     answer: bool = False
+    apart: bool = False
 
 
 class Run(NamedTuple):
@@ -48,8 +50,8 @@ def encode_pieces(
     control tokens or from the prompt before it.
 
     Neighbouring texts are encoded as one, as a tokenizer encodes a rendered template, except that
-    an answer begins a run of its own, also one that is not learned: the prompt's ids are then a
-    prefix of the document's, and a conversation has the same ids when it is continued.
+    a message of the assistant begins a run of its own, also one that is not learned: the prompt's
+    ids are then a prefix of the document's, and a conversation keeps its ids when it goes on.
     `starts_text`: what follows the BOS is encoded as the start of a text, as a tokenizer does that
     puts the BOS itself.
     """
@@ -75,9 +77,10 @@ def encode_pieces(
 def _chunks(
     pieces: Iterable[Piece], tokenizer: TextTokenizer, starts_text: bool
 ) -> Iterable[Run | _Chunk]:
-    """The control tokens of a document as runs, and between them its texts as chunks to encode."""
+    """The control tokens of a document as runs, and between them its texts as chunks to encode.
+    White space beside a control token that takes it (Phi-3's) is gone."""
     texts: list[Piece] = []
-    border, controls = "", 0
+    border, controls, strips = "", 0, False
 
     def flush() -> Iterable[_Chunk]:
         if texts:
@@ -87,25 +90,27 @@ def _chunks(
 
     for piece in pieces:
         if piece.control is not None:
+            while piece.control in tokenizer.strips_left and texts:
+                *texts, last = texts
+                if text := last.text.rstrip():
+                    texts.append(last._replace(text=text))
+                    break
             yield from flush()
+            strips = piece.control in tokenizer.strips_right
             role = "assistant" if piece.answer else "template"
             yield Run([piece.control], role, piece.answer)
             texts, controls = [], controls + 1
             leading = starts_text and controls <= len(tokenizer.bos)
             border = "" if leading else tokenizer.after_control
             continue
-        if texts and (piece.answer != texts[0].answer or _says_first(piece, texts)):
+        if texts and (piece.apart or piece.answer != texts[0].answer):
             yield from flush()
             # The template's last words suffice to encode what follows them.
             last = texts[-1]
             border = last.text if last.literal else "".join(one.text for one in texts)
             texts = []
-        if piece.text:
-            texts.append(piece)
+        text = piece.text.lstrip() if strips and not texts else piece.text
+        if text:
+            texts.append(piece._replace(text=text) if strips else piece)
+            strips = False
     yield from flush()
-
-
-def _says_first(piece: Piece, texts: Sequence[Piece]) -> bool:
-    """Whether a piece begins an answer that is not learned, after the `texts` of its prompt."""
-    is_said = not piece.literal and piece.role == "assistant" and not piece.answer
-    return is_said and all(one.literal or one.role != "assistant" for one in texts)

@@ -65,8 +65,8 @@ class TextFormat:
         self.template, self.end = template, tokenizer.eos
         self._bos = [_control(tokenizer, id) for id in tokenizer.bos]
         self._eos = _control(tokenizer, tokenizer.eos)
-        # The space that the tokenizer puts before a text, but not after a control token.
-        self._first = " " if self._bos and tokenizer.after_control else ""
+        # Whether the tokenizer puts a space before a text that has none, but not after BOS.
+        self._first = bool(self._bos and tokenizer.after_control)
         self._words = {
             has_context: [
                 word.text
@@ -103,9 +103,7 @@ class TextFormat:
 
     def chat_template(self) -> str:
         with_context, without = (_jinja(self._words[one]) for one in (True, False))
-        bos = "".join(piece.text for piece in self._bos) + self._first
-        return (
-            f"{{{{- {_quoted(bos)} -}}}}"
+        text = (
             "{%- set ns = namespace(context='') -%}"
             "{%- for message in messages -%}"
             "{%- if message['role'] == 'system' -%}"
@@ -120,6 +118,11 @@ class TextFormat:
             "{{- raise_exception('This model knows system, user and assistant messages only.') -}}"
             "{%- endif -%}{%- endfor -%}"
         )
+        bos = _quoted("".join(piece.text for piece in self._bos))
+        if not self._first:
+            return f"{{{{- {bos} -}}}}{text}"
+        space = f"('' if text[:1] in {_quoted(_SPACES)} else ' ')"
+        return f"{{%- set text -%}}{text}{{%- endset -%}}{{{{- {bos} + {space} + text -}}}}"
 
     def _written(self, messages: Conversation, asks: bool = False) -> list[Piece] | str:
         """The pieces of a document, or of a prompt (`asks`)."""
@@ -139,7 +142,7 @@ class TextFormat:
                 if user is None and self.template != PLAIN:
                     return f"message {number} answers nothing. {_IN_TURN}"
                 pieces += [
-                    Piece(message.content, "assistant", answer=message.learn),
+                    Piece(message.content, "assistant", answer=message.learn, apart=True),
                     self._eos._replace(answer=message.learn),
                 ]
                 user = None
@@ -156,6 +159,7 @@ class TextFormat:
                 yield Piece(context if word == "context" else message.content, "user")
 
 
+_SPACES = " \u2581"  # to SentencePiece, the same
 _IN_TURN = (
     "A text template needs a message of the user before each answer. Set PROMPT_FORMAT=chat, or "
     "change the conversation."

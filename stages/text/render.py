@@ -6,213 +6,19 @@ it gets no more than SECONDS of a CPU for a request, and BYTES of memory.
 
 Requests and answers are lines of JSON. The first request holds the template and the names of the
 special tokens. Each further one holds conversations; each of them is answered by its documents as
-parts, or by a text: the reason why there is none. A part is [literal, -1] for the template's own
-text and [text, number] for the content of message `number`, as the template writes it.
+parts (chat_parts), or by a text: the reason why there is none.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import resource
+import signal
 import sys
-from collections.abc import Callable, Iterator
-from datetime import datetime
+from collections.abc import Iterator
 from typing import Any
 
-os.environ["USE_TORCH"] = "0"  # transformers would import it, which takes seconds
-os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # and would say that it is missing
-
-from transformers.utils.chat_template_utils import render_jinja_template
-
-# A template adds some words to a message, not pages.
-_MOST_ADDED = 2**16
-_FIELDS = ("content", "reasoning_content")
-# Stands for a text, to see where the template puts it.
-_MARK = re.compile("\ue000([0-9]+)([01])\ue001")
-
-Part = list[Any]  # [text, message]
-Messages = list[dict[str, Any]]
-
-
-class Refused(Exception):
-    """Why a conversation cannot be rendered."""
-
-
-class Renderer:
-    """One template with the special tokens that it may name. `dates`: format -> text of the dates
-    that it has asked for."""
-
-    def __init__(self, template: str, tokens: dict[str, str]):
-        self._template, self._tokens = template, tokens
-        self.dates: dict[str, str] = {}
-        self._skeletons: dict[str, list[str]] = {}
-        now = datetime.now()
-        # The first date of a format is kept: midnight changes nothing.
-        self._date = lambda format: self.dates.setdefault(format, now.strftime(format))
-
-    def render(self, messages: Messages, ask: bool = False) -> str:
-        """The text of `messages`; `ask`: with the beginning of an answer."""
-        given: dict[str, Any] = {**self._tokens, "strftime_now": self._date}
-        rendered: Any = render_jinja_template(
-            [messages], chat_template=self._template, add_generation_prompt=ask, **given
-        )
-        [text], _ = rendered
-        room = sum(len(str(value)) for message in messages for value in message.values())
-        if len(text) > 4 * room + _MOST_ADDED * (1 + len(messages)):
-            raise Refused(f"makes {len(text):,} characters of {room:,}")
-        return str(text)
-
-    def prompt(self, messages: Messages) -> list[Part]:
-        """The parts of the prompt for an answer to `messages`."""
-        return self._parts(messages, self.render(messages, ask=True), ask=True, whole=False)
-
-    def documents(self, messages: Messages, answers: list[int]) -> list[dict[str, Any]]:
-        """The document of a conversation, or one for each of its `answers` (numbers of messages)
-        where the whole cannot be one: where the template writes earlier answers in other words."""
-        ways = [messages, _split_thinking(messages)]
-        reason = ""
-        for way in ways[: 1 + (ways[0] != ways[1])]:
-            try:
-                return [self._document(way, answers)]
-            except Refused as refused:
-                reason = reason or str(refused)
-        for way in ways[: 1 + (ways[0] != ways[1])] if len(answers) > 1 else []:
-            try:
-                return [self._document(way[: at + 1], [at], alone=True) for at in answers]
-            except Refused:
-                continue
-        raise Refused(reason)
-
-    def _document(
-        self, messages: Messages, answers: list[int], alone: bool = False
-    ) -> dict[str, Any]:
-        """A document as its parts and the numbers of those that begin an answer. `alone`: earlier
-        thinking may be missing, because it has documents of its own."""
-        text = self.render(messages)
-        parts = self._parts(messages, text, ask=False, whole=not alone)
-        starts = []
-        for number in answers:
-            prompt = self.render(messages[:number], ask=True)
-            if not text.startswith(prompt):
-                raise Refused(
-                    f"writes what comes before message {number + 1} in other words once that "
-                    "message is there, so that the model would be asked in other words than it is "
-                    "trained on"
-                )
-            starts.append(_cut(parts, len(prompt), number))
-        return {"parts": parts, "answers": starts}
-
-    def _parts(self, messages: Messages, text: str, ask: bool, whole: bool) -> list[Part]:
-        """The rendered text as parts. Every message must be in it; `whole`: its thinking too."""
-        skeleton = self._skeleton(messages, ask)
-        literals, marks = skeleton[::3], list(zip(skeleton[1::3], skeleton[2::3], strict=True))
-        at, parts = len(literals[0]), [[literals[0], -1]]
-        if not text.startswith(literals[0]):
-            raise Refused("begins with other words than for other texts")
-        for (digits, field), literal in zip(marks, literals[1:], strict=True):
-            number = int(digits)
-            written = _written(messages[number][_FIELDS[int(field)]], text, at, literal)
-            if written is None:
-                raise Refused(f"changes the text of message {number + 1}")
-            parts += [[written, number], [literal, -1]]
-            at += len(written) + len(literal)
-        if at != len(text):
-            raise Refused("ends with other words than for other texts")
-        seen = {(int(digits), int(field)) for digits, field in marks}
-        for number, message in enumerate(messages):
-            for index, name in enumerate(_FIELDS):
-                needed = whole or index == 0 or number == len(messages) - 1
-                if needed and message.get(name) and (number, index) not in seen:
-                    what = "the thinking of message" if index else "message"
-                    raise Refused(f"leaves out {what} {number + 1} ({message['role']})")
-        return parts
-
-    def _skeleton(self, messages: Messages, ask: bool) -> list[str]:
-        """What the template puts around the texts of such messages, split at the marks that stand
-        for them."""
-        marked = [
-            {
-                **message,
-                **{
-                    name: f"\ue000{number}{field}\ue001"
-                    for field, name in enumerate(_FIELDS)
-                    if message.get(name)
-                },
-            }
-            for number, message in enumerate(messages)
-        ]
-        key = json.dumps([ask, marked])
-        if key not in self._skeletons:
-            if len(self._skeletons) > 1000:  # tool calls make many
-                self._skeletons.clear()
-            self._skeletons[key] = _MARK.split(self.render(marked, ask))
-            self._require_calls(marked, ask, key)
-        return self._skeletons[key]
-
-    def _require_calls(self, marked: Messages, ask: bool, key: str) -> None:
-        """Raise Refused where the template does not write the tool calls of a message."""
-        for number, message in enumerate(marked):
-            if message.get("tool_calls"):
-                without = [*marked]
-                without[number] = {k: v for k, v in message.items() if k != "tool_calls"}
-                if _MARK.split(self.render(without, ask)) == self._skeletons[key]:
-                    raise Refused(f"leaves out the tool calls of message {number + 1}")
-
-
-def _written(content: str, text: str, at: int, following: str) -> str | None:
-    """The content as the template writes it at `text[at:]`, before the words `following`; None
-    where it writes something else."""
-    strips: tuple[Callable[[str], str], ...] = (
-        str,
-        str.strip,
-        str.lstrip,
-        str.rstrip,
-        lambda one: one.strip("\n"),
-        lambda one: one.lstrip("\n"),
-        lambda one: one.rstrip("\n"),
-        lambda one: json.dumps(one, ensure_ascii=False)[1:-1],
-    )
-    for strip in strips:
-        written = strip(content)
-        if text.startswith(written, at) and text.startswith(following, at + len(written)):
-            return written
-    return None
-
-
-def _cut(parts: list[Part], length: int, number: int) -> int:
-    """Cut the literal in which the first `length` characters end, and return the number of the part
-    that begins there. Raises Refused where they end within a message, or after message `number`."""
-    at = 0
-    for index, (text, message) in enumerate(parts):
-        if message == number:
-            break
-        if at + len(text) >= length:
-            if message == -1:
-                parts[index : index + 1] = [[text[: length - at], -1], [text[length - at :], -1]]
-            elif at + len(text) > length:
-                break
-            return index + 1
-        at += len(text)
-    raise Refused(f"begins the answer of message {number + 1} within a message")
-
-
-def _split_thinking(messages: Messages) -> Messages:
-    """The messages with an assistant's `<think>...</think>` as reasoning_content, where Qwen's and
-    others' templates look for it."""
-    split = []
-    for message in messages:
-        thinking = re.match(r"\s*<think>(.*?)</think>(.*)", message["content"], re.DOTALL)
-        if message["role"] == "assistant" and thinking and thinking[1].strip():
-            said = {
-                "content": thinking[2].lstrip("\n"),
-                "reasoning_content": thinking[1].strip("\n"),
-            }
-            split.append({**message, **said})
-        else:
-            split.append(message)
-    return split
+from stages.text.chat_parts import Refused, Renderer
 
 
 def _reason(error: BaseException) -> str:
@@ -229,9 +35,9 @@ def _answer(renderer: Renderer, request: dict[str, Any]) -> Iterator[Any]:
     for messages, answers in request["conversations"]:
         try:
             if request["ask"]:
-                yield [{"parts": renderer.prompt(messages), "answers": []}]
+                yield [renderer.prompt(messages)]
             else:
-                yield renderer.documents(messages, answers)
+                yield renderer.documents(messages, answers, request["alone"])
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a template raises anything
@@ -257,6 +63,7 @@ def _limit_memory(more: int) -> None:
 
 
 def main(seconds: int, most_bytes: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the caller says what there is to say
     lines = iter(sys.stdin.readline, "")
     if not (first := next(lines, "")):
         return

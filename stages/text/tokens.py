@@ -41,7 +41,8 @@ class TextTokenizer:
     `settings`: of tokenizer_config.json. `after_control`: the border of a text that follows a
     control token. `bos`: the ids that the tokenizer puts first, usually one or none. `eos`, `pad`:
     one id each (`pad` is `eos` where the tokenizer has none). `controls`: ids that no text may
-    produce, which UNK is only where it is BOS or EOS.
+    produce, which UNK is only where it is BOS or EOS. `strips_left`, `strips_right`: those of them
+    that take the white space beside them.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: dict[str, Any], files: dict[str, bytes]):
@@ -82,8 +83,8 @@ class TextTokenizer:
         )
         self._ids = {spelling: id for id, spelling in spellings.items()}
         added = tokenizer.get_added_tokens_decoder()
-        self._strips_left = {id for id in self.controls if id in added and added[id].lstrip}
-        self._strips_right = {id for id in self.controls if id in added and added[id].rstrip}
+        self.strips_left = {id for id in self.controls if id in added and added[id].lstrip}
+        self.strips_right = {id for id in self.controls if id in added and added[id].rstrip}
         self.settings = settings
         self.after_control = "\n" if continues else ""
         self._before_answer = self._reversible_anchor()
@@ -171,19 +172,15 @@ class TextTokenizer:
         return self._spelling.search(text) is not None
 
     def split(self, literal: str) -> Iterator[tuple[str, int | None]]:
-        """The parts of a template's own text: text, and control tokens with their ids. White space
-        beside a control token that takes it (Phi-3's) is gone."""
-        at, strip_next = 0, False
-        for match in [*self._spelling.finditer(literal), None]:
-            text = literal[at : match.start() if match else len(literal)]
-            text = text.lstrip() if strip_next else text
-            id = self._ids[match[0]] if match else None
-            text = text.rstrip() if id in self._strips_left else text
-            if text:
-                yield text, None
-            if match:
-                yield match[0], id
-                at, strip_next = match.end(), id in self._strips_right
+        """The parts of a template's own text: text, and control tokens with their ids."""
+        at = 0
+        for match in self._spelling.finditer(literal):
+            if at < match.start():
+                yield literal[at : match.start()], None
+            yield match[0], self._ids[match[0]]
+            at = match.end()
+        if at < len(literal):
+            yield literal[at:], None
 
     def decode_answer(self, ids: Sequence[int]) -> str:
         """The text of ids that continue a prompt: what `encode_after` made them from.
