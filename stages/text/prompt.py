@@ -138,9 +138,7 @@ class TextFormat:
                 parts = [*contexts, message.context]
                 context = "\n\n".join(text for text in parts if text and not text.isspace())
                 if context and "context" not in self._words[True]:
-                    return (
-                        f"message {number} has a context or a system message before it. {_NOWHERE}"
-                    )
+                    return f"message {number} has a context or system message. {_NOWHERE}"
                 pieces += self._asked(message, context)
                 contexts = []
             else:
