@@ -43,8 +43,8 @@ class Columns:
         names: set[str] = set()
         for part, usual in USUAL.items():
             name = getattr(self, part)
-            names |= {*_spellings(usual)} if name == AUTO else {name}
-        return (names | {*_spellings(_TEXT)}) - {""}
+            names |= {*spellings(usual)} if name == AUTO else {name}
+        return (names | {*spellings(_TEXT)}) - {""}
 
     @property
     def named(self) -> list[str]:
@@ -84,7 +84,7 @@ def find_columns(
             columns = replace(columns, instruction=pair[0], response=pair[1])
     instruction = _find(place, existing, columns, "instruction")
     response = _find(place, existing, columns, "response")
-    text = next((name for name in _spellings(_TEXT) if name in existing), "")
+    text = next((name for name in spellings(_TEXT) if name in existing), "")
     if text and columns.instruction == AUTO and not instruction and not response:
         return Columns("", "", text, "") if answered else Columns(text, "", "", "")
     missing = [("instruction", instruction or columns.instruction == "")]
@@ -100,7 +100,7 @@ def _usual_pair(place: str, existing: Sequence[str]) -> tuple[str, str] | None:
     pairs = [
         (one, other)
         for names in _PAIRS
-        for one, other in zip(*map(_spellings, ((name,) for name in names)), strict=True)
+        for one, other in zip(*map(spellings, ((name,) for name in names)), strict=True)
         if one in existing and other in existing
     ]
     if len(pairs) > 1 and pairs[0][0].lower() != USUAL["instruction"][0]:
@@ -116,7 +116,7 @@ def _find(place: str, existing: Sequence[str], columns: Columns, part: str) -> s
     """The column of a part: the one that `columns` names, or that has a usual name; "" for none."""
     if (name := getattr(columns, part)) != AUTO:
         return str(name)
-    found = [one for one in dict.fromkeys(existing) if one in _spellings(USUAL[part])]
+    found = [one for one in dict.fromkeys(existing) if one in spellings(USUAL[part])]
     if len(found) > 1:
         raise InputError(
             f"{place}: any of {', '.join(map(repr, found))} may be the {part}. Set "
@@ -163,5 +163,6 @@ def _shown(existing: Sequence[str]) -> str:
     return f"it has {', '.join(repr(name[:60]) for name in existing[:20])}"
 
 
-def _spellings(names: Collection[str]) -> tuple[str, ...]:
+def spellings(names: Collection[str]) -> tuple[str, ...]:
+    """The names as they are, capitalised and in capitals."""
     return tuple(spelling for name in names for spelling in (name, name.capitalize(), name.upper()))

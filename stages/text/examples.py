@@ -18,7 +18,7 @@ from stages.model.location import local_path
 from stages.run.errors import InputError
 from stages.run.progress import printable
 from stages.text import formats
-from stages.text.columns import USUAL, Columns, find_columns
+from stages.text.columns import AUTO, USUAL, Columns, find_columns, spellings
 from stages.text.conversation import (
     Conversation,
     Message,
@@ -87,13 +87,16 @@ def open_examples(
     records = source.read()
     first = list(islice(records, _LOOKED_AT)) if source.columns is None else []
     place, existing = _existing(source, first, columns)
+    late = set[str]()
     if existing is None:  # no record can be read: the batches report it
         found = Columns("", "", "", "")
     else:
         found = find_columns(place, existing, columns)
         print(f"DATASET={printable(dataset)}: {printable(found.describe())}", flush=True)
+        if columns.context == AUTO and found.instruction and not found.context:
+            late = {*spellings(USUAL["context"])}
     unread = {str(name) for name in source.columns or ()} - {*found.named}
-    batches = _batches(source.name, chain(first, records), found, unread)
+    batches = _batches(source.name, chain(first, records), found, unread, late)
     return Examples(found, batches, unread)
 
 
@@ -109,9 +112,10 @@ def _existing(
     if isinstance(record, Problem):
         return place, None
     records = (later for _, later in first if not isinstance(later, Problem))
-    names = {*USUAL["context"], columns.context.lower()}
-    contexts = {name for later in records for name in later if name.lower() in names}
-    return place, [*record, *sorted(contexts - {*record})]
+    names = {*spellings(USUAL["context"])} if columns.context == AUTO else {columns.context} - {""}
+    if columns.context == AUTO:
+        names &= {name for later in records for name in later}
+    return place, [*record, *sorted(names - {*record})]
 
 
 def _no_examples(name: str) -> InputError:
@@ -123,12 +127,16 @@ def _batches(
     records: Iterator[tuple[str, Record]],
     columns: Columns,
     unread: set[str],
+    late: set[str],
 ) -> Iterator[list[Example]]:
+    """`late`: names of columns that would be the context, had the first records had one."""
+    context_seen = not columns.context
     batch: list[Example] = []
     problems: list[str] = []
     examples = bad = characters = 0
     for place, record in records:
         examples += 1
+        context_seen = context_seen or columns.context in record
         example = _example(place, record, columns, unread)
         if isinstance(example, list):
             bad += 1
@@ -148,6 +156,16 @@ def _batches(
         raise InputError(problems)
     if not examples:
         raise _no_examples(name)
+    if not context_seen:
+        raise InputError(
+            f"{name}: no example has the column {columns.context!r}. Set CONTEXT_COLUMN to its "
+            "name, or to nothing if there is none."
+        )
+    if missed := sorted(late & unread):
+        raise InputError(
+            f"{name}: the column {missed[0]!r} first comes after {_LOOKED_AT} examples, and may be "
+            "the context. Set CONTEXT_COLUMN to it, or to nothing."
+        )
     if batch:
         yield batch
 

@@ -103,6 +103,8 @@ class TextFormat:
 
     def chat_template(self) -> str:
         with_context, without = (_jinja(self._words[one]) for one in (True, False))
+        if "context" not in self._words[True]:
+            with_context = "{{- raise_exception('This model knows no system messages.') -}}"
         text = (
             "{%- set ns = namespace(context='') -%}"
             "{%- for message in messages -%}"
@@ -136,22 +138,28 @@ class TextFormat:
                 if user is not None:
                     return f"message {number} is the user's, as the one before. {_IN_TURN}"
                 user = message
-                pieces += self._asked(message, [*contexts, message.context])
+                parts = [*contexts, message.context]
+                context = "\n\n".join(text for text in parts if text and not text.isspace())
+                if context and "context" not in self._words[True]:
+                    return f"message {number} has a context or system message. {_NOWHERE}"
+                pieces += self._asked(message, context)
                 contexts = []
             else:
-                if user is None and self.template != PLAIN:
-                    return f"message {number} answers nothing. {_IN_TURN}"
+                if (user is None and self.template != PLAIN) or contexts:
+                    after = " after the system message before it" if contexts else ""
+                    return f"message {number} answers nothing{after}. {_IN_TURN}"
                 pieces += [
                     Piece(message.content, "assistant", answer=message.learn, apart=True),
                     self._eos._replace(answer=message.learn),
                 ]
                 user = None
+        if contexts:
+            return f"its last system message has no message of the user after it. {_IN_TURN}"
         if asks and user is None:
             return f"its last message is not the user's. {_IN_TURN}"
         return pieces
 
-    def _asked(self, message: Message, contexts: list[str]) -> Iterator[Piece]:
-        context = "\n\n".join(text for text in contexts if text and not text.isspace())
+    def _asked(self, message: Message, context: str) -> Iterator[Piece]:
         for word in self._words[bool(context)]:
             if not isinstance(word, str):
                 yield from word
@@ -163,6 +171,10 @@ _SPACES = " \u2581"  # to SentencePiece, the same
 _IN_TURN = (
     "A text template needs a message of the user before each answer. Set PROMPT_FORMAT=chat, or "
     "change the conversation."
+)
+_NOWHERE = (
+    "The text template has no place for it. Write {context} in PROMPT_TEMPLATE, or leave the "
+    "context out (CONTEXT_COLUMN= reads none)."
 )
 
 

@@ -226,3 +226,19 @@ def test_settings_that_name_columns_in_two_ways_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=told):
         Settings.read(given)
+
+
+def test_a_context_that_only_late_records_have_is_not_dropped(tmp_path: Path) -> None:
+    rows = [{"instruction": "Why?", "response": "So."}] * 150 + [
+        {"instruction": "Who?", "context": "Ann is here.", "response": "Ann."}
+    ]
+    file = tmp_path / "d.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(InputError, match="'context' first comes after 100 examples"):
+        list(open_examples(str(file)).batches)
+    named, none = (
+        [one for batch in open_examples(str(file), columns=columns).batches for one in batch]
+        for columns in (Columns(context="context"), Columns(context=""))
+    )
+    assert named[-1].messages[0].context == "Ann is here." and not named[0].messages[0].context
+    assert not none[-1].messages[0].context

@@ -138,8 +138,8 @@ def test_a_text_that_holds_no_conversation_stays_a_text(text: str) -> None:
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
 REFUSED = {
     # name: (value, what is said of it)
-    "a text": ("Why?", "is 'Why?', of type str: it must be a list of messages."),
-    "an object": ({"role": "user"}, "of type dict: it must be a list of messages."),
+    "a text": ("Why?", "is 'Why?', of type str: it must be a list of messages"),
+    "an object": ({"role": "user"}, "of type dict: it must be a list of messages"),
     "texts": (["a"], "message 1 is a str: it must be an object with role and content."),
     "an unknown role": (
         [said("user"), said("narrator")],

@@ -27,8 +27,8 @@ from tests.torture.plugin import examples
 
 TEMPLATES = [
     DOLLY,
-    "Q: {instruction}\nA: {response}",
-    "{instruction} {response}",
+    "Q: {instruction}\nC: {context}\nA: {response}",
+    "{instruction} {context} {response}",
     "{context}{instruction}{response}",
 ]
 turns = st.lists(

@@ -16,7 +16,7 @@ from stages.text.chat_format import set_chat_template
 from stages.text.conversation import Message
 from stages.text.prompt import TextFormat, load_format
 from stages.text.questions import Question
-from stages.text.text_template import DOLLY, format_problems, read_template
+from stages.text.text_template import DOLLY, PLAIN, format_problems, read_template
 from stages.text.tokens import TextTokenizer
 from tests.text.conversations import dolly
 from tests.text.tokenizer_kinds import REAL
@@ -92,6 +92,9 @@ NO_PLACE = [
     ((USER, USER, ANSWER), "message 2 is the user's, as the one before"),
     ((ANSWER, USER, ANSWER), "message 1 answers nothing"),
     ((USER, ANSWER, ANSWER), "message 3 answers nothing"),
+    ((Message("system", "a"), ANSWER), "message 2 answers nothing after the system message"),
+    ((USER, Message("system", "a"), ANSWER), "message 3 answers nothing after the system message"),
+    ((USER, ANSWER, Message("system", "a")), "its last system message has no message of the user"),
     ((USER, Message("tool", "4"), ANSWER), "message 2 is a tool's"),
     ((USER, ANSWER._replace(extra={"tool_calls": [{}]})), "message 2 has tool_calls"),
 ]
@@ -103,6 +106,16 @@ def test_a_conversation_without_a_place_in_a_text_template_says_which_message(
 ):
     assert text(tokenizer, *messages).startswith(told)
     assert "PROMPT_FORMAT=chat" in text(tokenizer, *messages)
+
+
+@pytest.mark.parametrize("template", [PLAIN, "Q: {instruction}\nA: {response}"])
+def test_a_context_for_which_the_template_has_no_place_is_refused(tokenizer, template):
+    told = "has a context or system message. The text template has no place for it"
+    asked, said = Message("user", "Why?", "It rains."), Message("system", "Be brief.")
+    assert told in text(tokenizer, asked, ANSWER, template=template)
+    assert told in text(tokenizer, said, USER, asks=True, template=template)
+    blank = Message("user", "Why?", " \n")
+    assert text(tokenizer, blank, template=template, asks=True).startswith("<s>")
 
 
 def test_a_prompt_ends_with_what_the_user_asks(tokenizer):

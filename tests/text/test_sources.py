@@ -18,6 +18,7 @@ pytestmark = pytest.mark.torture("data")
 
 SHORT = {"instruction": "Why?", "context": "", "response": "Because."}
 LONG = {**SHORT, "response": "because " * 100}
+TURNS = ("user", "assistant", "user")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def make_data(
-    project: Project, rows: list[dict[str, str]], *settings: str, check: bool = True
+    project: Project, rows: list[dict[str, Any]], *settings: str, check: bool = True
 ) -> tuple[dict[str, Any], str]:
     """The figures in the manifest, and what was said on stderr."""
     (project.folder / "data/tiny/rows.jsonl").write_text(
@@ -54,7 +55,7 @@ def written(project: Project, split: str = "train") -> list[dict[str, list[int]]
         return pa.ipc.open_stream(file).read_all().to_pylist()
 
 
-COUNTED: dict[str, tuple[list[dict[str, str]], list[str], dict[str, Any]]] = {
+COUNTED: dict[str, tuple[list[dict[str, Any]], list[str], dict[str, Any]]] = {
     # rows, settings, what the manifest counts
     "one row, half of it held out": (
         [SHORT],
@@ -91,6 +92,22 @@ COUNTED: dict[str, tuple[list[dict[str, str]], list[str], dict[str, Any]]] = {
         [{**SHORT, "response": "\n\n x"}],
         [],
         {"rows_in": 1, "train.documents": 1},
+    ),
+    "a conversation that ends with a question": (
+        [{"messages": [{"role": role, "content": "Why?"} for role in TURNS]}],
+        [],
+        {
+            **{"rows_in": 1, "train.documents": 1, "unanswered": 1},
+            **{"columns": "conversations in 'messages'", "prompt_format": "dolly"},
+        },
+    ),
+    "texts without a prompt": (
+        [{"text": "the cat sat"}],
+        [],
+        {
+            "columns": "texts without a prompt in 'text'",
+            "prompt_format": "text without a prompt",
+        },
     ),
     "extra columns": ([{**SHORT, "score": "3"}], [], {"rows_in": 1, "train.documents": 1}),
 }
