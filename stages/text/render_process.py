@@ -40,6 +40,13 @@ class RenderProcess:
         self.dates = answer["dates"]
         return list(answer["conversations"])
 
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
     def _start(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "stages.text.render", str(MOST_SECONDS), str(MOST_BYTES)],
@@ -49,7 +56,12 @@ class RenderProcess:
             encoding="utf-8",
             cwd=_ROOT,
             # A template needs no secret of this process.
-            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+            env={
+                **{name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+                # transformers would import torch, which takes seconds, or say that it is missing.
+                "USE_TORCH": "0",
+                "TRANSFORMERS_VERBOSITY": "error",
+            },
         )
         assert self._process.stdin
         self._process.stdin.write(json.dumps(self._first) + "\n")
