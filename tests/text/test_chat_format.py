@@ -163,7 +163,6 @@ def assert_laws(
     format: ChatFormat,
     tokenizer: TextTokenizer,
     auto: Auto | None,
-    exact: bool,
 ) -> None:
     encoded = encode([Example("row 1", messages)], tokenizer, format)
     documents, asked = documents_of(encoded), [at for at in answers_of(messages) if at]
