@@ -53,7 +53,7 @@ class ChatFormat:
         """`end` and `lead` are those of prompt.json; without them, an example shows them. Raises
         InputError for a template that ends no answer."""
         self._tokenizer, self._template = tokenizer, chat_template_of(tokenizer)
-        self._renderer = RenderProcess(self._template, _special_tokens(tokenizer))
+        self._process = RenderProcess(self._template, _special_tokens(tokenizer))
         self._split = lru_cache(4096)(lambda text: list(tokenizer.split(text)))
         self.end, self.lead = tokenizer.eos if end is None else end, lead
         if end is None:
@@ -92,7 +92,7 @@ class ChatFormat:
 
     def chat_template(self) -> str:
         """The template; where it writes the date of the day, with the date that was written."""
-        dates = self._renderer.dates
+        dates = self._process.dates
         if not dates:
             return self._template
         return (
@@ -106,7 +106,7 @@ class ChatFormat:
     def notes(self) -> list[str]:
         """What of the template a user should know, once documents are rendered."""
         notes = []
-        if dates := self._renderer.dates:
+        if dates := self._process.dates:
             notes.append(
                 f"the chat template writes the date; it is published with "
                 f"{', '.join(map(repr, dates.values()))}, as the model is trained."
@@ -130,8 +130,9 @@ class ChatFormat:
         pieces = list(self._pieces(messages, documents[0], end=None))
         answer = [piece for piece in pieces if piece.answer]
         self._begins_with_bos = [pieces[0].control] == [*self._tokenizer.bos][:1]
-        if [one.control for one in pieces[:2]] == 2 * [*self._tokenizer.bos][:1]:
-            raise InputError(f"the chat template writes BOS twice. {OTHER_TEMPLATE}")
+        first, second, *_ = pieces
+        if first.control is not None and first.control == second.control:
+            raise InputError(f"the chat template begins with {first.text} twice. {OTHER_TEMPLATE}")
         if not answer or answer[-1].control is None:
             rest = pieces[-1].text if pieces else ""
             raise InputError(
@@ -160,7 +161,7 @@ class ChatFormat:
                 problems[number] = problem
             else:
                 request.append(([_as_object(message) for message in messages], answers))
-        rendered = iter(self._renderer.ask(request, ask, alone) if request else ())
+        rendered = iter(self._process.ask(request, ask, alone) if request else ())
         return [
             problems[number] if number in problems else next(rendered)
             for number in range(len(conversations))

@@ -8,14 +8,10 @@ A part is [literal, -1] for the template's own text and [text, number] for the c
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
-
-os.environ["USE_TORCH"] = "0"  # transformers would import it, which takes seconds
-os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # and would say that it is missing
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -182,17 +178,18 @@ class Renderer:
         if key not in self._skeletons:
             if len(self._skeletons) > 1000:  # tool calls make many
                 self._skeletons.clear()
-            self._skeletons[key] = _MARK.split(self.render(marked, ask))
-            self._require_calls(marked, ask, key)
+            skeleton = _MARK.split(self.render(marked, ask))
+            self._require_calls(marked, ask, skeleton)
+            self._skeletons[key] = skeleton
         return self._skeletons[key]
 
-    def _require_calls(self, marked: Messages, ask: bool, key: str) -> None:
+    def _require_calls(self, marked: Messages, ask: bool, skeleton: list[str]) -> None:
         """Raise Refused where the template does not write the tool calls of a message."""
         for number, message in enumerate(marked):
             if message.get("tool_calls"):
                 without = [*marked]
                 without[number] = {k: v for k, v in message.items() if k != "tool_calls"}
-                if _MARK.split(self.render(without, ask)) == self._skeletons[key]:
+                if _MARK.split(self.render(without, ask)) == skeleton:
                     raise Refused(f"leaves out the tool calls of message {number + 1}")
 
 

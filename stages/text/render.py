@@ -31,7 +31,8 @@ def _reason(error: BaseException) -> str:
     return f"the chat template refuses it: {str(error)[:300] or type(error).__name__}"
 
 
-def _answer(renderer: Renderer, request: dict[str, Any]) -> Iterator[Any]:
+def answer(renderer: Renderer, request: dict[str, Any]) -> Iterator[Any]:
+    """For each conversation of a request its documents; or the reason why there is none."""
     for messages, answers in request["conversations"]:
         try:
             if request["ask"]:
@@ -71,7 +72,7 @@ def main(seconds: int, most_bytes: int) -> None:
     renderer = Renderer(**json.loads(first))
     for line in lines:
         _limit_time(seconds)
-        answers = list(_answer(renderer, json.loads(line)))
+        answers = list(answer(renderer, json.loads(line)))
         print(json.dumps({"conversations": answers, "dates": renderer.dates}), flush=True)
 
 

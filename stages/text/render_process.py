@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -15,7 +16,7 @@ from stages.run.errors import InputError
 # For one request: seconds of a CPU, and bytes beyond what Python and transformers take.
 MOST_SECONDS, MOST_BYTES = 60, 2**30
 OTHER_TEMPLATE = "Name another one in CHAT_TEMPLATE, or set PROMPT_FORMAT=dolly."
-_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH")
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "HOME")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -40,6 +41,22 @@ class RenderProcess:
         self.dates = answer["dates"]
         return list(answer["conversations"])
 
+    def close(self) -> int:
+        """End the process; its exit status."""
+        if self._process is None:
+            return 0
+        assert self._process.stdin and self._process.stdout
+        with suppress(OSError):
+            self._process.stdin.close()
+        try:
+            status = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+        self._process.stdout.close()
+        self._process = None
+        return status
+
     def _start(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "stages.text.render", str(MOST_SECONDS), str(MOST_BYTES)],
@@ -49,7 +66,12 @@ class RenderProcess:
             encoding="utf-8",
             cwd=_ROOT,
             # A template needs no secret of this process.
-            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+            env={
+                **{name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+                # transformers would import torch, which takes seconds, or say that it is missing.
+                "USE_TORCH": "0",
+                "TRANSFORMERS_VERBOSITY": "error",
+            },
         )
         assert self._process.stdin
         self._process.stdin.write(json.dumps(self._first) + "\n")
@@ -61,13 +83,7 @@ class RenderProcess:
         return json.loads(self._process.stdout.readline())
 
     def _why_it_ended(self) -> str:
-        assert self._process
-        try:
-            status = self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            status = self._process.wait()
-        self._process = None
+        status = self.close()
         return (
             f"the chat template was stopped (status {status}): it may take {MOST_SECONDS} s for "
             f"1,000 conversations, and {MOST_BYTES // 2**20:,} MiB. {OTHER_TEMPLATE}"
