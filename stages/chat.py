@@ -30,8 +30,7 @@ SAMPLING = ("SEED", "MAX_NEW_TOKENS", "DO_SAMPLE", "TEMPERATURE", "TOP_K", "TOP_
     compile_inference="Folder that compile-inference published.",
 )
 def main(settings: Settings, compile_inference: Path) -> None:
-    model = backend_module("generate", settings).load(compile_inference)
-    talk(Answerer(compile_inference, model, settings))
+    talk(Answerer(compile_inference, backend_module("generate", settings).load, settings))
 
 
 def talk(answerer: Answerer) -> None:

@@ -54,8 +54,8 @@ def main(
 def answer_one(settings: Settings, compiled: Path) -> None:
     """Stream the answer to PROMPT to the terminal."""
     question = question_of(settings.prompt, settings.context)
-    model = backend_module("generate", settings).load(compiled)
-    for piece in Answerer(compiled, model, settings).stream(question):
+    answerer = Answerer(compiled, backend_module("generate", settings).load, settings)
+    for piece in answerer.stream(question):
         print(printable(piece), end="", flush=True)
     print(flush=True)
 
@@ -66,10 +66,10 @@ def answer_all(settings: Settings, compiled: Path) -> list[Answer]:
     if note := asked.note(settings):
         print(note, flush=True)
     questions = asked.questions
-    model = backend_module("generate", settings).load(compiled)
+    answerer = Answerer(compiled, backend_module("generate", settings).load, settings)
     answers = []
     with Progress("eval", len(questions), "answers") as progress:
-        for answer in Answerer(compiled, model, settings).answers(questions):
+        for answer in answerer.answers(questions):
             answers.append(answer)
             progress.update(1)
     for answer in answers[:SHOWN]:

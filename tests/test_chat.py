@@ -54,7 +54,7 @@ def conversation(
 ) -> Repeats:
     model = Repeats(TextTokenizer.load(folder), length, interrupted)
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-    talk(Answerer(folder, model, Settings(max_new_tokens=64)))
+    talk(Answerer(folder, lambda _: model, Settings(max_new_tokens=64)))
     return model
 
 

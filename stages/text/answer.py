@@ -1,13 +1,13 @@
 """Ask a compiled model: the prompt as in training, the answer as a stream or in batches.
 
-Independent of the backend: the caller passes a loaded model (`generate` and its fixed sizes). The
-module imports neither transformers nor datasets, so that the first answer comes soon.
+Independent of the backend: the caller passes what loads a model (`generate` and its fixed sizes).
+The module imports neither transformers nor datasets, so that the first answer comes soon.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,11 +46,13 @@ class Answer:
 class Answerer:
     """A compiled model with the tokenizer and the prompt's format in its folder."""
 
-    def __init__(self, compiled: Path, model: LoadedModel, settings: Settings):
-        self.model = model
+    def __init__(self, compiled: Path, load: Callable[[Path], LoadedModel], settings: Settings):
+        """`load` is the backend's; it reads the model in `compiled`."""
         self.settings = settings
         self.tokenizer = TextTokenizer.load(compiled)
         self.format = load_format(compiled, self.tokenizer)
+        self.format.start()  # while the model is loaded
+        self.model = load(compiled)
         self.ended = False  # whether the model ended the last answer of `stream`
 
     def stream(self, question: Question) -> Iterator[str]:

@@ -59,6 +59,9 @@ class ChatFormat:
         if end is None:
             self.end, self.lead = self._example()
 
+    def start(self) -> None:
+        self._process.start()
+
     def documents(self, conversations: Sequence[Conversation]) -> list[list[list[Piece]] | str]:
         made = self._made(conversations)
         # The template may end the last answer in another way than those before it (gpt-oss).

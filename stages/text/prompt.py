@@ -35,6 +35,9 @@ class PromptFormat(Protocol):
     lead: str
     end: int
 
+    def start(self) -> None:
+        """Start what the first prompt would wait for."""
+
     def documents(self, conversations: Sequence[Conversation]) -> list[list[list[Piece]] | str]:
         """The documents that each conversation is trained as: one, or one for each answer where
         the template writes earlier answers in other words."""
@@ -83,6 +86,9 @@ class TextFormat:
                 "The prompt's template spells BOS or EOS, which are put around a document anyway. "
                 "Remove them from it."
             )
+
+    def start(self) -> None:
+        pass
 
     def documents(self, conversations: Sequence[Conversation]) -> list[list[list[Piece]] | str]:
         written = (self._written(messages) for messages in conversations)

@@ -2,7 +2,7 @@
 `python -m stages.text.render SECONDS BYTES`.
 
 A chat template is a program that comes with a model. transformers runs it in Jinja's sandbox; here
-it gets no more than SECONDS of a CPU for a request, and BYTES of memory.
+it gets no more than SECONDS of a CPU for a conversation, and BYTES of memory.
 
 Requests and answers are lines of JSON. The first request holds the template and the names of the
 special tokens. Each further one holds conversations; each of them is answered by its documents as
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import resource
-import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -46,7 +45,7 @@ def answer(renderer: Renderer, request: dict[str, Any]) -> Iterator[Any]:
 
 
 def _limit_time(seconds: int) -> None:
-    """A request that takes longer ends the process: SIGXCPU."""
+    """A conversation that takes longer ends the process: SIGXCPU."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     spent = int(used.ru_utime + used.ru_stime)
     resource.setrlimit(resource.RLIMIT_CPU, (spent + seconds, resource.RLIM_INFINITY))
@@ -64,15 +63,17 @@ def _limit_memory(more: int) -> None:
 
 
 def main(seconds: int, most_bytes: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the caller says what there is to say
     lines = iter(sys.stdin.readline, "")
     if not (first := next(lines, "")):
         return
     _limit_memory(most_bytes)
     renderer = Renderer(**json.loads(first))
     for line in lines:
-        _limit_time(seconds)
-        answers = list(answer(renderer, json.loads(line)))
+        request, answers = json.loads(line), []
+        following = answer(renderer, request)
+        for _ in request["conversations"]:
+            _limit_time(seconds)
+            answers.append(next(following))
         print(json.dumps({"conversations": answers, "dates": renderer.dates}), flush=True)
 
 

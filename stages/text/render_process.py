@@ -13,10 +13,11 @@ from typing import Any
 
 from stages.run.errors import InputError
 
-# For one request: seconds of a CPU, and bytes beyond what Python and transformers take.
-MOST_SECONDS, MOST_BYTES = 60, 2**30
+# Seconds of a CPU for one conversation, and bytes beyond what Python and transformers take.
+MOST_SECONDS, MOST_BYTES = 30, 2**30
 OTHER_TEMPLATE = "Name another one in CHAT_TEMPLATE, or set PROMPT_FORMAT=dolly."
-_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "HOME")
+# The last is guard's mark, by which it ends what its stage leaves behind.
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "HOME", "TRN_TUNE_STAGE")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -33,8 +34,7 @@ class RenderProcess:
         """The answer of `render` to a request; raises InputError where it ends without one."""
         with self._one_at_a_time:
             try:
-                if self._process is None:
-                    self._start()
+                self.start()
                 answer = self._send({"conversations": conversations, "ask": ask, "alone": alone})
             except (BrokenPipeError, ValueError):
                 raise InputError(self._why_it_ended()) from None
@@ -57,7 +57,10 @@ class RenderProcess:
         self._process = None
         return status
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the process, if it is not there yet; it takes a second or two."""
+        if self._process is not None:
+            return
         self._process = subprocess.Popen(
             [sys.executable, "-m", "stages.text.render", str(MOST_SECONDS), str(MOST_BYTES)],
             stdin=subprocess.PIPE,
@@ -65,6 +68,7 @@ class RenderProcess:
             text=True,
             encoding="utf-8",
             cwd=_ROOT,
+            start_new_session=True,  # Ctrl-C in a terminal is for the stage
             # A template needs no secret of this process.
             env={
                 **{name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
@@ -85,6 +89,6 @@ class RenderProcess:
     def _why_it_ended(self) -> str:
         status = self.close()
         return (
-            f"the chat template was stopped (status {status}): it may take {MOST_SECONDS} s for "
-            f"1,000 conversations, and {MOST_BYTES // 2**20:,} MiB. {OTHER_TEMPLATE}"
+            f"the chat template was stopped (status {status}): it may take {MOST_SECONDS} s and "
+            f"{MOST_BYTES // 2**20:,} MiB for one conversation. {OTHER_TEMPLATE}"
         )

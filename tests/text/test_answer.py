@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 
 def answerer(folder: Path, text: str, **settings: int) -> Answerer:
     ids = text_ids(TextTokenizer.load(folder), text)[1:]  # without BOS
-    return Answerer(folder, Recites(ids), Settings(**settings))
+    return Answerer(folder, lambda _: Recites(ids), Settings(**settings))
 
 
 def test_a_character_of_several_bytes_is_shown_when_it_is_whole(folder: Path) -> None:
@@ -60,7 +60,7 @@ def test_an_answer_is_shown_as_it_was_trained_however_it_begins(
     TextFormat(tokenizer).save(tmp_path)
     [(ids, _)] = tokenizer.encode_after([ANSWER_HEADER], [response])
     assert ids is not None
-    asked = Answerer(tmp_path, Recites(ids), Settings())
+    asked = Answerer(tmp_path, lambda _: Recites(ids), Settings())
     [answer] = asked.answers([question("x", expected=response)])
     pieces = list(asked.stream(question("x")))
     assert "".join(pieces) == answer.answer == answer.question.expected

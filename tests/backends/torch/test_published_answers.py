@@ -61,7 +61,8 @@ def answers_of_eval(folder: Path) -> list[tuple[list[int], list[int], str]]:
     work = Compilation(folder, folder, "cpu", len(QUESTIONS), sequence_length=128)
     model = _load_model(work)
     steps = Prefill(model), Decode(_load_model(work))
-    answerer = Answerer(folder, CompiledModel(_description(work, model, {}), {}, *steps), settings)
+    compiled = CompiledModel(_description(work, model, {}), {}, *steps)
+    answerer = Answerer(folder, lambda _: compiled, settings)
     prompts = answerer.encode(QUESTIONS)
     rows = zip(*answerer._generate(prompts, 0), strict=True)
     ids = [[new for new in row if new is not None] for row in rows]
