@@ -56,6 +56,7 @@ class ChatFormat:
         self._process = RenderProcess(self._template, _special_tokens(tokenizer))
         self._split = lru_cache(4096)(lambda text: list(tokenizer.split(text)))
         self.end, self.lead = tokenizer.eos if end is None else end, lead
+        self._begins_with_bos = True
         if end is None:
             self.end, self.lead = self._example()
 
@@ -98,9 +99,10 @@ class ChatFormat:
         dates = self._process.dates
         if not dates:
             return self._template
+        # transformers removes the line end after a block: the template begins a line, as before.
         return (
             f"{{%- macro strftime_now(format) -%}}{{{{- {json.dumps(dates)}.get(format, '') -}}}}"
-            f"{{%- endmacro -%}}{self._template}"
+            f"{{%- endmacro %}}\n{self._template}"
         )
 
     def description(self) -> str:

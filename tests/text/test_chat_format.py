@@ -395,8 +395,12 @@ def test_another_template_replaces_that_of_both_files(folder_of, tmp_path: Path)
     assert "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
 
 
-def test_the_date_is_published_as_it_was_trained_and_named(folder_of, tmp_path: Path) -> None:
+@pytest.mark.parametrize("begins", ["", "\n", "  {% if true %}{% endif %}", " a\n"])
+def test_the_date_is_published_as_it_was_trained_and_named(
+    folder_of, tmp_path: Path, begins: str
+) -> None:
     tokenizer = TextTokenizer.load(folder_of("qwen", HEADERS))
+    set_chat_template(tokenizer, begins + HEADERS.text)
     format = ChatFormat(tokenizer)
     [note] = [note for note in format.notes() if "date" in note]
     [date] = format._process.dates.values()
