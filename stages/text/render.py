@@ -30,18 +30,22 @@ def _reason(error: BaseException) -> str:
     return f"the chat template refuses it: {str(error)[:300] or type(error).__name__}"
 
 
-def answer(renderer: Renderer, request: dict[str, Any]) -> Iterator[Any]:
+def answer(renderer: Renderer, request: dict[str, Any], seconds: int = 0) -> Iterator[Any]:
     """For each conversation of a request its documents; or the reason why there is none."""
     for messages, answers in request["conversations"]:
+        if seconds:
+            _limit_time(seconds)
+        made: Any
         try:
             if request["ask"]:
-                yield [renderer.prompt(messages)]
+                made = [renderer.prompt(messages)]
             else:
-                yield renderer.documents(messages, answers, request["alone"])
+                made = renderer.documents(messages, answers, request["alone"])
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a template raises anything
-            yield _reason(error)
+            made = _reason(error)
+        yield made
 
 
 def _limit_time(seconds: int) -> None:
@@ -69,11 +73,7 @@ def main(seconds: int, most_bytes: int) -> None:
     _limit_memory(most_bytes)
     renderer = Renderer(**json.loads(first))
     for line in lines:
-        request, answers = json.loads(line), []
-        following = answer(renderer, request)
-        for _ in request["conversations"]:
-            _limit_time(seconds)
-            answers.append(next(following))
+        answers = list(answer(renderer, json.loads(line), seconds))
         print(json.dumps({"conversations": answers, "dates": renderer.dates}), flush=True)
 
 
