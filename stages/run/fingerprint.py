@@ -54,6 +54,7 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.backends.neuron.cache_cli",
         "stages.backends.neuron.doctor",
         "stages.backends.torch.doctor",
+        "stages.chat",
         "stages.doctor",
         "stages.machine",
         "stages.make.help",

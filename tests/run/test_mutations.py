@@ -23,7 +23,7 @@ CHANGES = [
     ("stages/text/conversation.py", '"human", "prompter"', '"human"', {"data", "eval"}),
     ("stages/text/pieces.py", "piece.answer != texts[0].answer", "False", {"data", "eval"}),
     (
-        "stages/text/render.py",
+        "stages/text/chat_parts.py",
         "add_generation_prompt=ask",
         "add_generation_prompt=True",
         {"data", "eval"},
