@@ -32,7 +32,7 @@ class Accounting:
     duplicate: int = 0  # documents with the text of an earlier one; kept
     # Documents in which a token would have spanned the prompt and the response.
     split_again: int = 0
-    apart: int = 0  # documents beyond one per example: answers that have one of their own
+    per_answer: int = 0  # documents beyond one per example: answers that have one of their own
     unanswered: int = 0  # messages after the last answer; left out
     tokens_in: int = 0
     roles: dict[str, int] = field(default_factory=dict)  # tokens in, by the role of their message
@@ -65,7 +65,7 @@ class Accounting:
         splits = self.splits.values()
         sums = {
             "examples in": (
-                self.rows_in + self.apart,
+                self.rows_in + self.per_answer,
                 self.empty + self.dropped + sum(split.documents for split in splits),
             ),
             "tokens in": (
@@ -113,7 +113,8 @@ class Accounting:
                 self.split_again,
                 "a token would span prompt and response",
             ),
-            *[("  among them one per answer", self.apart, "more than examples")] * bool(self.apart),
+            *[("  among them one per answer", self.per_answer, "more than examples")]
+            * bool(self.per_answer),
             *[("messages after the last answer", self.unanswered, "left out")]
             * bool(self.unanswered),
             ("tokens in", self.tokens_in, ""),

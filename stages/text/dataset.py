@@ -107,12 +107,12 @@ def _tokenise(
         if (digest := int(encoded.digests.max())) > greatest:
             greatest, account.sample = digest, encoded.sample
         account.split_again += encoded.split_again
-        account.apart += encoded.apart
+        account.per_answer += encoded.per_answer
         roles += encoded.roles
         documents.append(encoded)
     documents.close_input()
     distinct = len(np.unique(documents.digests))
-    account.duplicate = len(documents.digests) - account.apart - distinct
+    account.duplicate = len(documents.digests) - account.per_answer - distinct
     account.tokens_in = int(documents.lengths.sum())
     account.roles = dict(zip(ROLES, roles.tolist(), strict=True))
     if not len(documents.lengths):

@@ -32,8 +32,8 @@ class Encoded:
     answers with the bit ANSWER; per document `lengths` and `prompt_lengths` (tokens before the
     first answer), int64, and `digests`, uint64: equal for the documents of one conversation.
 
-    `roles`: tokens per role of ROLES. `apart`: documents beyond one per example. `sample`: the text
-    of the document with the greatest digest.
+    `roles`: tokens per role of ROLES. `per_answer`: documents beyond one per example. `sample`: the
+    text of the document with the greatest digest.
     """
 
     ids: np.ndarray
@@ -42,7 +42,7 @@ class Encoded:
     digests: np.ndarray
     roles: np.ndarray
     split_again: int
-    apart: int
+    per_answer: int
     sample: str
 
 

@@ -281,7 +281,7 @@ def test_thinking_gives_one_document_per_answer_that_stay_together(folder_of) ->
     messages = (*ASKED, ASKED[0], Message("assistant", "So!", "", thought))
     messages = (ASKED[0], Message("assistant", "<think>\nah\n</think>\n\nSo."), *messages[2:])
     encoded = encode([Example("row 1", messages)], tokenizer, ChatFormat(tokenizer))
-    assert encoded.apart == 1
+    assert encoded.per_answer == 1
     assert len(set(encoded.digests.tolist())) == 1
     first, second = map(tokenizer.decode, (one & ~ANSWER for one in documents_of(encoded)))
     assert "ah" in first and "So!" not in first
@@ -291,7 +291,7 @@ def test_thinking_gives_one_document_per_answer_that_stay_together(folder_of) ->
 def test_an_answer_that_ends_otherwise_in_the_middle_has_a_document_of_its_own(folder_of) -> None:
     tokenizer = TextTokenizer.load(folder_of("qwen", CHANNELS))
     encoded = encode([Example("row 1", (*ASKED, *ASKED))], tokenizer, ChatFormat(tokenizer))
-    assert encoded.apart == 1
+    assert encoded.per_answer == 1
     assert all((ids[-1] & ~ANSWER) == tokenizer.eos for ids in documents_of(encoded))
 
 
