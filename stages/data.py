@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from stages.checks import require
 from stages.run.cli import stage_command
-from stages.run.layout import TOKENIZER_FOLDER
+from stages.run.layout import HELD_OUT_FILE, TOKENIZER_FOLDER
 from stages.run.progress import Progress, printable
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
@@ -40,7 +40,7 @@ def pack(settings: Settings, work: Path) -> StageResult:
     from stages.text.dataset import Layout, build
     from stages.text.examples import open_examples
     from stages.text.find_tokenizer import find_tokenizer
-    from stages.text.questions import read_questions
+    from stages.text.questions import read_questions, write_questions
 
     s = settings
     require(s, "data")
@@ -53,6 +53,7 @@ def pack(settings: Settings, work: Path) -> StageResult:
         revision=s.dataset_revision,
         config=s.dataset_config,
         split=s.dataset_split,
+        most=s.max_examples,
     )
     prompt_format = choose_format(s, dataset.columns, tokenizer)
     print(f"prompt format: {prompt_format.description()}", flush=True)
@@ -72,6 +73,7 @@ def pack(settings: Settings, work: Path) -> StageResult:
         seed=s.seed,
     )
     set_chat_template(tokenizer, prompt_format.chat_template())
+    write_questions(work / HELD_OUT_FILE, account.held_out)
     tokenizer.save(work / TOKENIZER_FOLDER)
     prompt_format.save(work)
     print(

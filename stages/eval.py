@@ -1,8 +1,9 @@
-"""Ask the compiled model, and compare the losses of the base and the fine-tuned model on the
-held-out sequences.
+"""Ask the compiled model, and compare the base and the fine-tuned model on what was held out:
+answers side by side, and losses.
 
 With PROMPT it answers only that, at once, and publishes nothing. Otherwise it answers the prompts
-in PROMPTS and publishes answers.jsonl and the losses.
+in PROMPTS and publishes answers.jsonl, comparison.jsonl and the losses. GATES make it fail where
+the figures are not good enough.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from pathlib import Path
 
 from stages.run.backend import backend_module
 from stages.run.cli import stage_command
-from stages.run.layout import ANSWERS_FILE, VALIDATION_SPLIT
+from stages.run.errors import StageFailure
+from stages.run.gates import gate_problems
+from stages.run.layout import (
+    ANSWERS_FILE,
+    HELD_OUT_FILE,
+    VALIDATION_SPLIT,
+)
+from stages.run.manifest import manifest_of
 from stages.run.progress import Progress, printable
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
@@ -26,6 +34,7 @@ SHOWN = 10  # printed answers; answers.jsonl has all
     "eval",
     "PROMPT",
     "CONTEXT",
+    "GATES",
     data="Folder that data published.",
     consolidate="Folder that consolidate published.",
     compile_inference="Folder that compile-inference published.",
@@ -39,16 +48,22 @@ def main(
     inputs = {"data": data, "consolidate": consolidate, "compile-inference": compile_inference}
 
     def build(work: Path) -> StageResult:
-        answers = answer_all(settings, compile_inference)
+        from stages.backends.comparison import compare_answers
+
+        answerer = Answerer(compile_inference, backend_module("generate", settings).load, settings)
+        answers = answer_all(settings, answerer)
         write_answers(work / ANSWERS_FILE, answers)
-        metrics = {
+        metrics: dict[str, object] = {
             "answers": len(answers),
+            "ended": sum(answer.ended for answer in answers),
             **exact_matches(answers),
-            **compare_losses(settings, data, consolidate),
         }
+        metrics |= compare_answers(settings, data / HELD_OUT_FILE, answerer, work)
+        metrics |= compare_losses(settings, data, consolidate)
         return StageResult(metrics=metrics, tokens=sum(answer.tokens for answer in answers))
 
     publish("eval", settings, inputs, output, build)
+    require_gates(settings, output)
 
 
 def answer_one(settings: Settings, compiled: Path) -> None:
@@ -60,13 +75,12 @@ def answer_one(settings: Settings, compiled: Path) -> None:
     print(flush=True)
 
 
-def answer_all(settings: Settings, compiled: Path) -> list[Answer]:
+def answer_all(settings: Settings, answerer: Answerer) -> list[Answer]:
     """Answer every question of PROMPTS and print the first few."""
     asked = read_questions(settings)
     if note := asked.note(settings):
         print(note, flush=True)
     questions = asked.questions
-    answerer = Answerer(compiled, backend_module("generate", settings).load, settings)
     answers = []
     with Progress("eval", len(questions), "answers") as progress:
         for answer in answerer.answers(questions):
@@ -88,6 +102,16 @@ def exact_matches(answers: list[Answer]) -> dict[str, int]:
     matches = sum(answer.answer == answer.question.expected for answer in judged)
     print(f"\nexact matches: {matches} of {len(judged)}", flush=True)
     return {"exact_matches": matches, "judged": len(judged)}
+
+
+def require_gates(settings: Settings, output: Path) -> None:
+    """Raise StageFailure unless what eval has published passes GATES."""
+    if not settings.gates:
+        return
+    problems = gate_problems(settings.gates, (manifest_of(output) or {}).get("metrics", {}))
+    if problems:
+        raise StageFailure("\n".join(problems))
+    print(f"GATES: passed {settings.gates}", flush=True)
 
 
 def compare_losses(settings: Settings, data: Path, tuned: Path) -> dict[str, object]:

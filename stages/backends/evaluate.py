@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -68,16 +68,8 @@ def loss_dtype(settings: Settings, device: torch.device) -> tuple[torch.dtype, s
     return torch.float32, "this CPU has no instructions for bfloat16 and is faster in float32"
 
 
-@torch.no_grad()
-def _mean_loss(
-    folder: Path,
-    sequences: PackedSequences,
-    count: int,
-    settings: Settings,
-    progress: Progress,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> float:
+def load_for_evaluation(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model in `folder` as transformers loads it."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -90,7 +82,20 @@ def _mean_loss(
         use_safetensors=True,
         trust_remote_code=False,
     ).eval()
-    model.to(device)
+    return model.to(device)
+
+
+@torch.no_grad()
+def _mean_loss(
+    folder: Path,
+    sequences: PackedSequences,
+    count: int,
+    settings: Settings,
+    progress: Progress,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    model = load_for_evaluation(folder, dtype, device)
     loss, tokens, started = 0.0, 0, time.monotonic()
     for indices in sequences.in_order(1):
         if indices[0] >= count:
@@ -106,13 +111,20 @@ def _mean_loss(
     return loss / max(1, tokens)
 
 
-def cost_note(seconds: float, count: int, price: float | None) -> str:
-    """What the losses of `count` sequences will cost on both models, as a line; empty where less
-    than LONG.
+def cost_note(
+    seconds: float,
+    count: int,
+    price: float | None,
+    what: str = "the losses of {} held-out sequences",
+    setting: str = "EVAL_MAX_DOCUMENTS",
+    models: int = 2,
+) -> str:
+    """What `count` units of work will cost on each of `models`, as a line; empty where less than
+    LONG.
 
-    `seconds` are those of the first sequence, `price` is in USD per hour.
+    `seconds` are those of the first unit, `price` is in USD per hour. `setting` bounds the count.
     """
-    total, few = 2 * count * seconds, max(1, int(LONG / (2 * seconds)))
+    total, few = models * count * seconds, max(1, int(LONG / (models * seconds)))
     if total <= LONG or few >= count:
         return ""
 
@@ -120,7 +132,7 @@ def cost_note(seconds: float, count: int, price: float | None) -> str:
         return duration(of) + (f" and {dollars(of, price):.2f} USD" if price else "")
 
     return (
-        f"note: the losses of {count} held-out sequences take about {cost(total)} here, estimated "
-        f"from the first one. EVAL_MAX_DOCUMENTS={few} takes about {cost(2 * few * seconds)}: "
-        "interrupt and set it, or run eval on another machine."
+        f"note: {what.format(count)} take about {cost(total)} here, estimated from the first one. "
+        f"{setting}={few} takes about {cost(models * few * seconds)}: interrupt and set it, or run "
+        "eval on another machine."
     )

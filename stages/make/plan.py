@@ -59,6 +59,8 @@ def stale_stages(graph: Graph, run_folder: Path, settings: Settings) -> dict[str
                 stale[name] = [f"{removed}, which {stage} needs"]
     if not settings.keep_shards and (run_folder / "train" / SHARDS_FOLDER).is_dir():
         stale.setdefault("consolidate", ["KEEP_SHARDS=0, and train's shards are still there"])
+    if settings.gates:
+        stale.setdefault("eval", ["GATES are to be checked"])  # it publishes nothing
     if push := reason_to_push(settings.push_dataset, run_folder / "data"):
         stale.setdefault("data", [push])  # it publishes nothing
     return {stage: stale[stage] for stage in graph if stage in stale}

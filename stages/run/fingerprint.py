@@ -28,6 +28,7 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         # Staleness and publishing: they compare and move what stages wrote.
         "stages.run.fingerprint",
         "stages.run.fsync",
+        "stages.run.gates",
         "stages.run.lock",
         "stages.run.manifest",
         "stages.run.provenance",

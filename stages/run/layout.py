@@ -1,12 +1,12 @@
 """The contract between stages: every file, folder and column that one writes and another reads.
 
-    data               train/ [validation/] tokenizer/ prompt.json
+    data               train/ [validation/] held_out.jsonl, tokenizer/ prompt.json
     train              shards/ (of the model, or of an adapter with adapter_config.json)
                        metrics.jsonl, config.json generation_config.json, tokenizer/ prompt.json
     consolidate        *.safetensors, config.json generation_config.json, the tokenizer's files,
                        prompt.json [adapter/]
     compile-inference  the backend's compiled model, the tokenizer's files, prompt.json
-    eval               answers.jsonl
+    eval               answers.jsonl [comparison.jsonl]
 
 Every stage also publishes manifest.json. Standard library only.
 """
@@ -48,3 +48,5 @@ CHECKPOINTS_FOLDER = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 PRECOMPILE_FILE = "precompile.json"
 ANSWERS_FILE = "answers.jsonl"
+HELD_OUT_FILE = "held_out.jsonl"  # some of the held-out examples, as questions with their answers
+COMPARISON_FILE = "comparison.jsonl"  # their answers by the base and the fine-tuned model

@@ -22,6 +22,7 @@ from typing import Any
 
 from stages.run.cache_url import check_cache_url
 from stages.run.errors import InputError
+from stages.run.gates import parse_gates
 from stages.run.push_target import check_push_target, overwrites
 from stages.run.recipe import RECIPES, read_recipe
 from stages.run.setting import as_text, parse, setting, variable
@@ -148,6 +149,13 @@ class Settings:
         "File with a chat template (Jinja), in place of the model's.",
         "data",
         path=True,
+    )
+    max_examples: int = setting(
+        0,
+        "Examples to read of DATASET, from its beginning; 0 = all.",
+        "data",
+        unit="examples",
+        least=0,
     )
     max_length: int = setting(
         2048,
@@ -361,6 +369,19 @@ class Settings:
         "eval",
         above=0,
         most=1,
+    )
+    compare_answers: int = setting(
+        5,
+        "Held-out questions that the base and the fine-tuned model both answer; 0 = none.",
+        "eval",
+        unit="questions",
+        least=0,
+        most=100,
+    )
+    gates: str = setting(
+        "",
+        "What eval must reach, else make ends with status 1: `validation_loss<2.0 ended>0.9`.",
+        check=parse_gates,
     )
     eval_max_documents: int = setting(
         200,

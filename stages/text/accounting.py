@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from stages.run.errors import StageFailure
+from stages.text.conversation import Conversation
 
 
 @dataclass
@@ -42,7 +43,9 @@ class Accounting:
     dropped_tokens: int = 0  # tokens of dropped documents
     train: SplitAccount = field(default_factory=SplitAccount)
     validation: SplitAccount = field(default_factory=SplitAccount)
-    sample: str = ""  # one document's text, chosen by the seed; not a count
+    # Not counts: one document's text, chosen by the seed, and some of the held-out conversations.
+    sample: str = ""
+    held_out: list[Conversation] = field(default_factory=list)
 
     @property
     def splits(self) -> dict[str, SplitAccount]:
@@ -57,7 +60,7 @@ class Accounting:
     def figures(self) -> dict[str, Any]:
         """The counts for a manifest."""
         figures = asdict(self)
-        del figures["sample"]
+        del figures["sample"], figures["held_out"]
         return {**figures, "fill": round(self.fill, 6)}
 
     def check(self) -> None:

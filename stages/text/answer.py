@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.run.errors import refuse
+from stages.run.errors import InputError, refuse
 from stages.run.settings import Settings
 from stages.text.pieces import encode_pieces
 from stages.text.prompt import PromptFormat, load_format
@@ -73,21 +73,38 @@ class Answerer:
         self.ended = self._has_ended(prompt, ids)
         yield self._text(ids, whole=True)[len(shown) :]
 
-    def answers(self, questions: list[Question]) -> Iterator[Answer]:
-        """The answers in order, INFERENCE_BATCH_SIZE questions at a time. Raises InputError, before
-        the first, for all questions that the compiled model cannot take."""
+    def answers(
+        self, questions: list[Question], settings: Settings | None = None
+    ) -> Iterator[Answer]:
+        """The answers in order, INFERENCE_BATCH_SIZE questions at a time; `settings`: others than
+        the answerer's. Raises InputError, before the first, for all questions that the compiled
+        model cannot take."""
         encoded = self.encode(questions)
         for start in range(0, len(questions), self.model.batch_size):
             group = questions[start : start + self.model.batch_size]
             prompts = encoded[start : start + self.model.batch_size]
             ids: list[list[int]] = [[] for _ in group]
-            for step in self._generate(prompts, start):
+            for step in self._generate(prompts, start, settings):
                 for answer_ids, new in zip(ids, step, strict=True):
                     if new is not None:
                         answer_ids.append(new)
             for question, prompt, answer_ids in zip(group, prompts, ids, strict=True):
-                ended = self._has_ended(prompt, answer_ids)
-                yield Answer(question, self._text(answer_ids, whole=True), len(answer_ids), ended)
+                yield self.answer(question, prompt, answer_ids)
+
+    def answer(self, question: Question, prompt: list[int], ids: list[int]) -> Answer:
+        """The answer that `ids` are, whichever model gave them."""
+        text, ended = self._text(ids, whole=True), self._has_ended(prompt, ids)
+        return Answer(question, text, len(ids), ended)
+
+    def fitting(self, questions: list[Question]) -> tuple[list[Question], list[list[int]]]:
+        """The questions that the compiled model can take, and their prompts' ids."""
+        pairs = []
+        for question in questions:
+            try:
+                pairs.append((question, self.encode([question])[0]))
+            except InputError:
+                continue
+        return [question for question, _ in pairs], [prompt for _, prompt in pairs]
 
     def encode(self, questions: list[Question], length: int | None = None) -> list[list[int]]:
         """The prompts' ids; see `encode_questions`. `length`: the room for prompt and answer, by
@@ -108,8 +125,10 @@ class Answerer:
             return text[len(lead) :]
         return "" if lead.startswith(text) and not whole else text
 
-    def _generate(self, prompts: list[list[int]], number: int) -> Iterator[list[int | None]]:
-        s = self.settings
+    def _generate(
+        self, prompts: list[list[int]], number: int, settings: Settings | None = None
+    ) -> Iterator[list[int | None]]:
+        s = settings or self.settings
         return self.model.generate(
             prompts,
             max_new_tokens=s.max_new_tokens,

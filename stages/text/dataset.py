@@ -15,8 +15,8 @@ import numpy as np
 from stages.run.disk import disk_guard
 from stages.run.errors import InputError
 from stages.text.accounting import Accounting, SplitAccount
-from stages.text.conversation import is_empty, until_last_answer
-from stages.text.documents import Documents, Encoded, encode, held_out
+from stages.text.conversation import Conversation, is_empty, until_last_answer
+from stages.text.documents import Documents, Encoded, encode, held_out, smallest_digests
 from stages.text.examples import Example
 from stages.text.packing import Packing, best_fit, concat
 from stages.text.pieces import ROLES
@@ -64,9 +64,11 @@ def build(
     account = Accounting(layout.max_length)
     documents = Documents(output)
     try:
-        _tokenise(batches, tokenizer, format, seed, documents, account)
+        smallest = _tokenise(batches, tokenizer, format, seed, documents, account)
         kept = _fit(documents, layout, account)
         for_validation = held_out(documents.digests[kept], validation_fraction)
+        chosen_digests = {*documents.digests[kept[for_validation]].tolist()}
+        account.held_out = [smallest[one] for one in sorted(smallest) if one in chosen_digests]
         chosen = {"train": kept[~for_validation], "validation": kept[for_validation]}
         packings = {
             split: _pack(split, documents.lengths[numbers], layout)
@@ -99,16 +101,19 @@ def _tokenise(
     seed: int,
     documents: Documents,
     account: Accounting,
-) -> None:
-    """Fill `documents`. The sample is the text with the greatest digest: in effect a random one,
-    and the last that would be held out."""
+) -> dict[int, Conversation]:
+    """Fill `documents`; return the conversations that would be held out first, by digest. The
+    sample is the text with the greatest digest: in effect a random one, and the last that would be
+    held out."""
     greatest, roles = -1, np.zeros(len(ROLES), np.int64)
+    smallest: dict[int, Conversation] = {}
     for encoded in _encoding(_nonempty(batches, account), tokenizer, format, seed):
         if (digest := int(encoded.digests.max())) > greatest:
             greatest, account.sample = digest, encoded.sample
         account.split_again += encoded.split_again
         account.per_answer += encoded.per_answer
         roles += encoded.roles
+        smallest = smallest_digests(smallest | encoded.smallest)
         documents.append(encoded)
     documents.close_input()
     distinct = len(np.unique(documents.digests))
@@ -119,6 +124,7 @@ def _tokenise(
         raise InputError(
             f"None of the {account.rows_in:,} examples has both an instruction and a response."
         )
+    return smallest
 
 
 def _nonempty(batches: Iterable[list[Example]], account: Accounting) -> Iterator[list[Example]]:

@@ -11,12 +11,14 @@ import os
 import tempfile
 from dataclasses import dataclass
 from hashlib import blake2b
+from heapq import nsmallest
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from stages.run.errors import InputError, StageFailure
+from stages.text.conversation import Conversation
 from stages.text.examples import PROBLEMS_SHOWN, Example
 from stages.text.pieces import ROLES, Piece, Run, encode_pieces
 from stages.text.prompt import PromptFormat
@@ -24,6 +26,7 @@ from stages.text.tokens import TextTokenizer
 
 # Set in the ids of tokens that the model is to say; no vocabulary has so many ids.
 ANSWER = np.int32(2**30)
+QUESTIONS = 100  # held-out examples that are kept as questions, at most
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Encoded:
     first answer), int64, and `digests`, uint64: equal for the documents of one conversation.
 
     `roles`: tokens per role of ROLES. `per_answer`: documents beyond one per example. `sample`: the
-    text of the document with the greatest digest.
+    text of the document with the greatest digest. `smallest`: digest -> conversation of the
+    examples with the smallest digests, of which some may be held out.
     """
 
     ids: np.ndarray
@@ -44,6 +48,7 @@ class Encoded:
     split_again: int
     per_answer: int
     sample: str
+    smallest: dict[int, Conversation]
 
 
 def encode(
@@ -59,6 +64,7 @@ def encode(
     documents = [one for made in written if not isinstance(made, str) for one in made]
     encoded = iter(encode_pieces(documents, tokenizer, format.starts_text))
     problems, runs, digests, texts = [], list[list[Run]](), [], []
+    conversations: dict[int, Conversation] = {}
     for example, made in zip(examples, written, strict=True):
         if isinstance(made, str):
             problems.append(f"{example.place}: {made}")
@@ -74,12 +80,14 @@ def encode(
             runs.append(one)
             digests.append(digest(text, seed))
             texts.append(pieces)
+            conversations[digests[-1]] = example.messages
     if problems:
         more = len(problems) - PROBLEMS_SHOWN
         raise InputError(
             problems[:PROBLEMS_SHOWN] + [f"... and {more:,} more of this batch"] * (more > 0)
         )
-    return _joined(runs, digests, texts, len(examples), tokenizer)
+    smallest = smallest_digests(conversations)
+    return _joined(runs, digests, texts, len(examples), tokenizer, smallest)
 
 
 def _joined(
@@ -88,6 +96,7 @@ def _joined(
     pieces: list[list[Piece]],
     examples: int,
     tokenizer: TextTokenizer,
+    smallest: dict[int, Conversation],
 ) -> Encoded:
     runs = list(chain.from_iterable(documents))
     sizes = np.fromiter((len(run.ids) for run in runs), np.int64, count=len(runs))
@@ -115,7 +124,13 @@ def _joined(
         sum(run.split_again for run in runs),
         len(documents) - examples,
         "".join(piece.text for piece in pieces[greatest]),
+        smallest,
     )
+
+
+def smallest_digests(conversations: dict[int, Conversation]) -> dict[int, Conversation]:
+    """At most QUESTIONS of the conversations, those with the smallest digests."""
+    return {one: conversations[one] for one in nsmallest(QUESTIONS, conversations)}
 
 
 def _check_controls(ids: np.ndarray, pieces: list[list[Piece]], tokenizer: TextTokenizer) -> None:

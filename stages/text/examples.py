@@ -68,8 +68,9 @@ def open_examples(
     config: str = "",
     split: str = "train",
     columns: Columns | None = None,
+    most: int = 0,
 ) -> Examples:
-    """The examples of `dataset`, in batches of at most 1,000.
+    """The examples of `dataset`, in batches of at most 1,000; only the first `most`, if not 0.
 
     `dataset`: a file of FORMATS, a folder of such files or a saved `datasets` folder, local or
     s3://, or a Hub id with `revision`, `config` and `split` (folders have a split too). Prints what
@@ -84,7 +85,9 @@ def open_examples(
         print(f"DATASET_CONFIG={printable(config)}: not read, because only the Hub has them")
     for note in source.notes:
         print(f"DATASET={printable(dataset)}: {printable(note)}", flush=True)
-    records = source.read()
+    records = islice(source.read(), most or None)
+    if most:
+        print(f"DATASET={printable(dataset)}: only the first {most:,} examples", flush=True)
     first = list(islice(records, _LOOKED_AT)) if source.columns is None else []
     place, existing = _existing(source, first, columns)
     late = set[str]()

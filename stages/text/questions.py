@@ -5,6 +5,7 @@ Standard library only, so that make can check the file before anything runs.
 
 from __future__ import annotations
 
+import json
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,33 @@ def _of(named: Columns, existing: list[str], texts: str) -> Columns:
     if texts in existing and not any(name.lower() in USUAL["instruction"] for name in existing):
         return Columns(texts, "", "", "")
     return Columns(*(name if name in ("", *existing) else AUTO for name in astuple(named)))
+
+
+def write_questions(path: Path, conversations: list[Conversation]) -> None:
+    """A file that `written_questions` reads: the questions before the last answers, and those.
+    Texts without a prompt ask nothing, and conversations with tool calls are left out."""
+    asked = [
+        {**Question(messages[:-1]).as_object(), "expected": messages[-1].content}
+        for messages in conversations
+        if len(messages) > 1 and not any(message.extra for message in messages)
+    ]
+    lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in asked]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def written_questions(path: Path) -> list[Question]:
+    """What `write_questions` wrote; none where the file does not exist."""
+    if not path.is_file():
+        return []
+    questions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        saved = json.loads(line)
+        messages = read_conversation(saved.get("messages", []), set())
+        if "instruction" in saved:
+            messages = (Message("user", saved["instruction"], saved["context"]),)
+        assert not isinstance(messages, str)  # our own file
+        questions.append(Question(messages, saved["expected"], f"held-out question {number}"))
+    return questions
 
 
 def first_problems(problems: list[str]) -> list[str]:

@@ -1,0 +1,48 @@
+"""GATES: what it may say, and which figures pass it."""
+
+from __future__ import annotations
+
+import pytest
+
+from stages.run.errors import InputError
+from stages.run.gates import gate_problems, parse_gates
+from stages.run.settings import Settings
+
+METRICS = {
+    "answers": 10,
+    "ended": 9,
+    "judged": 4,
+    "exact_matches": 1,
+    "base": {"loss": 2.5, "perplexity": 12.2},
+    "fine_tuned": {"loss": 2.1, "perplexity": 8.2},
+}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "validation_loss<2.2 ended>=0.9 exact_match>0.2", "perplexity < 9   base_loss > 2e0"],
+)
+def test_figures_that_are_good_enough_pass(text: str) -> None:
+    assert gate_problems(text, METRICS) == []
+
+
+def test_each_gate_that_fails_is_named_with_its_figure() -> None:
+    assert gate_problems("validation_loss<2.0 ended>0.5 exact_match>=0.5", METRICS) == [
+        "GATES: validation_loss<2: validation_loss is 2.1.",
+        "GATES: exact_match>=0.5: exact_match is 0.25.",
+    ]
+
+
+def test_a_figure_that_was_not_measured_does_not_pass() -> None:
+    [problem] = gate_problems("validation_loss<9", {"answers": 1, "ended": 1})
+    assert "eval has not measured loss of the fine-tuned model" in problem
+
+
+def test_what_is_no_gate_is_refused_with_the_nearest_name_and_all_at_once() -> None:
+    with pytest.raises(InputError) as refused:
+        parse_gates("validatoin_loss<2 ended=1 ended>many")
+    first, second, third = refused.value.problems
+    assert "Did you mean validation_loss?" in first
+    assert "'ended=1' is no gate" in second and "'ended>many' is no gate" in third
+    with pytest.raises(InputError, match="GATES: 'x' is no gate"):
+        Settings.read({"GATES": "x"})
