@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from stages.run.setting import STAGES
-from tests.conftest import ROOT, Project
+from tests.conftest import ROOT, Project, clean_environment
 
 TINY = ("RECIPE=tiny",)
 AFTER_DATA = ["train", "consolidate", "compile-inference", "eval"]
@@ -346,6 +347,29 @@ def test_what_a_run_was_is_written_down(built_once: Project) -> None:
     losses = built_once.manifest("eval")["metrics"]
     assert losses["base"]["loss"] > 0 and losses["fine_tuned"]["perplexity"] > 1
     assert losses["loss_dtype"] == "float32"  # BF16=0
+
+
+def test_status_says_what_data_read(built_once: Project) -> None:
+    assert "read: instruction in 'instruction'" in built_once.make("status", *TINY).stdout
+
+
+def test_gates_are_checked_without_asking_the_model_again(built_once: Project) -> None:
+    passed = built_once.make("eval", *TINY, "GATES=ended>=0 perplexity>1")
+    assert "eval: up to date" in passed.stdout and "GATES: passed" in passed.stdout
+    failed = built_once.make("eval", *TINY, "GATES=ended>1 perplexity>1", check=False)
+    assert failed.returncode and "failed: GATES: ended>1: ended is" in failed.stderr
+
+
+def test_the_model_talks_in_make_chat(built_once: Project) -> None:
+    done = subprocess.run(
+        ["make", "chat", *TINY],
+        cwd=built_once.folder,
+        env=clean_environment(),
+        input="What is a shard?\nAnd a rank?\n",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and len(done.stdout.splitlines()) >= 2, done.stderr
 
 
 def test_nothing_is_left_beside_the_outputs(built_once: Project) -> None:
