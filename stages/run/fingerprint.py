@@ -32,7 +32,13 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.run.manifest",
         "stages.run.provenance",
         "stages.run.publish",
-        "stages.text.push",  # it copies what is published
+        # They copy what is published.
+        "stages.push",
+        "stages.model.card",
+        "stages.model.hub_write",
+        "stages.model.lineage",
+        "stages.model.push",
+        "stages.text.push",
         # Processes, the terminal, what is said and refused, errors and cost.
         "stages.checks",
         "stages.backends.neuron.check",
@@ -54,6 +60,7 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.backends.neuron.cache_cli",
         "stages.backends.neuron.doctor",
         "stages.backends.torch.doctor",
+        "stages.chat",
         "stages.doctor",
         "stages.machine",
         "stages.make.help",
