@@ -6,29 +6,18 @@ base model is private: neither its path nor its name is on the card.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from stages.model.lineage import Lineage, Manifest
-from stages.run.layout import ADAPTER_FOLDER, ANSWERS_FILE
+from stages.model.card_answers import fenced, how_to_ask, read_answers, shown_answers
+from stages.model.lineage import NOT_MEASURED, NOT_RECORDED, Lineage
 from stages.run.progress import duration
 from stages.run.setting import as_text, variable
 from stages.run.settings import Settings
-from stages.text.conversation import Message
-from stages.text.prompt import PLAIN, TextFormat, load_format
-from stages.text.tokens import TextTokenizer
 
-ANSWERS_SHOWN = 5
-LONGEST_TEXT = 1_000  # characters of a question or an answer
-NOT_MEASURED = "not measured"
-NOT_RECORDED = "not recorded"
-QUESTION = "What is a shard?"  # of the examples, where eval answered none
 # Settings that the card tells elsewhere, or that would tell what is private.
 _ELSEWHERE = ("MODEL_ID", "MODEL_REVISION", "BACKEND", "INIT_WEIGHTS")
 
@@ -56,16 +45,16 @@ def model_card(
         license_name=licence.get("license_name"),
         license_link=licence.get("license_link"),
     )
-    answers = _answers(published["eval"], made.eval) if made.eval else []
+    answers = read_answers(published["eval"], made.eval) if made.eval else []
     sections = [
         f"# {name}",
         _origin(made, licence),
         "## How to ask it",
-        _how_to_ask(target, published["consolidate"], answers, lora),
+        how_to_ask(target, published["consolidate"], answers, lora),
         "## Losses",
         _losses(made),
         "## Answers",
-        _shown_answers(made, answers),
+        shown_answers(made, answers),
         "## Data",
         _bullets(_data_facts(made)),
         "## Training",
@@ -131,38 +120,6 @@ def _origin(made: Lineage, licence: Mapping[str, str]) -> str:
     return f"{what} {size}{terms}\n\nMade with trn-tune; this card was filled from its records."
 
 
-def _how_to_ask(target: str, model: Path, answers: list[dict[str, Any]], lora: bool) -> str:
-    tokenizer = TextTokenizer.load(model)
-    prompt_format = load_format(model, tokenizer)
-    is_text = isinstance(prompt_format, TextFormat)
-    plain = is_text and prompt_format.description() == TextFormat(tokenizer, PLAIN).description()
-    example = answers[0] if answers else {"instruction": QUESTION, "context": ""}
-    messages = _messages_of(example, context_first=is_text)
-    asked = messages[-1]["content"] if plain else messages
-    code = [
-        "from transformers import pipeline",
-        "",
-        f'model = pipeline("text-generation", "{target}")',
-        f"model({json.dumps(asked, ensure_ascii=False)}, max_new_tokens=256)",
-    ]
-    parts = [_fenced("\n".join(code), "python")]
-    [written] = prompt_format.prompts([tuple(Message(m["role"], m["content"]) for m in messages)])
-    if plain:
-        parts.append("It continues a text: it was trained on texts without prompts.")
-    elif not isinstance(written, str):
-        parts += [
-            "Its chat template writes a conversation as in training "
-            f"({prompt_format.description()}). The messages above become this text:",
-            _fenced("".join(piece.text for piece in written) + prompt_format.lead),
-        ]
-    if lora:
-        parts.append(
-            f"The folder `{ADAPTER_FOLDER}` has the LoRA adapter for peft: "
-            f'`PeftModel.from_pretrained(base, "{target}", subfolder="{ADAPTER_FOLDER}")`.'
-        )
-    return "\n\n".join(parts)
-
-
 def _losses(made: Lineage) -> str:
     metrics = made.eval.get("metrics", {})
     if not metrics.get("fine_tuned"):
@@ -178,49 +135,6 @@ def _losses(made: Lineage) -> str:
 
 def _figure(value: object) -> str:
     return f"{value:,.4f}" if isinstance(value, int | float) else NOT_MEASURED
-
-
-def _shown_answers(made: Lineage, answers: list[dict[str, Any]]) -> str:
-    if not answers:
-        return f"Answers to prompts: {NOT_MEASURED}."
-    metrics = made.eval.get("metrics", {})
-    parts = []
-    if "judged" in metrics:
-        parts.append(
-            f"{metrics['exact_matches']:,} of {metrics['judged']:,} answers equal the expected "
-            "text to the letter."
-        )
-    settings = made.eval["provenance"]["settings"]
-    how = "sampled" if settings.get("DO_SAMPLE") else "the likeliest token each time"
-    parts.append(f"The first {len(answers[:ANSWERS_SHOWN])} of {len(answers):,} ({how}):")
-    for answer in answers[:ANSWERS_SHOWN]:
-        question = _messages_of(answer, context_first=False)[-1]["content"]
-        end = "" if answer.get("ended", True) else " [cut]"
-        parts.append(_fenced(f"Q: {_cut(question)}\nA: {_cut(answer['answer'])}{end}"))
-    return "\n\n".join(parts)
-
-
-def _answers(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """The lines of answers.jsonl; none where it is missing or not as eval published it."""
-    try:
-        content = (folder / ANSWERS_FILE).read_bytes()
-    except OSError:
-        return []
-    if hashlib.sha256(content).hexdigest() != manifest["outputs"][ANSWERS_FILE]["sha256"]:
-        return []
-    return [json.loads(line) for line in content.decode().split("\n") if line]
-
-
-def _messages_of(answer: Mapping[str, Any], context_first: bool) -> list[dict[str, str]]:
-    """What an answer was asked, as messages. A context is the system message before the question
-    (`context_first`: text templates), or follows it."""
-    if "messages" in answer:
-        return [{"role": m["role"], "content": m["content"]} for m in answer["messages"]]
-    question, context = answer["instruction"], answer.get("context") or ""
-    if context and not context_first:
-        question, context = f"{question}\n\n{context}", ""
-    system = [{"role": "system", "content": context}] if context else []
-    return [*system, {"role": "user", "content": question}]
 
 
 def _data_facts(made: Lineage) -> Iterator[tuple[str, str]]:
@@ -262,7 +176,7 @@ def _training(made: Lineage) -> str:
     changed = _changed_settings({**made.data.get("provenance", {}).get("settings", {}), **settings})
     return (
         f"{_bullets(facts)}\n\nSettings that differ from trn-tune's defaults:\n\n"
-        f"{_fenced(chr(10).join(changed) or 'none')}"
+        f"{fenced(chr(10).join(changed) or 'none')}"
     )
 
 
@@ -303,18 +217,3 @@ def _bullets(facts: Any) -> str:
 
 def _count(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else NOT_RECORDED
-
-
-def _cut(text: str) -> str:
-    return (
-        text
-        if len(text) <= LONGEST_TEXT
-        else f"{text[:LONGEST_TEXT]} [... {len(text):,} characters]"
-    )
-
-
-def _fenced(text: str, language: str = "text") -> str:
-    """A block of code; its fence is longer than any in the text."""
-    longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
-    fence = "`" * (longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"

@@ -19,6 +19,8 @@ from stages.run.manifest import manifest_of
 
 Manifest = dict[str, Any]
 CARD_FILE = "README.md"
+# What the card says of what has no record.
+NOT_MEASURED, NOT_RECORDED = "not measured", "not recorded"
 
 
 @dataclass(frozen=True)

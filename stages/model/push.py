@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,36 @@ def _upload(
     A failed push leaves the repository as it was; what arrived is not sent again. Raises
     StageFailure where the network or the Hub failed, InputError where the Hub refuses.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import HfApi
 
-    api = HfApi()
+    api, additions = HfApi(), _additions(model, digests)
+    large = [one for one in additions if one.path_in_repo.endswith(".safetensors")]
+
+    def create() -> None:
+        # It may exist: a try before this one made it.
+        api.create_repo(target, private=created == PRIVATE, exist_ok=True)
+
+    try:  # each step has its own tries: a long upload is no reason to give up its commit
+        if created:
+            from_hub(KIND, target, "", create)
+        for number, one in enumerate(large, start=1):
+            size = show_size(one.upload_info.size)
+            print(f"push: {one.path_in_repo}, {size} ({number} of {len(large)})", flush=True)
+            upload = partial(api.preupload_lfs_files, target, [one], free_memory=False)
+            from_hub(KIND, target, "", upload)
+        return from_hub(KIND, target, "", lambda: _commit(api, target, additions, card))
+    except InputError as error:
+        cause = error.__cause__
+        if cause is None or not refusal_of(KIND, target, "", cause).passing:
+            raise
+        raise StageFailure(f"{error} `make push` sends what has not arrived.") from error
+
+
+def _additions(model: Path, digests: Mapping[str, str]) -> list[Any]:
+    """huggingface_hub's CommitOperationAdd of each file, which reads it: its digest must be the one
+    that was published."""
+    from huggingface_hub import CommitOperationAdd
+
     print(f"push: reading {len(digests)} files", flush=True)
     additions = [CommitOperationAdd(name, model / name) for name in digests]
     _require_whole(
@@ -91,41 +119,22 @@ def _upload(
         ],
         model,
     )
-    large = [one for one in additions if one.path_in_repo.endswith(".safetensors")]
-    arrived: set[str] = set()
+    return additions
 
-    def call() -> str:
-        if created:
-            # It may exist: the try before this one made it.
-            api.create_repo(target, private=created == PRIVATE, exist_ok=True)
-        for number, one in enumerate(large, start=1):
-            name, size = one.path_in_repo, show_size(one.upload_info.size)
-            if name not in arrived:
-                print(f"push: {name}, {size} ({number} of {len(large)})", flush=True)
-                api.preupload_lfs_files(target, [one], free_memory=False)
-                arrived.add(name)
-        former = [
-            name
-            for name in api.list_repo_files(target)
-            if _is_of_a_model(name) and name not in digests
-        ]
-        if former:
-            print(f"note: removed, as this model has none: {', '.join(former)}", flush=True)
-        operations: list[Any] = [
-            *additions,
-            CommitOperationAdd(CARD_FILE, card),
-            *(CommitOperationDelete(name) for name in former),
-        ]
-        return api.create_commit(target, operations, commit_message="Push of trn-tune").commit_url
 
-    try:
-        return from_hub(KIND, target, "", call)
-    except InputError as error:
-        again = f"{error} `make push` tries again; what arrived is not sent twice."
-        cause = error.__cause__
-        if cause is not None and refusal_of(KIND, target, "", cause).passing:
-            raise StageFailure(again) from error
-        raise
+def _commit(api: Any, target: str, additions: list[Any], card: bytes) -> str:
+    """Add the files and the card to `target`, and remove what a former model left there; the
+    commit's address."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    names = {one.path_in_repo for one in additions}
+    existing = api.list_repo_files(target)
+    former = [name for name in existing if _is_of_a_model(name) and name not in names]
+    if former:
+        print(f"note: removed, as this model has none: {', '.join(former)}", flush=True)
+    operations = [*additions, CommitOperationAdd(CARD_FILE, card)]
+    operations += [CommitOperationDelete(name) for name in former]
+    return api.create_commit(target, operations, commit_message="Push of trn-tune").commit_url
 
 
 def _is_of_a_model(name: str) -> bool:

@@ -35,6 +35,7 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         # They copy what is published.
         "stages.push",
         "stages.model.card",
+        "stages.model.card_answers",
         "stages.model.hub_write",
         "stages.model.lineage",
         "stages.model.push",

@@ -260,7 +260,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.command == "POST" and "/preupload/" in path:
             self.answer_json(hub_uploads.upload_modes(form))
         elif path.endswith(".git/info/lfs/objects/batch"):
-            self.answer_json(hub_uploads.upload_places(hub.address, form))
+            self.answer_json(hub_uploads.upload_places(hub.address, form, hub.large_files))
         elif self.command == "PUT":
             right = hub_uploads.keep(hub.large_files, path.rpartition("/")[2], self.body)
             self.answer(200 if right else 400, b"{}")

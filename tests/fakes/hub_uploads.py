@@ -43,12 +43,16 @@ def upload_modes(question: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def upload_places(address: str, question: dict[str, Any]) -> dict[str, Any]:
-    """Where to PUT each large file."""
+def upload_places(
+    address: str, question: dict[str, Any], large: dict[str, bytes]
+) -> dict[str, Any]:
+    """Where to PUT each large file that is not there yet."""
     return {
         "transfer": "basic",
         "objects": [
-            {**one, "actions": {"upload": {"href": f"{address}/lfs/{one['oid']}"}}}
+            one
+            if one["oid"] in large
+            else {**one, "actions": {"upload": {"href": f"{address}/lfs/{one['oid']}"}}}
             for one in question["objects"]
         ],
     }

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 from stages.data import pack
 from stages.make.plan import main as plan
-from stages.model.card import _fenced
+from stages.model.card_answers import fenced
 from stages.run.errors import InputError
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
@@ -159,7 +159,7 @@ def test_the_hub_gets_a_private_model_that_transformers_loads_with_the_same_logi
         )
     assert torch.equal(one, other)
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert _fenced(text) in (repository / "README.md").read_text()  # the card's example
+    assert fenced(text) in (repository / "README.md").read_text()  # the card's example
 
 
 def test_the_card_holds_what_was_measured_and_nothing_private(
@@ -317,14 +317,19 @@ def test_a_refusal_names_the_remedy_and_the_next_push_sends_the_rest(
 ) -> None:
     where, words, status = REFUSED[fault]
     name = f"owner/refused-{fault.replace(' ', '-')}"
+    hub.large_files.clear()
     hub.misbehave(where, fault, FOR_EVER)
     answer = asker.push_model(run, hub_repo=name)
     hub.faults.clear()
+    hub.requests.clear()
     assert answer.error.startswith(f"HUB_REPO={name}") and words in answer.error, answer.error
     assert answer.exit_status == status and "hf_canary" not in answer.error
     assert not (hub.folder / "models" / name / "config.json").exists()
     pushed(asker, run, name)
     assert (hub.folder / "models" / name / "config.json").exists()
+    assert hub.asked("PUT ") == (
+        0 if where == "/commit/" else 1
+    )  # the weights, unless they arrived
 
 
 def test_damaged_files_are_not_pushed(hub: Hub, asker: Asker, run: Path) -> None:
@@ -414,5 +419,5 @@ def test_make_push_without_a_repository_is_refused_before_anything_runs(
 
 
 def test_a_fence_is_longer_than_those_in_the_text() -> None:
-    assert _fenced("a ```` b").startswith("`````text\n")
-    assert _fenced("x") == "```text\nx\n```"
+    assert fenced("a ```` b").startswith("`````text\n")
+    assert fenced("x") == "```text\nx\n```"
