@@ -134,7 +134,7 @@ endif
 chat: | $(out)/compile-inference/manifest.json ## Talk to the compiled model
 	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.chat --compile-inference $(out)/compile-inference
 
-push: | $(out)/consolidate/manifest.json $(filter all demo eval,$(MAKECMDGOALS)) ## The model, with a card, to HUB_REPO on the Hugging Face Hub
+push: | $(if $(pushing),,$(out)/consolidate/manifest.json) $(filter all demo eval,$(MAKECMDGOALS)) ## The model, with a card, to HUB_REPO on the Hugging Face Hub
 	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.push $(foreach s,data train eval consolidate,--$s $(out)/$s)
 
 ifneq (,$(installed))

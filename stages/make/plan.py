@@ -194,8 +194,11 @@ def main(run_folder: str, *words: str) -> None:
         refuse([f"{error.filename} cannot be read: {error.strerror}."])
     to_run = stale.keys() & needed(goals, graph, after)
     if "--answer" in flags:
+        made_of = needed(goals, graph, {stage: [] for stage in graph})
         outdated = [
-            stage for stage in stale if stage != "eval" and not stale[stage][0].startswith("unless")
+            stage
+            for stage in stale
+            if stage in made_of and stage != "eval" and not stale[stage][0].startswith("unless")
         ]
         does = "is pushed" if "push" in goals else "answers"
         note = f"note: the existing model {does}; {{stage}} would run again: {{reasons}}"

@@ -9,7 +9,7 @@ from stages.model.hub import from_hub
 from stages.run.errors import InputError
 
 PRIVATE, PUBLIC, MISSING = "private", "public", "missing"
-_TOKEN = "`hf auth login`, or set HF_TOKEN, to one with the right to write"
+_SIGN_IN = "Sign in with a token that may write there (`hf auth login`, or HF_TOKEN)."
 
 
 def visibility(kind: str, target: str) -> str:
@@ -36,9 +36,7 @@ def model_visibility(target: str, public: bool) -> str:
     from huggingface_hub import get_token
 
     if not get_token():
-        raise InputError(
-            f"HUB_REPO={target}: there is no token for the Hub. {_TOKEN.capitalize()}."
-        )
+        raise InputError(f"HUB_REPO={target}: there is no token for the Hub. {_SIGN_IN}")
     found = visibility("push model", target)
     if found == PUBLIC and not public:
         raise InputError(
@@ -64,16 +62,16 @@ def _missing_rights(target: str, account: str, told: dict[str, Any]) -> Iterator
     owner = target.split("/")[0].lower()
     roles = {str(org.get("name")).lower(): org.get("roleInOrg") for org in told.get("orgs") or []}
     if owner != account.lower() and owner not in roles:
-        also = "".join(f", {name}" for name in roles)
+        owners = " or ".join([account, *roles])
         yield (
-            f"the token is {account}'s, who may not write to {owner}. Set HUB_REPO to a repository "
-            f"of {account}{also}, or {_TOKEN} there."
+            f"the token is {account}'s, who is no member of {owner}. Set HUB_REPO to {owners}/NAME, "
+            "or sign in with another account (`hf auth login`, or HF_TOKEN)."
         )
     elif roles.get(owner) == "read":
         yield f"{account} may only read in {owner}. Ask an administrator of {owner} for more."
     token = (told.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
-        yield f"the token of {account} may only read. {_TOKEN.capitalize()}."
+        yield f"the token of {account} may only read. {_SIGN_IN}"
     scopes = (token.get("fineGrained") or {}).get("scoped")
     if token.get("role") == "fineGrained" and isinstance(scopes, list):
         writable = {

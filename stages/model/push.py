@@ -41,33 +41,43 @@ def push(settings: Settings, published: Mapping[str, Path]) -> None:
     if not target:
         raise InputError("HUB_REPO is not set. Name the repository of the Hub, OWNER/NAME.")
     with locked(model.parent, "push"):
-        made = lineage(published)
-        if not made.consolidate:
-            raise InputError(f"{model}: {manifest_problem(model)}. Run `make consolidate`.")
-        _require_whole(file_problems(made.consolidate, model), model)
-        found = model_visibility(target, settings.hub_public)
-        for stage in ("data", "train", "eval"):
-            if not getattr(made, stage):
-                print(
-                    f"note: {published[stage]} has no record for this model: the card says of its "
-                    f"part that it was not {'measured' if stage == 'eval' else 'recorded'}",
-                    flush=True,
-                )
-        licence = base_licence(made, settings.model_id)
-        if not licence:
-            print("note: no licence of the base model is at hand: the card states none", flush=True)
-        card = model_card(target, made, published, licence).encode()
-        digests = {name: facts["sha256"] for name, facts in made.consolidate["outputs"].items()}
-        content = combine({**digests, CARD_FILE: hashlib.sha256(card).hexdigest()})
-        if found != MISSING and was_pushed(target, content, model):
-            print(f"push: up to date ({target} has this model)", flush=True)
-            return
-        if settings.hub_public and found == PRIVATE:
-            print(f"note: {target} stays private: its settings on the Hub change that", flush=True)
-        shown = PUBLIC if settings.hub_public and found != PRIVATE else PRIVATE
-        address = _upload(target, model, digests, card, created=None if found != MISSING else shown)
-        note_pushed(target, model, content)
-        print(f"push: pushed {len(digests) + 1} files to {target} ({shown}), {address}", flush=True)
+        try:
+            _push(settings, target, published)
+        except InputError as error:
+            cause = error.__cause__
+            if cause is None or not refusal_of(KIND, target, "", cause).passing:
+                raise
+            raise StageFailure(f"{error} `make push` sends what has not arrived.") from error
+
+
+def _push(settings: Settings, target: str, published: Mapping[str, Path]) -> None:
+    made, model = lineage(published), published["consolidate"]
+    if not made.consolidate:
+        raise InputError(f"{model}: {manifest_problem(model)}. Run `make consolidate`.")
+    _require_whole(file_problems(made.consolidate, model), model)
+    found = model_visibility(target, settings.hub_public)
+    for stage in ("data", "train", "eval"):
+        if not getattr(made, stage):
+            lost = "measured" if stage == "eval" else "recorded"
+            where = published[stage]
+            print(
+                f"note: {where} has no record of this model: the card says not {lost}", flush=True
+            )
+    licence = base_licence(made, settings.model_id)
+    if not licence:
+        print("note: no licence of the base model is at hand: the card states none", flush=True)
+    card = model_card(target, made, published, licence).encode()
+    digests = {name: facts["sha256"] for name, facts in made.consolidate["outputs"].items()}
+    content = combine({**digests, CARD_FILE: hashlib.sha256(card).hexdigest()})
+    if found != MISSING and was_pushed(target, content, model):
+        print(f"push: up to date ({target} has this model)", flush=True)
+        return
+    if settings.hub_public and found == PRIVATE:
+        print(f"note: {target} stays private: its settings on the Hub change that", flush=True)
+    shown = PUBLIC if settings.hub_public and found != PRIVATE else PRIVATE
+    address = _upload(target, model, digests, card, created=None if found != MISSING else shown)
+    note_pushed(target, model, content)
+    print(f"push: pushed {len(digests) + 1} files to {target} ({shown}), {address}", flush=True)
 
 
 def _upload(
@@ -77,7 +87,7 @@ def _upload(
     `created`: PRIVATE or PUBLIC for a repository that is to be made.
 
     A failed push leaves the repository as it was; what arrived is not sent again. Raises
-    StageFailure where the network or the Hub failed, InputError where the Hub refuses.
+    InputError.
     """
     from huggingface_hub import HfApi
 
@@ -88,20 +98,15 @@ def _upload(
         # It may exist: a try before this one made it.
         api.create_repo(target, private=created == PRIVATE, exist_ok=True)
 
-    try:  # each step has its own tries: a long upload is no reason to give up its commit
-        if created:
-            from_hub(KIND, target, "", create)
-        for number, one in enumerate(large, start=1):
-            size = show_size(one.upload_info.size)
-            print(f"push: {one.path_in_repo}, {size} ({number} of {len(large)})", flush=True)
-            upload = partial(api.preupload_lfs_files, target, [one], free_memory=False)
-            from_hub(KIND, target, "", upload)
-        return from_hub(KIND, target, "", lambda: _commit(api, target, additions, card))
-    except InputError as error:
-        cause = error.__cause__
-        if cause is None or not refusal_of(KIND, target, "", cause).passing:
-            raise
-        raise StageFailure(f"{error} `make push` sends what has not arrived.") from error
+    # Each step has its own tries: a long upload is no reason to give up its commit.
+    if created:
+        from_hub(KIND, target, "", create)
+    for number, one in enumerate(large, start=1):
+        size = show_size(one.upload_info.size)
+        print(f"push: {one.path_in_repo}, {size} ({number} of {len(large)})", flush=True)
+        upload = partial(api.preupload_lfs_files, target, [one], free_memory=False)
+        from_hub(KIND, target, "", upload)
+    return from_hub(KIND, target, "", lambda: _commit(api, target, additions, card))
 
 
 def _additions(model: Path, digests: Mapping[str, str]) -> list[Any]:

@@ -229,7 +229,7 @@ def test_the_adapter_of_lora_is_there_and_the_card_tells_its_rank(
     # eval measured the model of before: its losses are not this one's.
     assert "On held-out sequences: not measured." in text and "1.25" not in text
     assert not ModelCard.load(repository / "README.md").data.eval_results
-    assert any("eval has no record for this model" in line for line in lines)
+    assert any("eval has no record of this model" in line for line in lines)
 
 
 def test_without_manifests_the_card_says_what_is_not_known(
@@ -307,6 +307,7 @@ REFUSED = {
     "not signed in": ("", "does not know the token (401)", 2),
     "limited": ("/commit/", "limits requests from this machine (429)", 1),
     "broken": ("/commit/", "out of order (500)", 1),
+    "out of order": ("", "out of order (503)", 1),
     "closed": ("preupload", "cannot be reached", 1),
 }
 
@@ -371,7 +372,7 @@ FINE_GRAINED = {
         ("me/new", FINE_GRAINED, "FAIL", "has no right to write to me's repositories"),
         ("me/new", {"role": "read"}, "FAIL", "may only read"),
         ("readers/new", {"role": "write"}, "FAIL", "may only read in readers"),
-        ("others/new", {"role": "write"}, "FAIL", "may not write to others"),
+        ("others/new", {"role": "write"}, "FAIL", "is no member of others"),
     ],
 )
 def test_the_doctor_says_whether_the_token_may_write_and_writes_nothing(
