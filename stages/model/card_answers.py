@@ -26,7 +26,7 @@ def how_to_ask(target: str, model: Path, answers: list[dict[str, Any]], lora: bo
     tokenizer = TextTokenizer.load(model)
     prompt_format = load_format(model, tokenizer)
     is_text = isinstance(prompt_format, TextFormat)
-    plain = is_text and prompt_format.description() == TextFormat(tokenizer, PLAIN).description()
+    plain = isinstance(prompt_format, TextFormat) and prompt_format.template == PLAIN
     example = answers[0] if answers else {"instruction": QUESTION, "context": ""}
     messages = _messages_of(example, context_first=is_text)
     asked = messages[-1]["content"] if plain else messages

@@ -64,8 +64,8 @@ def _missing_rights(target: str, account: str, told: dict[str, Any]) -> Iterator
     if owner != account.lower() and owner not in roles:
         owners = " or ".join([account, *roles])
         yield (
-            f"the token is {account}'s, who is no member of {owner}. Set HUB_REPO to {owners}/NAME, "
-            "or sign in with another account (`hf auth login`, or HF_TOKEN)."
+            f"the token is {account}'s, who is no member of {owner}. Set HUB_REPO to a name of "
+            f"{owners}, or sign in with another account (`hf auth login`, or HF_TOKEN)."
         )
     elif roles.get(owner) == "read":
         yield f"{account} may only read in {owner}. Ask an administrator of {owner} for more."

@@ -3,6 +3,7 @@ measured, once; what goes wrong is said with the remedy."""
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,13 +15,16 @@ from huggingface_hub import ModelCard
 
 from stages.data import pack
 from stages.make.plan import main as plan
-from stages.model.card_answers import fenced
+from stages.model.card_answers import fenced, how_to_ask
 from stages.run.errors import InputError
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
 from stages.text.answer import Answer, write_answers
 from stages.text.conversation import Message
+from stages.text.prompt import TextFormat
 from stages.text.questions import Question
+from stages.text.text_template import DOLLY, PLAIN
+from stages.text.tokens import TextTokenizer
 from tests.conftest import ROOT
 from tests.fakes import hub as hubs
 from tests.fakes.hub import FOR_EVER, Hub
@@ -230,6 +234,46 @@ def test_the_adapter_of_lora_is_there_and_the_card_tells_its_rank(
     assert "On held-out sequences: not measured." in text and "1.25" not in text
     assert not ModelCard.load(repository / "README.md").data.eval_results
     assert any("eval has no record of this model" in line for line in lines)
+
+
+def test_a_loss_of_another_base_than_the_trained_one_is_not_the_base_models(
+    hub: Hub, asker: Asker, run: Path
+) -> None:
+    publish_eval(run, Settings(**{**vars(SETTINGS), "model_revision": "v2"}))
+    pushed(asker, run, "owner/other-base")
+    text = (hub.folder / "models/owner/other-base/README.md").read_text()
+    assert "| Loss (nats per token) | not measured | 1.2500 |" in text
+
+
+ASKED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    # an answer of answers.jsonl, the template, what the card has
+    "with a context": (
+        {"instruction": "How many?", "context": 'Three "balls".'},
+        DOLLY,
+        ['### Instruction\nHow many?\n\n### Context\nThree "balls".\n\n### Answer\n'],
+    ),
+    "a conversation": (
+        {"messages": [{"role": role, "content": role} for role in ("user", "assistant", "user")]},
+        DOLLY,
+        ["### Instruction\nuser\n\n### Answer\nassistant</s>### Instruction\nuser"],
+    ),
+    "a text without a prompt": (
+        {"instruction": "Once upon", "context": ""},
+        PLAIN,
+        ['model("Once upon", max_new_tokens=256)', "It continues a text"],
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_the_card_asks_as_the_model_was_trained(tmp_path: Path, asked: str) -> None:
+    answer, template, expected = ASKED[asked]
+    tokenizer = TextTokenizer.load(ROOT / "data/demo/model")
+    tokenizer.save(tmp_path)
+    TextFormat(tokenizer, template).save(tmp_path)
+    text = how_to_ask("owner/name", tmp_path, [answer], lora=False)
+    assert all(one in text for one in expected), text
+    ast.parse(text.split("```python\n")[1].split("\n```")[0])
 
 
 def test_without_manifests_the_card_says_what_is_not_known(
