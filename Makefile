@@ -60,20 +60,22 @@ graph := $(foreach s,$(STAGES),$s:$(subst $(empty) ,$(comma),$($s.from)):$($s.af
 plan = env $(foreach v,$(unasked),-u $v) MAKELEVEL=$(MAKELEVEL) \
   $(foreach v,RECIPE RUN $(given),$(call quoted,$v=$(value $v))) $(PYTHON) -I -S stages/make/plan.py \
   $(call quoted,$(out)) $(graph) --given $(call quoted,$(given)) --goals $(call quoted,$(MAKECMDGOALS))
+# push takes the model that exists, too.
+pushing := $(and $(filter push,$(MAKECMDGOALS)),$(if $(filter all demo $(STAGES),$(MAKECMDGOALS)),,push),$(wildcard $(out)/consolidate/manifest.json))
 answering := $(and $(or $(filter chat,$(MAKECMDGOALS)),$(and $(filter eval,$(MAKECMDGOALS)),$(asking))),$(wildcard $(out)/compile-inference/manifest.json))
 flags := $(filter-out --%,$(firstword -$(MAKEFLAGS)))
 dry_run := $(findstring n,$(flags))
 ifneq (,$(findstring B,$(flags)))
   $(error make -B is not for stages, which know what has changed. To make one again, remove $(out)/STAGE)
 endif
-uses_run := $(filter all demo chat outputs/% $(STAGES),$(MAKECMDGOALS))
+uses_run := $(filter all demo chat push outputs/% $(STAGES),$(MAKECMDGOALS))
 ifneq (,$(or $(uses_run),$(filter status verify clean,$(MAKECMDGOALS))))
-  stale := $(shell $(plan) $(if $(uses_run),$(if $(answering),--answer,$(if $(dry_run),--dry-run)),--check-run))
+  stale := $(shell $(plan) $(if $(uses_run),$(if $(or $(answering),$(pushing)),--answer,$(if $(dry_run),--dry-run)),--check-run))
   ifneq (0,$(.SHELLSTATUS))
     $(error nothing was run$(if $(filter-out 2,$(.SHELLSTATUS)),: plan.py ended with status $(.SHELLSTATUS)))
   endif
-  # The model that exists answers one prompt; nothing is trained for it.
-  stale := $(if $(answering),,$(stale))
+  # The model that exists answers one prompt, or is pushed; nothing is trained for it.
+  stale := $(if $(or $(answering),$(pushing)),,$(stale))
 endif
 
 python := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
@@ -88,7 +90,7 @@ tested := $(if $(VENV),$(VENV)/tests-requirements.txt)
 # AWS's own package index: what PyPI has under the names of its wheels is empty.
 export NEURON_PIP_INDEX ?= https://pip.repos.neuron.amazonaws.com
 
-.PHONY: help all demo chat status verify doctor cache-status cache-lookup cache-synchronize
+.PHONY: help all demo chat push status verify doctor cache-status cache-lookup cache-synchronize
 .PHONY: check test torture audit lint types clean FORCE $(STAGES)
 
 help: ## Targets, and settings with their values
@@ -131,6 +133,9 @@ endif
 
 chat: | $(out)/compile-inference/manifest.json ## Talk to the compiled model
 	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.chat --compile-inference $(out)/compile-inference
+
+push: | $(if $(pushing),,$(out)/consolidate/manifest.json) $(filter all demo eval,$(MAKECMDGOALS)) ## The model, with a card, to HUB_REPO on the Hugging Face Hub
+	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.push $(foreach s,data train eval consolidate,--$s $(out)/$s)
 
 ifneq (,$(installed))
 # A copy of the requirements is kept with what was installed from them, and compared by content.

@@ -22,6 +22,7 @@ from stages import machine
 from stages.checks import local_config, machine_problems, problems
 from stages.model.base import base_config, config_folder, config_notes
 from stages.model.hub import from_hub
+from stages.model.hub_write import MISSING, model_visibility, rights
 from stages.model.location import local_model, local_path, own_output_problems
 from stages.run.backend import backend_module
 from stages.run.check_result import FAIL, Check, CheckResult, fail, note
@@ -106,6 +107,29 @@ def fit(settings: Settings) -> Iterator[CheckResult]:
         yield CheckResult("settings", "the model can be trained and compiled with them")
 
 
+def hub_repository(settings: Settings) -> Iterator[CheckResult]:
+    """Whether `make push` may write to HUB_REPO, as far as the Hub tells; nothing is written."""
+    name = settings.hub_repo
+    if not name:
+        return
+    if _offline():
+        yield note(
+            "HUB_REPO", f"{name}: not asked, because HF_HUB_OFFLINE is set. Unset it to push."
+        )
+        return
+    try:
+        found = model_visibility(name, settings.hub_public)
+        whose, problems = rights(name)
+    except InputError as error:
+        yield fail("HUB_REPO", str(error).removeprefix("HUB_REPO="))
+        return
+    yield from (fail("HUB_REPO", f"{name}: {problem}") for problem in problems)
+    if not problems:
+        kind = "public" if settings.hub_public else "private"
+        state = f"will be made, {kind}" if found == MISSING else f"exists, {found}"
+        yield CheckResult("HUB_REPO", f"{name} {state}; {whose}, who may write there")
+
+
 CHECKS: list[Check] = [
     machine.python_version,
     machine.make_version,
@@ -115,6 +139,7 @@ CHECKS: list[Check] = [
     model_source,
     dataset_source,
     prompts_source,
+    hub_repository,
     fit,
     machine.disk,
     machine.disk_speed,

@@ -286,6 +286,22 @@ def test_one_prompt_is_answered_without_touching_the_stages(built: Project) -> N
     )
 
 
+def test_the_model_that_exists_is_pushed_and_nothing_is_trained_for_it(built: Project) -> None:
+    shutil.rmtree(built.folder / "outputs/tiny/precompile")  # only a training needs it
+    changed = (*TINY, "HUB_REPO=owner/model", "LEARNING_RATE=2e-3")
+    assert built.stages_to_run("push", *changed) == ["push"]
+    assert (
+        "the existing model is pushed; train would run again"
+        in built.make("-n", "push", *changed).stderr
+    )
+    assert built.stages_to_run("all", "push", *changed)[-2:] == ["eval", "push"]
+    shutil.rmtree(built.folder / "outputs/tiny/consolidate")
+    assert built.stages_to_run("push", *TINY, "HUB_REPO=owner/model")[-2:] == [
+        "consolidate",
+        "push",
+    ]
+
+
 def test_a_prompt_longer_than_the_compiled_length_is_refused_with_both_numbers(
     built_once: Project,
 ) -> None:

@@ -67,8 +67,10 @@ def stale_stages(graph: Graph, run_folder: Path, settings: Settings) -> dict[str
 
 
 def needed(goals: list[str], graph: Graph, after: Graph) -> set[str]:
-    """The goals that are stages (all stages where none is), and every stage before them."""
-    pending = [goal for goal in goals if goal in graph] or list(graph)
+    """The goals that are stages (all stages where none is), and every stage before them. push is of
+    what consolidate publishes."""
+    named = ["consolidate" if goal == "push" else goal for goal in goals]
+    pending = [goal for goal in named if goal in graph] or list(graph)
     stages: set[str] = set()
     while pending:
         stage = pending.pop()
@@ -183,6 +185,8 @@ def main(run_folder: str, *words: str) -> None:
         settings = Settings.read()
     except InputError as error:
         refuse(found + error.problems)
+    if "push" in goals and not settings.hub_repo:
+        found.append("HUB_REPO is not set. Name the repository that make push fills, OWNER/NAME.")
     if "--answer" not in flags:  # an answer needs no base model
         found += own_output_problems(settings.model_id, Path(run_folder))
     refuse(found)
@@ -192,10 +196,14 @@ def main(run_folder: str, *words: str) -> None:
         refuse([f"{error.filename} cannot be read: {error.strerror}."])
     to_run = stale.keys() & needed(goals, graph, after)
     if "--answer" in flags:
+        made_of = needed(goals, graph, {stage: [] for stage in graph})
         outdated = [
-            stage for stage in stale if stage != "eval" and not stale[stage][0].startswith("unless")
+            stage
+            for stage in stale
+            if stage in made_of and stage != "eval" and not stale[stage][0].startswith("unless")
         ]
-        note = "note: the existing model answers; {stage} would run again: {reasons}"
+        does = "is pushed" if "push" in goals else "answers"
+        note = f"note: the existing model {does}; {{stage}} would run again: {{reasons}}"
         print_notes(stale, outdated, note)
     else:
         found = foreseen(settings, to_run)

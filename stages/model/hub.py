@@ -33,7 +33,7 @@ def download_files(model: str, revision: str, names: tuple[str, ...]) -> Path:
 
 def from_hub(kind: str, name: str, revision: str, call: Callable[[], T]) -> T:
     """`call()`, tried again after a pause where that helps; raises InputError with a message about
-    `name` (kind: dataset or model, or push, for a dataset that is written).
+    `name` (kind: dataset or model; to write one: push or push model).
 
     Three tries. The count restarts after a try that fetched something, because a long download may
     be cut more often. The files that `call` fetches are checked against their digests.
@@ -118,7 +118,7 @@ def _bound_requests(kind: str) -> None:
     from huggingface_hub import configure_http_backend
     from huggingface_hub.utils._http import _default_backend_factory
 
-    silence = LONGEST_COMMIT if kind == "push" else LONGEST_SILENCE
+    silence = LONGEST_COMMIT if kind.startswith("push") else LONGEST_SILENCE
 
     def session() -> Any:
         new: Any = _default_backend_factory()

@@ -42,14 +42,19 @@ class Refusal(NamedTuple):
 class _Request:
     """What was asked for, as messages name it."""
 
-    kind: str  # dataset or model; push: a dataset to write
+    kind: str  # dataset or model; to write: push (a dataset), push model
     name: str
     revision: str
 
     @property
     def setting(self) -> str:
-        settings = {"dataset": "DATASET", "model": "MODEL_ID", "push": "PUSH_DATASET"}
+        settings = {"dataset": "DATASET", "model": "MODEL_ID"}
+        settings |= {"push": "PUSH_DATASET", "push model": "HUB_REPO"}
         return f"{settings[self.kind]}={self.name}"
+
+    @property
+    def writes(self) -> bool:
+        return self.kind.startswith("push")
 
     @property
     def revision_setting(self) -> str:
@@ -58,12 +63,12 @@ class _Request:
     @property
     def page(self) -> str:
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        return f"{endpoint}/{'' if self.kind == 'model' else 'datasets/'}{self.name}"
+        return f"{endpoint}/{'' if 'model' in self.kind else 'datasets/'}{self.name}"
 
 
 def refusal_of(kind: str, name: str, revision: str, error: BaseException) -> Refusal:
     """What `error`, raised while the Hub was asked for `name` (kind: dataset or model) or to take
-    it (push), means."""
+    it (push, push model), means."""
     asked = _Request(kind, name, revision)
     chain = list(exception_chain(error))
     classes = {cls.__name__ for link in chain for cls in type(link).__mro__}
@@ -79,7 +84,7 @@ def refusal_of(kind: str, name: str, revision: str, error: BaseException) -> Ref
         or _no_network(asked, classes)
         or Refusal(
             "refuses",
-            f"{asked.setting} cannot be {'pushed to' if asked.kind == 'push' else 'loaded from'} "
+            f"{asked.setting} cannot be {'pushed to' if asked.writes else 'loaded from'} "
             f"the Hub: {type(error).__name__}: {error}.",
         )
     )
@@ -118,10 +123,11 @@ def _no_access(
         )
     elif status == 401 and "Invalid" in str(headers.get("X-Error-Message", "")):
         message = f"{it}: the Hub does not know the token (401). Renew it: {_SIGN_IN}."
-    elif asked.kind == "push" and status in (401, 403, 404):
+    elif asked.writes and status in (401, 403, 404):
+        words = str(headers.get("X-Error-Message", ""))  # that a quota is used up, say
         message = (
-            f"{it}: the Hub does not let this account write there ({status}). Check the owner's "
-            f"name, then {_SIGN_IN} to a token with the right to write."
+            f"{it}: the Hub does not let this account write there ({status}{words and ': '}{words})"
+            f". Check the owner's name, then {_SIGN_IN} to a token with the right to write."
         )
     elif status == 403:
         message = (
@@ -150,7 +156,7 @@ def _busy(asked: _Request, status: int, headers: Mapping[str, str]) -> Refusal |
     if status >= 500:
         message = (
             f"{asked.setting}: the Hub is out of order ({status}). Try again later"
-            f"{'.' if asked.kind == 'push' else ': what was fetched is kept.'}"
+            f"{'.' if asked.writes else ': what was fetched is kept.'}"
         )
         return Refusal(f"is out of order ({status})", message, True, min(pause, LONGEST_PAUSE))
     return None
@@ -186,7 +192,7 @@ def _wrong_answer(
 def _no_network(asked: _Request, classes: set[str]) -> Refusal | None:
     if not classes & _UNREACHABLE:
         return None
-    if asked.kind == "push":
+    if asked.writes:
         offline = " HF_HUB_OFFLINE is set." if "OfflineModeIsEnabled" in classes else ""
         message = (
             f"{asked.setting}: the Hub cannot be reached.{offline} Check the network and "

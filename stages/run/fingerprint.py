@@ -33,7 +33,14 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.run.manifest",
         "stages.run.provenance",
         "stages.run.publish",
-        "stages.text.push",  # it copies what is published
+        # They copy what is published.
+        "stages.push",
+        "stages.model.card",
+        "stages.model.card_answers",
+        "stages.model.hub_write",
+        "stages.model.lineage",
+        "stages.model.push",
+        "stages.text.push",
         # Processes, the terminal, what is said and refused, errors and cost.
         "stages.checks",
         "stages.backends.neuron.check",

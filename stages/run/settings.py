@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 from stages.run.cache_url import check_cache_url
 from stages.run.errors import InputError
 from stages.run.gates import parse_gates
-from stages.run.push_target import check_push_target, overwrites
+from stages.run.push_target import check_hub_repo, check_push_target, overwrites
 from stages.run.recipe import RECIPES, read_recipe
 from stages.run.setting import as_text, parse, setting, variable
 from stages.run.sizes import parse_size
@@ -317,6 +317,16 @@ class Settings:
         True, "Keep train's shards after the consolidated model is published."
     )
 
+    # The model on the Hub.
+    hub_repo: str = setting(
+        "",
+        "Where `make push` puts the model: OWNER/NAME on the Hub.",
+        check=check_hub_repo,
+    )
+    hub_public: bool = setting(
+        False, "Let everyone read HUB_REPO; 0 = make it private, and refuse one that is public."
+    )
+
     # Compiled inference.
     inference_batch_size: int = setting(
         1, "Slots: prompts answered at once.", "compile-inference", least=1
@@ -435,11 +445,7 @@ class Settings:
                 f"TENSOR_PARALLEL_SIZE={self.tensor_parallel_size}: sequence parallelism gives "
                 f"each process an equal slice of a sequence. Set MAX_LENGTH to a multiple."
             )
-        if self.push_dataset and overwrites(self.push_dataset, self.dataset):
-            problems.append(
-                f"PUSH_DATASET={self.push_dataset} would overwrite DATASET={self.dataset}. Name "
-                "another place."
-            )
+        problems += self._overwritten()
         if self.messages_column != "auto" and {self.instruction_column, self.response_column} != {
             "auto"
         }:
@@ -458,6 +464,20 @@ class Settings:
                 "MAX_STEPS=0 trains nothing. Set a number of steps, or -1 for NUM_TRAIN_EPOCHS."
             )
         return problems
+
+    def _overwritten(self) -> Iterator[str]:
+        """A problem for each setting that names a place to write over what another names."""
+        for target, other in (
+            ("push_dataset", "dataset"),
+            ("hub_repo", "model_id"),
+            ("custom_cache_repo", "hub_repo"),
+        ):
+            one, two = getattr(self, target), getattr(self, other)
+            if one and overwrites(one, two):
+                yield (
+                    f"{target.upper()}={one} would overwrite {other.upper()}={two}. Name another "
+                    "place."
+                )
 
     def environment(self) -> dict[str, str]:
         """The settings as environment variables of a process, from which `read` makes the same."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from stages.model.hub import from_hub
+from stages.model.hub_write import PUBLIC, visibility
 from stages.run.errors import InputError, StageFailure
 from stages.run.lock import locked
 from stages.run.progress import Progress
@@ -88,22 +89,13 @@ def _push_to_hub(target: str, data: Path, splits: list[str]) -> None:
     texts."""
     from datasets import Dataset, DatasetDict
     from datasets.utils import logging
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
 
     sequences = DatasetDict({split: Dataset.load_from_disk(str(data / split)) for split in splits})
     logging.set_verbosity_error()  # it warns that it uses one process
 
-    def call() -> None:
-        try:
-            private = HfApi().dataset_info(target).private
-        except RepositoryNotFoundError:
-            private = True  # it is made so
-        if not private:
-            raise InputError(
-                f"PUSH_DATASET={target} is public on the Hub, and sequences hold the texts that "
-                "they were made from. Make it private, or name another."
-            )
-        sequences.push_to_hub(target, private=True)
-
-    from_hub("push", target, "", call)
+    if visibility("push", target) == PUBLIC:
+        raise InputError(
+            f"PUSH_DATASET={target} is public on the Hub, and sequences hold the texts that they "
+            "were made from. Make it private, or name another."
+        )
+    from_hub("push", target, "", lambda: sequences.push_to_hub(target, private=True))

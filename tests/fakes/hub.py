@@ -77,6 +77,7 @@ class Hub(ThreadingHTTPServer):
         self.folder, self.requests, self.stall = folder, list[Request](), 30.0
         self.faults: list[Fault] = []
         self.private, self.large_files = set[str](), dict[str, bytes]()
+        self.account: dict = {"name": "owner", "orgs": [], "auth": {"accessToken": {}}}
         self._lock, self._numbers = threading.Lock(), itertools.count()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -246,20 +247,27 @@ class Handler(BaseHTTPRequestHandler):
         """Whether the request was one of those that write."""
         hub, name = self.server, "/".join(path.split("/")[3:5])
         if path == "/api/repos/create":
-            made = hub_uploads.create_repository(hub.folder, hub.private, form)
-            self.answer_json({"url": f"{hub.address}/datasets/{made}"})
+            try:
+                status, made = 200, hub_uploads.create_repository(hub.folder, hub.private, form)
+            except FileExistsError as exists:
+                status, made = 409, str(exists)
+            url = f"{hub.address}/{made.removeprefix('models/')}"
+            self.answer(status, json.dumps({"url": url}).encode())
+        elif path == "/api/whoami-v2":
+            self.answer_json(hub.account)
         elif path == "/api/validate-yaml":
             self.answer_json({"errors": [], "warnings": []})
         elif self.command == "POST" and "/preupload/" in path:
             self.answer_json(hub_uploads.upload_modes(form))
         elif path.endswith(".git/info/lfs/objects/batch"):
-            self.answer_json(hub_uploads.upload_places(hub.address, form))
+            self.answer_json(hub_uploads.upload_places(hub.address, form, hub.large_files))
         elif self.command == "PUT":
             right = hub_uploads.keep(hub.large_files, path.rpartition("/")[2], self.body)
             self.answer(200 if right else 400, b"{}")
         elif self.command == "POST" and "/commit/" in path:
-            hub_uploads.commit(hub.folder / "datasets" / name, hub.large_files, self.body)
-            oid = hub.commit_of(name, "datasets")
+            kind = path.split("/")[2]
+            hub_uploads.commit(hub.folder / kind / name, hub.large_files, self.body)
+            oid = hub.commit_of(name, kind)
             self.answer_json({"commitUrl": f"{hub.address}/{name}/commit/{oid}", "commitOid": oid})
         else:
             return False

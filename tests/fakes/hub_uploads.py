@@ -1,7 +1,7 @@
 """What the fake Hub does for those who write to it: repositories, large files, commits.
 
-Only what huggingface_hub asks for when `datasets` pushes: large files come first, by the LFS batch
-protocol and a PUT each; a commit names them by digest and holds the small ones.
+Only what huggingface_hub asks for when it or `datasets` pushes: large files come first, by the LFS
+batch protocol and a PUT each; a commit names them by digest and holds the small ones.
 """
 
 from __future__ import annotations
@@ -12,15 +12,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+LARGE = (".parquet", ".safetensors")
+
 
 def create_repository(root: Path, private: set[str], question: dict[str, Any]) -> str:
-    """The name of the new dataset."""
+    """The path of the new model or dataset below `root`. Raises FileExistsError with it where it
+    exists."""
     name = f"{question['organization']}/{question['name']}"
-    (root / "datasets" / name).mkdir(parents=True)
-    (root / "datasets" / name / ".gitattributes").write_text("*.parquet filter=lfs\n")
+    path = f"{question.get('type', 'model')}s/{name}"
+    if (root / path).exists():
+        raise FileExistsError(path)
+    (root / path).mkdir(parents=True)
+    (root / path / ".gitattributes").write_text("*.parquet filter=lfs\n*.safetensors filter=lfs\n")
     if question.get("private"):
         private.add(name)
-    return name
+    return path
 
 
 def upload_modes(question: dict[str, Any]) -> dict[str, Any]:
@@ -28,7 +34,7 @@ def upload_modes(question: dict[str, Any]) -> dict[str, Any]:
         "files": [
             {
                 "path": file["path"],
-                "uploadMode": "lfs" if file["path"].endswith(".parquet") else "regular",
+                "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
                 "shouldIgnore": False,
                 "oid": None,
             }
@@ -37,12 +43,16 @@ def upload_modes(question: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def upload_places(address: str, question: dict[str, Any]) -> dict[str, Any]:
-    """Where to PUT each large file."""
+def upload_places(
+    address: str, question: dict[str, Any], large: dict[str, bytes]
+) -> dict[str, Any]:
+    """Where to PUT each large file that is not there yet."""
     return {
         "transfer": "basic",
         "objects": [
-            {**one, "actions": {"upload": {"href": f"{address}/lfs/{one['oid']}"}}}
+            one
+            if one["oid"] in large
+            else {**one, "actions": {"upload": {"href": f"{address}/lfs/{one['oid']}"}}}
             for one in question["objects"]
         ],
     }

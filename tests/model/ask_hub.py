@@ -30,6 +30,7 @@ class Answer:
     error: str
     pauses: list[float]
     printed: list[str]
+    exit_status: int
 
     @property
     def fetched(self) -> bool:
@@ -89,6 +90,14 @@ class Asker:
     def push(self, target: str, data: Path) -> Answer:
         return self.ask(kind="push", name=target, patterns=[str(data)], revision="")
 
+    def push_model(self, run: Path, **settings: object) -> Answer:
+        """Push the model of a run's folder; `settings` are fields of Settings."""
+        return self.ask(kind="push model", name=str(run), patterns=settings, revision="")
+
+    def rights(self, target: str, **settings: object) -> Answer:
+        """The doctor's lines about HUB_REPO, as rows."""
+        return self.ask(kind="rights", name=target, patterns=settings, revision="")
+
     def ask(self, **question: object) -> Answer:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(question) + "\n")
@@ -112,8 +121,11 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def main() -> None:
+    from stages.doctor import hub_repository
     from stages.model import hub
+    from stages.model.push import push as push_model
     from stages.run.errors import InputError, StageFailure
+    from stages.run.settings import Settings
     from stages.text.examples import Columns, open_examples
     from stages.text.find_tokenizer import find_tokenizer
     from stages.text.push import push
@@ -127,12 +139,20 @@ def main() -> None:
         question = json.loads(line)
         kind, name, revision = question["kind"], question["name"], question["revision"]
         pauses.clear()
-        files, rows, error = None, None, ""
+        files, rows, error, status = None, None, "", 0
         try:
             if kind == "model":
                 files = digests(hub.download_files(name, revision, tuple(question["patterns"])))
             elif kind == "push":
                 push(name, Path(question["patterns"][0]))
+            elif kind == "push model":
+                stages = ("data", "train", "eval", "consolidate")
+                push_model(
+                    Settings(**question["patterns"]), {one: Path(name, one) for one in stages}
+                )
+            elif kind == "rights":
+                found = hub_repository(Settings(hub_repo=name, **question["patterns"]))
+                rows = [f"{result.state} {result.text}" for result in found]
             elif kind == "tokenizer":
                 find_tokenizer(name, revision)
             else:
@@ -141,9 +161,18 @@ def main() -> None:
                 )
                 rows = [row.messages[-1].content for batch in dataset.batches for row in batch]
         except (InputError, StageFailure) as refused:
-            error = str(refused)
+            error, status = str(refused), refused.exit_status
         print(
-            json.dumps({"files": files, "rows": rows, "error": error, "pauses": pauses}), flush=True
+            json.dumps(
+                {
+                    "files": files,
+                    "rows": rows,
+                    "error": error,
+                    "pauses": pauses,
+                    "exit_status": status,
+                }
+            ),
+            flush=True,
         )
 
 
