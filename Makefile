@@ -59,14 +59,19 @@ empty :=
 graph := $(foreach s,$(STAGES),$s:$(subst $(empty) ,$(comma),$($s.from)):$($s.after))
 plan = env $(foreach v,$(unasked),-u $v) MAKELEVEL=$(MAKELEVEL) \
   $(foreach v,RECIPE RUN $(given),$(call quoted,$v=$(value $v))) $(PYTHON) -I -S stages/make/plan.py \
-  $(call quoted,$(out)) $(graph) --given $(call quoted,$(given)) --goals $(call quoted,$(MAKECMDGOALS))
-answering := $(and $(or $(filter chat,$(MAKECMDGOALS)),$(and $(filter eval,$(MAKECMDGOALS)),$(asking))),$(wildcard $(out)/compile-inference/manifest.json))
+  $(call quoted,$(out)) $(graph) --given $(call quoted,$(given)) --goals $(call quoted,$(foreach g,$(MAKECMDGOALS),$(or $($g.uses),$g)))
+# Goals that use what a stage published, as it is: they make it only where it is missing.
+chat.uses := compile-inference
+serve.uses := consolidate
+serve-check.uses := eval
+using := $(firstword $(foreach g,chat serve serve-check,$(if $(filter $g,$(MAKECMDGOALS)),$($g.uses))) $(if $(and $(filter eval,$(MAKECMDGOALS)),$(asking)),compile-inference))
+answering := $(if $(using),$(wildcard $(out)/$(using)/manifest.json))
 flags := $(filter-out --%,$(firstword -$(MAKEFLAGS)))
 dry_run := $(findstring n,$(flags))
 ifneq (,$(findstring B,$(flags)))
   $(error make -B is not for stages, which know what has changed. To make one again, remove $(out)/STAGE)
 endif
-uses_run := $(filter all demo chat outputs/% $(STAGES),$(MAKECMDGOALS))
+uses_run := $(filter all demo chat serve serve-check outputs/% $(STAGES),$(MAKECMDGOALS))
 ifneq (,$(or $(uses_run),$(filter status verify clean,$(MAKECMDGOALS))))
   stale := $(shell $(plan) $(if $(uses_run),$(if $(answering),--answer,$(if $(dry_run),--dry-run)),--check-run))
   ifneq (0,$(.SHELLSTATUS))
@@ -88,7 +93,7 @@ tested := $(if $(VENV),$(VENV)/tests-requirements.txt)
 # AWS's own package index: what PyPI has under the names of its wheels is empty.
 export NEURON_PIP_INDEX ?= https://pip.repos.neuron.amazonaws.com
 
-.PHONY: help all demo chat status verify doctor cache-status cache-lookup cache-synchronize
+.PHONY: help all demo chat serve serve-check status verify doctor cache-status cache-lookup cache-synchronize
 .PHONY: check test torture audit lint types clean FORCE $(STAGES)
 
 help: ## Targets, and settings with their values
@@ -131,6 +136,12 @@ endif
 
 chat: | $(out)/compile-inference/manifest.json ## Talk to the compiled model
 	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.chat --compile-inference $(out)/compile-inference
+
+serve: | $(out)/consolidate/manifest.json ## Serve the model as an OpenAI-compatible API
+	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.serve --consolidate $(out)/consolidate
+
+serve-check: | $(out)/eval/manifest.json ## Ask a running server eval's questions, and compare
+	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.serve_check --consolidate $(out)/consolidate --answers $(out)/eval
 
 ifneq (,$(installed))
 # A copy of the requirements is kept with what was installed from them, and compared by content.

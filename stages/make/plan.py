@@ -191,7 +191,9 @@ def main(run_folder: str, *words: str) -> None:
     to_run = stale.keys() & needed(goals, graph, after)
     if "--answer" in flags:
         outdated = [
-            stage for stage in stale if stage != "eval" and not stale[stage][0].startswith("unless")
+            stage
+            for stage in stale
+            if stage in to_run and stage != "eval" and not stale[stage][0].startswith("unless")
         ]
         note = "note: the existing model answers; {stage} would run again: {reasons}"
         print_notes(stale, outdated, note)
