@@ -50,6 +50,10 @@ def check(settings: Settings, consolidate: Path, answers: Path) -> None:
     found = comparer.compare(
         questions, expected, facts["MAX_NEW_TOKENS"], settings.inference_sequence_length
     )
+    if any(one.at is not None for one in found) and not any(one.prompt for one in found):
+        from stages.backends.next_token import near_tie
+
+        found = comparer.with_ties(found, near_tie(consolidate))
     comparer.report(found, str(consolidate))
 
 

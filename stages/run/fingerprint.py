@@ -55,6 +55,7 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.backends.neuron.cache_cli",
         "stages.backends.neuron.doctor",
         "stages.backends.neuron.serve",
+        "stages.backends.next_token",
         "stages.backends.torch.doctor",
         "stages.backends.torch.serve",
         "stages.chat",

@@ -67,8 +67,9 @@ class ChatClient:
             except URLError as error:
                 if isinstance(error.reason, TimeoutError):
                     raise self._late() from None
+                reason = getattr(error.reason, "strerror", None) or error.reason
                 raise InputError(
-                    f"No server answers at {self.url} ({error.reason}). Start one with `make "
+                    f"No server answers at {self.url} ({reason}). Start one with `make "
                     "serve`, wait until it is ready, or set SERVE_URL."
                 ) from None
             except (http.client.HTTPException, OSError) as error:

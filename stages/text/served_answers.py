@@ -7,7 +7,7 @@ too, as far as the server shows them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stages.run.errors import StageFailure
@@ -26,15 +26,18 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # of a character that a cut went thro
 class Comparison:
     """One question: eval's answer and the server's, without what begins each answer. `at`: the
     first character in which they differ, None where they are the same. `prompt`: how the prompt's
-    tokens differ, "" where they are the same or the server does not show them."""
+    tokens differ, "" where they are the same or the server does not show them. `tie`: the logits of
+    both next tokens, where rounding decides between them."""
 
     place: str
+    ids: list[int]  # of our prompt
     expected: str
     got: str
     at: int | None
     prompt: str = ""
     other_tokens: bool = False
     spelt_otherwise: bool = False
+    tie: str = ""
 
 
 class Comparer:
@@ -42,7 +45,7 @@ class Comparer:
 
     def __init__(self, client: ChatClient, tokenizer: TextTokenizer, format: PromptFormat):
         self.client, self.tokenizer, self.format = client, tokenizer, format
-        self.shows_prompts = self.shows_ids = False
+        self.shows_prompts = False
 
     def compare(
         self,
@@ -67,7 +70,6 @@ class Comparer:
     def _compared(
         self, place: str, prompt: list[int], answer: dict[str, Any], reply: Reply
     ) -> Comparison:
-        self.shows_ids = self.shows_ids or reply.ids is not None
         given = reply.prompt_tokens if reply.prompt_ids is None else reply.prompt_ids
         self.shows_prompts = self.shows_prompts or given is not None
         expected, got = answer["answer"], reply.text.removeprefix(self.format.lead)
@@ -80,6 +82,7 @@ class Comparer:
             spelt_otherwise = at is not None and text == expected
         return Comparison(
             place,
+            prompt,
             expected,
             got,
             None if spelt_otherwise else at,
@@ -87,6 +90,27 @@ class Comparer:
             other_tokens,
             spelt_otherwise,
         )
+
+    def with_ties(
+        self, found: list[Comparison], near_tie: Callable[[list[int], int, int], str]
+    ) -> list[Comparison]:
+        """`found` with the ties at which answers part, after the prompts of training; up to the
+        first answer that no tie explains."""
+        made = list(found)
+        for number, one in enumerate(found):
+            if one.at is None:
+                continue
+            texts = [self.format.lead + text for text in (one.expected, one.got)]
+            encoded = self.tokenizer.encode_after(["\n", "\n"], texts)
+            ours, theirs = ([*(text.ids or []), self.format.end] for text in encoded)
+            at = _same(ours, theirs)
+            if at == min(len(ours), len(theirs)):
+                break
+            tie = near_tie([*one.ids, *ours[:at]], ours[at], theirs[at])
+            if not tie:
+                break
+            made[number] = replace(one, tie=tie)
+        return made
 
     def report(self, found: list[Comparison], served: str) -> None:
         """Print what was found. Raises StageFailure where the server answers otherwise, or reads
@@ -99,27 +123,30 @@ class Comparer:
         ):
             if count := sum(getattr(one, kind) for one in found):
                 print(f"note: {count} answers {text}", flush=True)
-        total, same = len(found), sum(one.at is None for one in found)
-        prompts = [one for one in found if one.prompt]
-        if prompts:
+        for one in found:
+            if one.tie:
+                print(printable(f"note: {one.place}: a tie ({one.tie}) decides"), flush=True)
+        total, other = len(found), sum(one.at is not None for one in found)
+        if prompts := [one for one in found if one.prompt]:
             first = prompts[0]
             raise StageFailure(
                 printable(
                     f"{len(prompts)} of {total} prompts have other tokens at the server than the "
-                    f"model was trained with ({first.place}: {first.prompt}), and {total - same} "
-                    "answers differ. The likely reason is the chat template: serve the one in "
+                    f"model was trained with ({first.place}: {first.prompt}), and {other} answers "
+                    "differ. The likely reason is the chat template: serve the one in "
                     f"{served}/chat_template.jinja."
                 )
             )
-        if same < total:
-            raise StageFailure(f"{total - same} of {total} answers differ. {self._reason(served)}")
+        tied = sum(bool(one.tie) for one in found)
+        if tied < other:
+            raise StageFailure(f"{other} of {total} answers differ. {self._reason(served)}")
         shown = (
-            "and the prompts have as many tokens"
+            "the prompts have as many tokens"
             if self.shows_prompts
             else "the server does not show the prompts' tokens"
         )
-        exactly = ", token for token" if self.shows_ids else ""
-        print(f"serve-check: {total} of {total} answers are eval's{exactly}; {shown}", flush=True)
+        ties = f", {tied} more up to a tie" if tied else ""
+        print(f"serve-check: {total - other} of {total} answers are eval's{ties}; {shown}")
 
     def _reason(self, served: str) -> str:
         if not self.shows_prompts:
