@@ -59,23 +59,32 @@ empty :=
 graph := $(foreach s,$(STAGES),$s:$(subst $(empty) ,$(comma),$($s.from)):$($s.after))
 plan = env $(foreach v,$(unasked),-u $v) MAKELEVEL=$(MAKELEVEL) \
   $(foreach v,RECIPE RUN $(given),$(call quoted,$v=$(value $v))) $(PYTHON) -I -S stages/make/plan.py \
-  $(call quoted,$(out)) $(graph) --given $(call quoted,$(given)) --goals $(call quoted,$(MAKECMDGOALS))
-# push takes the model that exists, too.
-pushing := $(and $(filter push,$(MAKECMDGOALS)),$(if $(filter all demo $(STAGES),$(MAKECMDGOALS)),,push),$(wildcard $(out)/consolidate/manifest.json))
-answering := $(and $(or $(filter chat,$(MAKECMDGOALS)),$(and $(filter eval,$(MAKECMDGOALS)),$(asking))),$(wildcard $(out)/compile-inference/manifest.json))
+  $(call quoted,$(out)) $(graph) --given $(call quoted,$(given)) --goals $(call quoted,$(foreach g,$(MAKECMDGOALS),$g $($g.uses)))
+# Goals that use what a stage published, as it is, whatever is stale; they make it only where it is
+# missing. Beside a goal that makes stages (`make all push`) they come after it.
+chat.uses := compile-inference
+push.uses := consolidate
+serve.uses := consolidate
+serve-check.uses := eval
+eval.uses := $(if $(asking),compile-inference)
+makes := $(filter all demo $(if $(asking),$(filter-out eval,$(STAGES)),$(STAGES)),$(MAKECMDGOALS))
+used := $(foreach g,$(MAKECMDGOALS),$($g.uses:%=$(out)/%/manifest.json))
+answering := $(if $(or $(makes),$(filter-out $(wildcard $(used)),$(used))),,$(used))
+# What such a goal waits for: nothing where it is there.
+before = $(if $(answering),,$(makes) $($1.uses:%=$(out)/%/manifest.json))
 flags := $(filter-out --%,$(firstword -$(MAKEFLAGS)))
 dry_run := $(findstring n,$(flags))
 ifneq (,$(findstring B,$(flags)))
   $(error make -B is not for stages, which know what has changed. To make one again, remove $(out)/STAGE)
 endif
-uses_run := $(filter all demo chat push outputs/% $(STAGES),$(MAKECMDGOALS))
+uses_run := $(filter all demo chat push serve serve-check outputs/% $(STAGES),$(MAKECMDGOALS))
 ifneq (,$(or $(uses_run),$(filter status verify clean,$(MAKECMDGOALS))))
-  stale := $(shell $(plan) $(if $(uses_run),$(if $(or $(answering),$(pushing)),--answer,$(if $(dry_run),--dry-run)),--check-run))
+  stale := $(shell $(plan) $(if $(uses_run),$(if $(answering),--answer,$(if $(dry_run),--dry-run)),--check-run))
   ifneq (0,$(.SHELLSTATUS))
     $(error nothing was run$(if $(filter-out 2,$(.SHELLSTATUS)),: plan.py ended with status $(.SHELLSTATUS)))
   endif
-  # The model that exists answers one prompt, or is pushed; nothing is trained for it.
-  stale := $(if $(or $(answering),$(pushing)),,$(stale))
+  # The model that exists is used; nothing is trained for it.
+  stale := $(if $(answering),,$(stale))
 endif
 
 python := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
@@ -90,7 +99,8 @@ tested := $(if $(VENV),$(VENV)/tests-requirements.txt)
 # AWS's own package index: what PyPI has under the names of its wheels is empty.
 export NEURON_PIP_INDEX ?= https://pip.repos.neuron.amazonaws.com
 
-.PHONY: help all demo chat push status verify doctor cache-status cache-lookup cache-synchronize
+.PHONY: help all demo chat push serve serve-check status verify doctor
+.PHONY: cache-status cache-lookup cache-synchronize
 .PHONY: check test torture audit lint types clean FORCE $(STAGES)
 
 help: ## Targets, and settings with their values
@@ -127,15 +137,21 @@ $(foreach s,$(STAGES),$(eval $(call stage_rule,$s)))
 ifeq (,$(asking))
 eval: $(out)/eval/manifest.json ## Answers and validation losses; PROMPT="..." only answers that
 else
-eval: | $(out)/compile-inference/manifest.json
+eval: | $(installed) $(call before,eval)
 	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.eval $(foreach s,$(eval.from),--$s $(out)/$s) --output $(out)/eval
 endif
 
-chat: | $(out)/compile-inference/manifest.json ## Talk to the compiled model
+chat: | $(installed) $(call before,chat) ## Talk to the compiled model
 	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.chat --compile-inference $(out)/compile-inference
 
-push: | $(if $(pushing),,$(out)/consolidate/manifest.json) $(filter all demo eval,$(MAKECMDGOALS)) ## The model, with a card, to HUB_REPO on the Hugging Face Hub
+push: | $(installed) $(call before,push) ## The model, with a card, to HUB_REPO on the Hugging Face Hub
 	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.push $(foreach s,data train eval consolidate,--$s $(out)/$s)
+
+serve: | $(installed) $(call before,serve) ## Serve the model as an OpenAI-compatible API
+	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.serve --consolidate $(out)/consolidate
+
+serve-check: | $(installed) $(call before,serve-check) ## Ask a running server eval's questions, and compare
+	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.serve_check --consolidate $(out)/consolidate --answers $(out)/eval
 
 ifneq (,$(installed))
 # A copy of the requirements is kept with what was installed from them, and compared by content.

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from stages.backends.neuron import doctor as neuron_doctor
     from stages.backends.neuron import generate as neuron_generate
     from stages.backends.neuron import precompile as neuron_precompile
+    from stages.backends.neuron import serve as neuron_serve
     from stages.backends.neuron import train as neuron_train
     from stages.backends.torch import check as torch_check
     from stages.backends.torch import compile_inference as torch_compile_inference
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from stages.backends.torch import doctor as torch_doctor
     from stages.backends.torch import generate as torch_generate
     from stages.backends.torch import precompile as torch_precompile
+    from stages.backends.torch import serve as torch_serve
     from stages.backends.torch import train as torch_train
     from stages.run import contract
 
@@ -33,4 +35,5 @@ if TYPE_CHECKING:
         torch_compile_inference,
     )
     GENERATE: tuple[contract.Generate, ...] = (neuron_generate, torch_generate)
+    SERVE: tuple[contract.Serve, ...] = (neuron_serve, torch_serve)
     DOCTOR: tuple[contract.Doctor, ...] = (neuron_doctor, torch_doctor)

@@ -35,6 +35,8 @@ MAKE_VARIABLES = (
 # RUN is part of targets and shell lines, and a folder's name: file systems allow 255 bytes.
 _RUN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", re.ASCII)
 Graph = dict[str, list[str]]
+# What a goal does with the model that exists; the others answer.
+_DOES = {"push": "is pushed", "serve": "is served", "serve-check": "is compared"}
 
 
 def stale_stages(graph: Graph, run_folder: Path, settings: Settings) -> dict[str, list[str]]:
@@ -67,10 +69,8 @@ def stale_stages(graph: Graph, run_folder: Path, settings: Settings) -> dict[str
 
 
 def needed(goals: list[str], graph: Graph, after: Graph) -> set[str]:
-    """The goals that are stages (all stages where none is), and every stage before them. push is of
-    what consolidate publishes."""
-    named = ["consolidate" if goal == "push" else goal for goal in goals]
-    pending = [goal for goal in named if goal in graph] or list(graph)
+    """The goals that are stages (all stages where none is), and every stage before them."""
+    pending = [goal for goal in goals if goal in graph] or list(graph)
     stages: set[str] = set()
     while pending:
         stage = pending.pop()
@@ -200,9 +200,11 @@ def main(run_folder: str, *words: str) -> None:
         outdated = [
             stage
             for stage in stale
-            if stage in made_of and stage != "eval" and not stale[stage][0].startswith("unless")
+            if stage in made_of
+            and (stage != "eval" or "serve-check" in goals)
+            and not stale[stage][0].startswith("unless")
         ]
-        does = "is pushed" if "push" in goals else "answers"
+        does = next((text for goal, text in _DOES.items() if goal in goals), "answers")
         note = f"note: the existing model {does}; {{stage}} would run again: {{reasons}}"
         print_notes(stale, outdated, note)
     else:

@@ -1,9 +1,9 @@
 """What a backend offers: one module per Protocol, which `backend_module` imports by its name.
 
 A backend is a package in `stages/backends` with the modules `check`, `train`, `precompile`,
-`consolidate`, `compile_inference`, `generate` and `doctor`. mypy checks every backend's modules
-against these Protocols (stages/backends/conformance.py). Evaluation is the same on every backend,
-so it has none (stages/backends/evaluate.py).
+`consolidate`, `compile_inference`, `generate`, `serve` and `doctor`. mypy checks every backend's
+modules against these Protocols (stages/backends/conformance.py). Evaluation is the same on every
+backend, so it has none (stages/backends/evaluate.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypedDict
 
 from stages.run.check_result import Check as DoctorCheck
 from stages.run.publish import StageResult
+from stages.run.server import Server
 from stages.run.settings import Settings
 
 
@@ -128,6 +129,14 @@ class Generate(Protocol):
 
     def load(self, compiled: Path) -> LoadedModel:
         """Load what `compile_model` wrote; raises InputError for what cannot run here."""
+
+
+class Serve(Protocol):
+    """Module `serve`."""
+
+    def server(self, settings: Settings, model: Path) -> Server:
+        """The OpenAI-compatible server of the consolidated model in `model` on this machine. It
+        may not be installed."""
 
 
 class Doctor(Protocol):

@@ -12,7 +12,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from stages.run.errors import exception_chain
 
@@ -49,6 +51,14 @@ def guard_stage() -> None:
         finally:
             os._exit(0)
     os.close(ended)
+
+
+def become(program: str, command: list[str], environment: Mapping[str, str]) -> NoReturn:
+    """Replace this stage by another program, which ends with make as the stage does. The guard
+    ends, and leaves what the program starts to it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(program, command, {k: v for k, v in environment.items() if k != _MARK})
 
 
 def _repeat_interrupts() -> None:

@@ -25,6 +25,7 @@ from stages.run.errors import InputError
 from stages.run.gates import parse_gates
 from stages.run.push_target import check_hub_repo, check_push_target, overwrites
 from stages.run.recipe import RECIPES, read_recipe
+from stages.run.server_address import check_host, check_url
 from stages.run.setting import as_text, parse, setting, variable
 from stages.run.sizes import parse_size
 
@@ -339,7 +340,10 @@ class Settings:
         least=2,
     )
     inference_tensor_parallel_size: int = setting(
-        1, "Cores that share the compiled model (Neuron).", "compile-inference", least=1
+        1,
+        "Cores that share the compiled model (Neuron), or GPUs that share the served one.",
+        "compile-inference",
+        least=1,
     )
     instance_type: str = setting(
         "trn1",
@@ -399,6 +403,19 @@ class Settings:
         "eval",
         unit="sequences",
         least=1,
+    )
+
+    # Serving.
+    serve_host: str = setting(
+        "127.0.0.1",
+        "Address that `make serve` listens on; servers ask for no password.",
+        check=check_host,
+    )
+    serve_port: int = setting(8000, "Port that `make serve` listens on.", least=1, most=65535)
+    serve_url: str = setting(
+        "",
+        "Server that `make serve-check` asks, such as http://HOST:8000; empty: SERVE_PORT here.",
+        check=check_url,
     )
 
     @classmethod

@@ -94,6 +94,9 @@ class ChatFormat:
             )
         ]
 
+    def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
+        return [_as_object(message) for message in conversation]
+
     def chat_template(self) -> str:
         """The template; where it writes the date of the day, with the date that was written."""
         dates = self._process.dates

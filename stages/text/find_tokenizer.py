@@ -20,6 +20,10 @@ _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 # What AutoTokenizer does for these, and neither training nor eval does: it removes spaces before
 # signs from an answer (Llama 3 has that), and ends a prompt with EOS.
 _NOT_DONE = ("clean_up_tokenization_spaces", "add_eos_token")
+# A tokenizer of no model's own class also makes token_type_ids, which no model here takes:
+# `transformers serve` then never answers.
+_GENERIC = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
+_MODEL_INPUTS = ["input_ids", "attention_mask"]
 _REMEDY = "Name a model whose folder has tokenizer.json"
 
 
@@ -73,9 +77,14 @@ def _not_done(files: dict[str, bytes]) -> list[str]:
     """Switch off in tokenizer_config.json what AutoTokenizer alone does; returns the changes."""
     config = json.loads(files.get(_CONFIG, b"{}"))
     names = [name for name in _NOT_DONE if config.get(name)]
-    if names:
-        _write_config(files, {**config, **dict.fromkeys(names, False)})
-    return [f"{name} false" for name in names]
+    changes: dict[str, Any] = dict.fromkeys(names, False)
+    made = [f"{name} false" for name in names]
+    if "model_input_names" not in config and config.get("tokenizer_class") in _GENERIC:
+        changes["model_input_names"] = _MODEL_INPUTS
+        made.append(f"model_input_names {' '.join(_MODEL_INPUTS)}")
+    if changes:
+        _write_config(files, {**config, **changes})
+    return made
 
 
 def _write_config(files: dict[str, bytes], config: dict[str, Any]) -> None:

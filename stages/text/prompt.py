@@ -48,6 +48,9 @@ class PromptFormat(Protocol):
     def chat_template(self) -> str:
         """A chat template (Jinja) that renders messages as this format does."""
 
+    def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
+        """The conversation as that chat template reads it: what a client sends to a server."""
+
     def description(self) -> str:
         """The format's name for messages and manifests."""
 
@@ -96,6 +99,14 @@ class TextFormat:
 
     def prompts(self, conversations: Sequence[Conversation]) -> list[list[Piece] | str]:
         return [self._written(messages, asks=True) for messages in conversations]
+
+    def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
+        return [
+            {"role": role, "content": content}
+            for message in conversation
+            for role, content in (("system", message.context), (message.role, message.content))
+            if role != "system" or content.strip()
+        ]
 
     def description(self) -> str:
         known = {DOLLY: "dolly", PLAIN: "text without a prompt"}
