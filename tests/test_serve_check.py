@@ -217,6 +217,17 @@ def test_an_answer_that_parts_at_a_tie_passes_and_says_so(
     assert [TOKENIZER.decode([id]).strip()[:1] for id in (ours, theirs)] == ["m", "w"]
 
 
+def test_more_ties_than_answers_are_suspicious_where_prompts_are_not_shown(
+    run: Path, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_answers(run, ["A part of the model.", "Any graph."])
+    monkeypatch.setattr("stages.backends.next_token.near_tie", lambda _: lambda *_: "1 and 1")
+    check(run, served.url)
+    served.answer, served.stream = events, True
+    with pytest.raises(StageFailure, match=r"2 of 2 answers differ\..* chat template"):
+        check(run, served.url)
+
+
 def test_another_template_is_named_as_the_reason_though_the_answers_are_right(
     run: Path, served: Served
 ) -> None:
