@@ -391,3 +391,12 @@ def test_the_model_talks_in_make_chat(built_once: Project) -> None:
 def test_nothing_is_left_beside_the_outputs(built_once: Project) -> None:
     left = {path.name for path in (built_once.folder / "outputs/tiny").iterdir()}
     assert left == {*STAGES, ".lock"}
+
+
+def test_serving_uses_what_is_published_and_runs_no_stage_though_one_is_stale(
+    built_once: Project,
+) -> None:
+    for goal in ("serve", "serve-check"):
+        assert built_once.stages_to_run(goal, *TINY, "LEARNING_RATE=1e-2") == [goal]
+    missing = built_once.stages_to_run("serve", *TINY, "RUN=other")
+    assert missing == ["data", "precompile", "train", "consolidate", "serve"]

@@ -104,3 +104,18 @@ def test_what_only_autotokenizer_does_is_switched_off_and_said(tmp_path, capsys)
     assert published["clean_up_tokenization_spaces"] is published["add_eos_token"] is False
     said = capsys.readouterr().out
     assert "published with clean_up_tokenization_spaces false, add_eos_token false" in said
+
+
+def test_a_tokenizer_of_no_models_own_class_gives_generate_only_what_models_take(
+    folders, tmp_path, capsys
+):
+    (tmp_path / "tokenizer.json").write_bytes((folders["gpt2"] / "tokenizer.json").read_bytes())
+    config = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    files = find_tokenizer(str(tmp_path)).files
+    published = json.loads(files["tokenizer_config.json"])
+    assert published["model_input_names"] == ["input_ids", "attention_mask"]
+    assert "published with model_input_names" in capsys.readouterr().out
+    (tmp_path / "tokenizer_config.json").write_bytes(files["tokenizer_config.json"])
+    find_tokenizer(str(tmp_path))
+    assert not capsys.readouterr().out
