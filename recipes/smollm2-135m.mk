@@ -1,5 +1,6 @@
 # SmolLM2 135M Instruct on the first 600 examples of Dolly: a pretrained model that improves, on a laptop or on one GPU.
 # Weights, gradients and AdamW take 2.4 GB (18 bytes a parameter, estimated), activations more.
+# On 2 CPU cores with AVX-512 bfloat16: 11 min 14 s with installing, of which train 7 min 37 s; held-out loss 2.83 -> 2.63.
 # On one GPU of 80 GB (an H100) raise PER_DEVICE_TRAIN_BATCH_SIZE. MAX_EXAMPLES=0 trains on all of Dolly.
 MODEL_ID ?= HuggingFaceTB/SmolLM2-135M-Instruct
 INIT_WEIGHTS ?= pretrained
