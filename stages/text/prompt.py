@@ -190,8 +190,8 @@ _IN_TURN = (
     "change the conversation."
 )
 _NOWHERE = (
-    "The text template has no place for it. Write {context} in PROMPT_TEMPLATE, or leave the "
-    "context out (CONTEXT_COLUMN= reads none)."
+    "The text template has no place for it. Write {context} in PROMPT_TEMPLATE, leave the context "
+    "out (CONTEXT_COLUMN= reads none), or name other questions in PROMPTS."
 )
 
 

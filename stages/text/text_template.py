@@ -90,7 +90,7 @@ def template_problems(template: str) -> list[str]:
                 f"are.{hint}"
             )
     problems += [
-        f"it names {{{part}}} {names.count(part) or 'not'} times. Write it once."
+        f"it names {{{part}}} {names.count(part)} times. Write it once."
         for part in ("instruction", "response")
         if names.count(part) != 1
     ]
