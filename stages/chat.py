@@ -38,7 +38,7 @@ def talk(answerer: Answerer) -> None:
     if sys.stdin.isatty():
         import readline  # noqa: F401  editing and history of what is typed
 
-        print("Ctrl-C stops an answer, Ctrl-D leaves. /new, /system TEXT begin anew.", flush=True)
+        print("Ctrl-C stops an answer, Ctrl-D leaves. /new, /system TEXT start over.", flush=True)
     messages: list[Message] = []
     while (text := _typed()) is not None:
         command, _, rest = text.strip().partition(" ")

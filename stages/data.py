@@ -18,7 +18,7 @@ from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
 
 if TYPE_CHECKING:
-    from stages.text.examples import Example
+    from stages.text.examples import Example, Examples
 
 
 @stage_command("data", "PUSH_DATASET")
@@ -36,25 +36,14 @@ def pack(settings: Settings, work: Path) -> StageResult:
     from stages.text.answer import encode_questions
     from stages.text.chat_format import set_chat_template
     from stages.text.choose_format import choose_format
-    from stages.text.columns import Columns
     from stages.text.dataset import Layout, build
-    from stages.text.examples import open_examples
     from stages.text.find_tokenizer import find_tokenizer
     from stages.text.questions import read_questions, write_questions
 
     s = settings
     require(s, "data")
     tokenizer = find_tokenizer(s.model_id, s.model_revision)
-    dataset = open_examples(
-        s.dataset,
-        columns=Columns(
-            s.instruction_column, s.context_column, s.response_column, s.messages_column
-        ),
-        revision=s.dataset_revision,
-        config=s.dataset_config,
-        split=s.dataset_split,
-        most=s.max_examples,
-    )
+    dataset = examples_of(s)
     prompt_format = choose_format(s, dataset.columns, tokenizer)
     print(f"prompt format: {prompt_format.description()}", flush=True)
     for line in model_notes(s, tokenizer, prompt_format.end):
@@ -91,6 +80,24 @@ def pack(settings: Settings, work: Path) -> StageResult:
             **account.figures(),
             "vocabulary": tokenizer.vocab_size,
         },
+    )
+
+
+def examples_of(settings: Settings) -> Examples:
+    """The examples that the settings name."""
+    from stages.text.columns import Columns
+    from stages.text.examples import open_examples
+
+    s = settings
+    return open_examples(
+        s.dataset,
+        columns=Columns(
+            s.instruction_column, s.context_column, s.response_column, s.messages_column
+        ),
+        revision=s.dataset_revision,
+        config=s.dataset_config,
+        split=s.dataset_split,
+        most=s.max_examples,
     )
 
 

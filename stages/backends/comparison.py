@@ -13,7 +13,12 @@ from pathlib import Path
 
 import torch
 
-from stages.backends.evaluate import cost_note, load_for_evaluation, loss_dtype
+from stages.backends.evaluate import (
+    cost_note,
+    evaluation_device,
+    load_for_evaluation,
+    loss_dtype,
+)
 from stages.model.base import base_model_folder
 from stages.run.cost import hourly_price
 from stages.run.layout import COMPARISON_FILE
@@ -80,7 +85,7 @@ def base_answers(
     An answer has at most MAX_NEW_TOKENS, and with its prompt `sequence_length`, as the compiled
     model's. Says after the first what the rest costs, if that is much.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = evaluation_device()
     dtype, _ = loss_dtype(settings, device)
     model = load_for_evaluation(base_model_folder(settings), dtype, device)
     started = time.monotonic()

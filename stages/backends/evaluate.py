@@ -35,7 +35,7 @@ def validation_losses(settings: Settings, data: Path, tuned: Path) -> Losses:
     """The losses on at most the first EVAL_MAX_DOCUMENTS sequences of the validation split."""
     sequences = PackedSequences(data / VALIDATION_SPLIT)
     count = min(len(sequences), settings.eval_max_documents)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = evaluation_device()
     dtype, reason = loss_dtype(settings, device)
     name = str(dtype).removeprefix("torch.")
     print(f"losses on {device.type} in {name}: {reason}", flush=True)
@@ -68,8 +68,13 @@ def loss_dtype(settings: Settings, device: torch.device) -> tuple[torch.dtype, s
     return torch.float32, "this CPU has no instructions for bfloat16 and is faster in float32"
 
 
-def load_for_evaluation(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model in `folder` as transformers loads it."""
+def evaluation_device() -> torch.device:
+    """Where models that are not compiled run: a GPU, else this host's CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_for_evaluation(folder: Path, dtype: torch.dtype | str, device: torch.device) -> Any:
+    """The model in `folder` as transformers loads it; `dtype`: "auto" for that of its weights."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(

@@ -14,12 +14,14 @@ def near_tie(folder: Path) -> Callable[[list[int], int, int], str]:
     it is first called, on the CPU."""
     import torch
 
+    from stages.backends.evaluate import load_for_evaluation
+
     loaded: list[Any] = []
 
     @torch.inference_mode()
     def compare(ids: list[int], one: int, other: int) -> str:
         if not loaded:
-            loaded.append(_load(folder))
+            loaded.append(load_for_evaluation(folder, "auto", torch.device("cpu")))
         [model] = loaded
         logits = model(torch.tensor([ids])).logits[0, -1]
         pair = logits[[one, other]].float()
@@ -30,16 +32,3 @@ def near_tie(folder: Path) -> Callable[[list[int], int, int], str]:
         return f"{first:.5g} and {second:.5g} in {str(logits.dtype)[6:]}" if near else ""
 
     return compare
-
-
-def _load(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype="auto",
-        attn_implementation="sdpa",
-        generation_config=GenerationConfig(),  # see evaluate.py
-        use_safetensors=True,
-        trust_remote_code=False,
-    ).eval()

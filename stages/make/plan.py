@@ -119,6 +119,22 @@ def print_notes(stale: dict[str, list[str]], stages: list[str], text: str) -> No
             print(text.format(stage=stage, reasons="; ".join(stale[stage])), file=sys.stderr)
 
 
+def print_outdated(stale: dict[str, list[str]], graph: Graph, goals: list[str]) -> None:
+    """A line on stderr for each stale stage that the existing model, which goals use, is made
+    of."""
+    made_of = needed(goals, graph, {stage: [] for stage in graph})
+    outdated = [
+        stage
+        for stage in stale
+        if stage in made_of
+        and (stage != "eval" or "serve-check" in goals)
+        and not stale[stage][0].startswith("unless")
+    ]
+    does = next((text for goal, text in _DOES.items() if goal in goals), "answers")
+    note = f"note: the existing model {does}; {{stage}} would run again: {{reasons}}"
+    print_notes(stale, outdated, note)
+
+
 def parse_graph(words: list[str]) -> tuple[Graph, Graph]:
     """Stage -> inputs, and stage -> stages that only have to exist before it."""
     parts = [word.split(":") for word in words]
@@ -196,17 +212,7 @@ def main(run_folder: str, *words: str) -> None:
         refuse([f"{error.filename} cannot be read: {error.strerror}."])
     to_run = stale.keys() & needed(goals, graph, after)
     if "--answer" in flags:
-        made_of = needed(goals, graph, {stage: [] for stage in graph})
-        outdated = [
-            stage
-            for stage in stale
-            if stage in made_of
-            and (stage != "eval" or "serve-check" in goals)
-            and not stale[stage][0].startswith("unless")
-        ]
-        does = next((text for goal, text in _DOES.items() if goal in goals), "answers")
-        note = f"note: the existing model {does}; {{stage}} would run again: {{reasons}}"
-        print_notes(stale, outdated, note)
+        print_outdated(stale, graph, goals)
     else:
         found = foreseen(settings, to_run)
         if to_run and (line := recipe_note(os.environ)):

@@ -6,13 +6,13 @@ The module imports neither transformers nor datasets, so that the first answer c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.run.errors import InputError, refuse
+from stages.run.json_file import write_json_lines
 from stages.run.settings import Settings
 from stages.text.pieces import encode_pieces
 from stages.text.prompt import PromptFormat, load_format
@@ -182,7 +182,4 @@ def encode_questions(
 
 def write_answers(path: Path, answers: list[Answer]) -> None:
     """answers.jsonl: one JSON object per answer."""
-    path.write_text(
-        "".join(json.dumps(answer.as_object(), ensure_ascii=False) + "\n" for answer in answers),
-        encoding="utf-8",
-    )
+    write_json_lines(path, (answer.as_object() for answer in answers))

@@ -18,10 +18,9 @@ from stages.run.layout import PROMPT_FILE
 from stages.text.conversation import Conversation, Message, answers_of
 from stages.text.pieces import Piece, encode_pieces
 from stages.text.render_process import OTHER_TEMPLATE, RenderProcess
-from stages.text.tokens import TextTokenizer
+from stages.text.tokens import TOKENIZER_CONFIG, TextTokenizer, write_config
 
 TEMPLATE_FILE = "chat_template.jinja"
-_CONFIG = "tokenizer_config.json"
 _OTHER_END = "the chat template ends the answer"
 
 
@@ -39,9 +38,9 @@ def chat_template_of(tokenizer: TextTokenizer) -> str:
 def set_chat_template(tokenizer: TextTokenizer, template: str) -> None:
     """Put a chat template where AutoTokenizer reads it, in place of any other."""
     tokenizer.files[TEMPLATE_FILE] = template.encode()
-    config = json.loads(tokenizer.files.get(_CONFIG, b"{}"))
+    config = json.loads(tokenizer.files.get(TOKENIZER_CONFIG, b"{}"))
     if config.pop("chat_template", None) is not None:
-        tokenizer.files[_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+        write_config(tokenizer.files, config)
 
 
 class ChatFormat:

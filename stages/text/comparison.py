@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.run.json_file import write_json_lines
 from stages.text.answer import Answer
 from stages.text.questions import Question
 
@@ -37,8 +37,7 @@ class Compared:
 
 
 def write_comparison(path: Path, compared: Iterable[Compared]) -> None:
-    lines = [json.dumps(one.as_object(), ensure_ascii=False) + "\n" for one in compared]
-    path.write_text("".join(lines), encoding="utf-8")
+    write_json_lines(path, (one.as_object() for one in compared))
 
 
 def comparison_metrics(compared: list[Compared]) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from typing import Any
 from stages.model.location import local_model
 from stages.run.errors import InputError
 from stages.run.layout import TOKENIZER_FILES
-from stages.text.tokens import TextTokenizer
+from stages.text.tokens import TOKENIZER_CONFIG, TextTokenizer, write_config
 
 _MOST_IDS = 2**24  # in a vocabulary; the largest today have 2**18
-_CONFIG = "tokenizer_config.json"
 _PLAIN = ("vocab.json", "vocab.txt")  # vocabularies that transformers reads by itself
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 # What AutoTokenizer does for these, and neither training nor eval does: it removes spaces before
@@ -61,7 +60,7 @@ def find_tokenizer(model: str, revision: str = "") -> TextTokenizer:
 def _translate(files: dict[str, bytes]) -> list[str]:
     """Give tokenizer_config.json the names of transformers 4, which version 5 reads too; returns
     the changes. `load` has read the file, so it is a JSON object."""
-    config, changes = json.loads(files.get(_CONFIG, b"{}")), []
+    config, changes = json.loads(files.get(TOKENIZER_CONFIG, b"{}")), []
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         changes.append("tokenizer_class PreTrainedTokenizerFast")
@@ -69,13 +68,13 @@ def _translate(files: dict[str, bytes]) -> list[str]:
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
         changes.append("additional_special_tokens")
     if changes:
-        _write_config(files, config)
+        write_config(files, config)
     return changes
 
 
 def _not_done(files: dict[str, bytes]) -> list[str]:
     """Switch off in tokenizer_config.json what AutoTokenizer alone does; returns the changes."""
-    config = json.loads(files.get(_CONFIG, b"{}"))
+    config = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
     names = [name for name in _NOT_DONE if config.get(name)]
     changes: dict[str, Any] = dict.fromkeys(names, False)
     made = [f"{name} false" for name in names]
@@ -83,12 +82,8 @@ def _not_done(files: dict[str, bytes]) -> list[str]:
         changes["model_input_names"] = _MODEL_INPUTS
         made.append(f"model_input_names {' '.join(_MODEL_INPUTS)}")
     if changes:
-        _write_config(files, {**config, **changes})
+        write_config(files, {**config, **changes})
     return made
-
-
-def _write_config(files: dict[str, bytes], config: dict[str, Any]) -> None:
-    files[_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _converted(model: str, folder: Path) -> TextTokenizer:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.run.errors import InputError
+from stages.run.json_file import write_json_lines
 from stages.run.settings import Settings
 from stages.text.columns import AUTO, USUAL, Columns, find_columns
 from stages.text.conversation import (
@@ -69,12 +70,14 @@ def question_of(text: str, context: str = "") -> Question:
     if isinstance(value, str):
         return Question((Message("user", text, context),))
     messages = read_conversation(value, set())
-    problem = messages if isinstance(messages, str) else _unasked(messages)
+    if isinstance(messages, str):
+        raise InputError(f"PROMPT {messages}")
+    problem = _unasked(messages)
     if context and not problem:
         problem = "has a CONTEXT, which belongs to one instruction. Write it into a message."
     if problem:
         raise InputError(f"PROMPT {problem}")
-    return Question(messages)  # type: ignore[arg-type]  # a text is a problem
+    return Question(messages)
 
 
 def read_questions(settings: Settings) -> Questions:
@@ -133,13 +136,12 @@ def _of(named: Columns, existing: list[str], texts: str) -> Columns:
 def write_questions(path: Path, conversations: list[Conversation]) -> None:
     """A file that `written_questions` reads: the questions before the last answers, and those.
     Texts without a prompt ask nothing, and conversations with tool calls are left out."""
-    asked = [
+    asked = (
         {**Question(messages[:-1]).as_object(), "expected": messages[-1].content}
         for messages in conversations
         if len(messages) > 1 and not any(message.extra for message in messages)
-    ]
-    lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in asked]
-    path.write_text("".join(lines), encoding="utf-8")
+    )
+    write_json_lines(path, asked)
 
 
 def written_questions(path: Path) -> list[Question]:

@@ -27,6 +27,15 @@ from stages.run.layout import TOKENIZER_FILES
 _ANCHORS = ("\n", "a", ".", "0", " a", "\u4e2d")
 
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def write_config(files: dict[str, bytes], config: dict[str, Any]) -> None:
+    """Replace the tokenizer_config.json among a tokenizer's files. Escaped, because it may hold
+    half a surrogate pair."""
+    files[TOKENIZER_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+
+
 class Encoding(NamedTuple):
     """The ids of a text, None where it cannot be encoded without control tokens; `split_again`:
     whether a token would have spanned its border."""
