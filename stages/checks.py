@@ -19,6 +19,7 @@ from stages.run.errors import InputError, StageFailure, refuse
 from stages.run.layout import CONFIG_FILE
 from stages.run.setting import STAGES
 from stages.run.settings import Settings
+from stages.text.eval_set import read_eval_set
 from stages.text.questions import read_questions
 from stages.text.text_template import format_problems
 
@@ -43,12 +44,13 @@ def problems(settings: Settings, config: Any | None, stages: Collection[str]) ->
     if "data" in stages:
         found += format_problems(settings)
     if "eval" in stages and not settings.prompt:
-        try:
-            read_questions(settings)
-        except ImportError:
-            pass  # a format that needs pyarrow, where only the standard library is there
-        except InputError as error:
-            found += error.problems
+        for read in (read_questions, read_eval_set):
+            try:
+                read(settings)
+            except ImportError:
+                pass  # a format that needs pyarrow, where only the standard library is there
+            except InputError as error:
+                found += error.problems
     return list(dict.fromkeys(found))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from stages.checks import require
@@ -37,6 +38,7 @@ def pack(settings: Settings, work: Path) -> StageResult:
     from stages.text.chat_format import set_chat_template
     from stages.text.choose_format import choose_format
     from stages.text.dataset import Layout, build
+    from stages.text.eval_set import packed_eval_set
     from stages.text.find_tokenizer import find_tokenizer
     from stages.text.questions import read_questions, write_questions
 
@@ -44,13 +46,18 @@ def pack(settings: Settings, work: Path) -> StageResult:
     require(s, "data")
     tokenizer = find_tokenizer(s.model_id, s.model_revision)
     dataset = examples_of(s)
+    for line in dataset.read_as:
+        print(line, flush=True)
     prompt_format = choose_format(s, dataset.columns, tokenizer)
     print(f"prompt format: {prompt_format.description()}", flush=True)
     for line in model_notes(s, tokenizer, prompt_format.end):
         print(line, flush=True)
-    # eval's prompts are checked now, not after the training is paid for.
+    # What eval reads is checked now, not after the training is paid for.
     questions = read_questions(s).questions
     encode_questions(questions, tokenizer, prompt_format, s.inference_sequence_length)
+    if s.eval_set:
+        with TemporaryDirectory(dir=work) as folder:
+            packed_eval_set(s, tokenizer, prompt_format, Path(folder))
     layout = Layout(s.max_length, packing=s.packing, overlong=s.overlong, loss_on=s.loss_on)
     account = build(
         counted(dataset.batches),

@@ -1,5 +1,5 @@
-"""Ask the compiled model, and compare the base and the fine-tuned model on what was held out:
-answers side by side, and losses.
+"""Ask the compiled model, and compare the base and the fine-tuned model on what was held out, or on
+EVAL_SET: answers side by side, and losses.
 
 With PROMPT it answers only that, at once, and publishes nothing. Otherwise it answers the prompts
 in PROMPTS and publishes answers.jsonl, comparison.jsonl and the losses. GATES make it fail where
@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from stages.run.backend import backend_module
 from stages.run.cli import stage_command
 from stages.run.errors import StageFailure
 from stages.run.gates import gate_problems
-from stages.run.layout import (
-    ANSWERS_FILE,
-    HELD_OUT_FILE,
-    VALIDATION_SPLIT,
-)
+from stages.run.layout import ANSWERS_FILE
 from stages.run.manifest import manifest_of
 from stages.run.progress import Progress, printable
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
 from stages.text.answer import Answer, Answerer, write_answers
+from stages.text.eval_set import EvalSet, held_out, packed_eval_set
 from stages.text.questions import question_of, read_questions
 
 SHOWN = 10  # printed answers; answers.jsonl has all
@@ -58,8 +56,14 @@ def main(
             "ended": sum(answer.ended for answer in answers),
             **exact_matches(answers),
         }
-        metrics |= compare_answers(settings, data / HELD_OUT_FILE, answerer, work)
-        metrics |= compare_losses(settings, data, consolidate)
+        with TemporaryDirectory(dir=work) as folder:
+            eval_set = held_out(data)
+            if settings.eval_set:
+                eval_set = packed_eval_set(
+                    settings, answerer.tokenizer, answerer.format, Path(folder)
+                )
+            metrics |= compare_answers(settings, eval_set, answerer, work)
+            metrics |= compare_losses(settings, eval_set, consolidate)
         return StageResult(metrics=metrics, tokens=sum(answer.tokens for answer in answers))
 
     publish("eval", settings, inputs, output, build)
@@ -114,19 +118,19 @@ def require_gates(settings: Settings, output: Path) -> None:
     print(f"GATES: passed {settings.gates}", flush=True)
 
 
-def compare_losses(settings: Settings, data: Path, tuned: Path) -> dict[str, object]:
+def compare_losses(settings: Settings, eval_set: EvalSet, tuned: Path) -> dict[str, object]:
     """Loss (nats per supervised token) and perplexity of the base and the fine-tuned model, and the
     dtype that they were computed in."""
-    if not (data / VALIDATION_SPLIT).is_dir():
+    if eval_set.sequences is None:
         print("\nNo document is held out (VALIDATION_FRACTION=0): no validation loss.", flush=True)
         return {}
     from stages.backends.evaluate import validation_losses
 
-    losses = validation_losses(settings, data, tuned)
-    print(f"\nheld-out sequences {'base':>10} {'fine-tuned':>12}")
-    print(f"  loss (nats)      {losses.base:>10.4f} {losses.fine_tuned:>12.4f}")
+    losses = validation_losses(settings, eval_set.sequences, tuned)
+    print(f"\n{eval_set.name + ' sequences':<20}{'base':>10} {'fine-tuned':>12}")
+    print(f"  loss (nats)       {losses.base:>10.4f} {losses.fine_tuned:>12.4f}")
     print(
-        f"  perplexity       {perplexity(losses.base):>10.2f} "
+        f"  perplexity        {perplexity(losses.base):>10.2f} "
         f"{perplexity(losses.fine_tuned):>12.2f}",
         flush=True,
     )

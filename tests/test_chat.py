@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from stages.chat import talk
+from stages.run.contract import Generation
 from stages.run.settings import Settings
 from stages.text.answer import Answerer
 from stages.text.prompt import TextFormat
@@ -28,7 +29,10 @@ class Repeats:
         self.interrupted = interrupted
         self.asked: list[str] = []
 
-    def generate(self, prompts: list[list[int]], **_: object) -> Iterator[list[int | None]]:
+    def generate(self, prompts: list[list[int]], **_: object) -> Generation:
+        return Generation(self._steps(prompts), [0.0])
+
+    def _steps(self, prompts: list[list[int]]) -> Iterator[list[int | None]]:
         self.asked.append(self.tokenizer.decode(prompts[0]))
         [answer] = self.tokenizer.encode_after(["\n"], [f"answer {len(self.asked)}"])
         for id in answer.ids or []:

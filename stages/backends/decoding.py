@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from stages.run.contract import Generation
 from stages.run.errors import InputError
 
 
@@ -63,7 +64,7 @@ class Decoder(ABC):
         seed: int,
         eos_token_id: int,
         number: int = 0,
-    ) -> Iterator[list[int | None]]:
+    ) -> Generation:
         """Yield, step by step, one new id per prompt; None for a prompt that has ended.
 
         A prompt ends at `eos_token_id`, which is not yielded, or when prompt and answer fill the
@@ -86,7 +87,11 @@ class Decoder(ABC):
                 logits, temperature=temperature, top_k=top_k, top_p=top_p, generators=generators
             )
 
-        return self._answers(prompts, max_new_tokens, choose, eos_token_id)
+        log_probabilities = [0.0] * len(prompts)
+        return Generation(
+            self._answers(prompts, max_new_tokens, choose, eos_token_id, log_probabilities),
+            log_probabilities,
+        )
 
     def _answers(
         self,
@@ -94,12 +99,16 @@ class Decoder(ABC):
         max_new_tokens: int,
         choose: Callable[[torch.Tensor], torch.Tensor],
         eos_token_id: int,
+        log_probabilities: list[float],
     ) -> Iterator[list[int | None]]:
+        """Adds those of each step to `log_probabilities` before it yields the step."""
         cache, active = self.new_cache(), set(range(len(prompts)))
         logits, positions = self.prefill(prompts, cache)
         for length in range(1, max_new_tokens + 1):  # of the answers, in tokens
             ids = choose(logits)
-            new_ids = ids.tolist()
+            new_ids, added = ids.tolist(), log_probability(logits, ids).tolist()
+            for slot in active:
+                log_probabilities[slot] += added[slot]
             active -= {slot for slot in active if new_ids[slot] == eos_token_id}
             if not active:
                 return
@@ -150,6 +159,12 @@ def right_padded(
     for slot, prompt in enumerate(prompts):
         ids[slot, : len(prompt)], lengths[slot] = torch.tensor(prompt), len(prompt)
     return ids, lengths
+
+
+def log_probability(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits)[id], in nats, float32: logits [n, vocab], ids [n] -> [n]."""
+    logits = logits.float()
+    return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 def with_empty_slots(logits: torch.Tensor, slots: int) -> torch.Tensor:

@@ -14,7 +14,6 @@ from stages.model.base import base_model_folder
 from stages.model.size import parameters
 from stages.run.cost import dollars, hourly_price
 from stages.run.host import computes_bfloat16, host_memory
-from stages.run.layout import VALIDATION_SPLIT
 from stages.run.progress import Progress, duration, show_size
 from stages.run.settings import Settings
 
@@ -31,9 +30,9 @@ class Losses(NamedTuple):
     dtype: str
 
 
-def validation_losses(settings: Settings, data: Path, tuned: Path) -> Losses:
-    """The losses on at most the first EVAL_MAX_DOCUMENTS sequences of the validation split."""
-    sequences = PackedSequences(data / VALIDATION_SPLIT)
+def validation_losses(settings: Settings, split: Path, tuned: Path) -> Losses:
+    """The losses on at most the first EVAL_MAX_DOCUMENTS sequences of the folder `split`."""
+    sequences = PackedSequences(split)
     count = min(len(sequences), settings.eval_max_documents)
     device = evaluation_device()
     dtype, reason = loss_dtype(settings, device)
@@ -116,20 +115,12 @@ def _mean_loss(
     return loss / max(1, tokens)
 
 
-def cost_note(
-    seconds: float,
-    count: int,
-    price: float | None,
-    what: str = "the losses of {} held-out sequences",
-    setting: str = "EVAL_MAX_DOCUMENTS",
-    models: int = 2,
-) -> str:
-    """What `count` units of work will cost on each of `models`, as a line; empty where less than
-    LONG.
+def cost_note(seconds: float, count: int, price: float | None) -> str:
+    """What `count` losses of each of two models will cost, as a line; empty where less than LONG.
 
-    `seconds` are those of the first unit, `price` is in USD per hour. `setting` bounds the count.
+    `seconds` are those of the first loss, `price` is in USD per hour.
     """
-    total, few = models * count * seconds, max(1, int(LONG / (models * seconds)))
+    total, few = 2 * count * seconds, max(1, int(LONG / (2 * seconds)))
     if total <= LONG or few >= count:
         return ""
 
@@ -137,7 +128,7 @@ def cost_note(
         return duration(of) + (f" and {dollars(of, price):.2f} USD" if price else "")
 
     return (
-        f"note: {what.format(count)} take about {cost(total)} here, estimated from the first one. "
-        f"{setting}={few} takes about {cost(models * few * seconds)}: interrupt and set it, or run "
-        "eval on another machine."
+        f"note: the losses of {count} sequences take about {cost(total)} here, estimated from the "
+        f"first one. EVAL_MAX_DOCUMENTS={few} takes about {cost(2 * few * seconds)}: interrupt and "
+        "set it, or run eval on another machine."
     )

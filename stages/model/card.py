@@ -75,12 +75,13 @@ def _eval_results(made: Lineage) -> list[Any]:
 
     measured = made.eval.get("metrics", {}).get("fine_tuned", {})
     names = {"loss": "Loss (nats per token)", "perplexity": "Perplexity"}
+    dataset = made.dataset if made.held_out else ""  # EVAL_SET is a file
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=made.dataset or "local-dataset",
-            dataset_name=made.dataset or "a local dataset",
-            dataset_split="held out by VALIDATION_FRACTION",
+            dataset_type=dataset or "local-dataset",
+            dataset_name=dataset or "a local dataset",
+            dataset_split="held out by VALIDATION_FRACTION" if made.held_out else "EVAL_SET",
             metric_type=metric,
             metric_name=name,
             metric_value=round(measured[metric], 4),
@@ -124,7 +125,8 @@ def _losses(made: Lineage) -> str:
     metrics = made.eval.get("metrics", {})
     if not metrics.get("fine_tuned"):
         return f"On held-out sequences: {NOT_MEASURED}."
-    rows = ["| Held-out sequences | Base model | This model |", "|---|---|---|"]
+    name = "Held-out sequences" if made.held_out else "Sequences of a test set (EVAL_SET)"
+    rows = [f"| {name} | Base model | This model |", "|---|---|---|"]
     for name, label in (("loss", "Loss (nats per token)"), ("perplexity", "Perplexity")):
         before = metrics.get("base", {}).get(name) if made.measured_base else None
         after = metrics["fine_tuned"].get(name)

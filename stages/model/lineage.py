@@ -48,6 +48,11 @@ class Lineage:
         return bool(one) and all(one.get(name) == other.get(name) for name in names)
 
     @property
+    def held_out(self) -> bool:
+        """Whether eval measured on what the data stage held out, not on EVAL_SET."""
+        return not self.eval.get("provenance", {}).get("settings", {}).get("EVAL_SET")
+
+    @property
     def base(self) -> str:
         """The base model's id on the Hub; empty where it was a local folder or is not known."""
         return _hub_id(self.setting("MODEL_ID"))

@@ -9,6 +9,7 @@ backend, so it has none (stages/backends/evaluate.py).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
@@ -101,6 +102,21 @@ class CompileInference(Protocol):
         """
 
 
+@dataclass
+class Generation(Iterator[list[int | None]]):
+    """Answers as they come. `steps` yields one new id per prompt; None for a prompt that has ended.
+
+    `log_probabilities`: of each prompt's answer so far, in nats, with that of its end; what the
+    model itself gives to its ids, before TEMPERATURE, TOP_K and TOP_P.
+    """
+
+    steps: Iterator[list[int | None]]
+    log_probabilities: list[float]
+
+    def __next__(self) -> list[int | None]:
+        return next(self.steps)
+
+
 class LoadedModel(Protocol):
     """A compiled model in memory, of fixed sizes."""
 
@@ -119,9 +135,8 @@ class LoadedModel(Protocol):
         seed: int,
         eos_token_id: int,
         number: int = 0,
-    ) -> Iterator[list[int | None]]:
-        """Yield, step by step, one new id per prompt; None for a prompt that has ended. `number`
-        is that of the first prompt: it and `seed` decide its samples."""
+    ) -> Generation:
+        """Answer the prompts. `number` is that of the first: it and `seed` decide its samples."""
 
 
 class Generate(Protocol):

@@ -15,11 +15,11 @@ from stages.run.errors import InputError
 
 # What a gate may name, and where eval's metrics have it.
 FIGURES = {
-    "validation_loss": "loss of the fine-tuned model on the held-out sequences",
+    "validation_loss": "loss of the fine-tuned model on the held-out sequences, or on EVAL_SET",
     "base_loss": "loss of the base model on them",
     "perplexity": "perplexity of the fine-tuned model on them",
-    "exact_match": "share of the answers that equal the expected text",
-    "ended": "share of the answers that the model ended itself",
+    "exact_match": "share of the answers to EVAL_SET, or else PROMPTS, that are as expected",
+    "ended": "share of those answers that the model ended itself",
 }
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _GATE = re.compile(r"(\w+)(<=|>=|<|>)(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)", re.ASCII)
@@ -64,10 +64,13 @@ def gate_problems(text: str, metrics: Mapping[str, Any]) -> list[str]:
 
 def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
     figures: dict[str, float] = {}
-    if answers := metrics.get("answers"):
-        figures["ended"] = metrics.get("ended", 0) / answers
-    if judged := metrics.get("judged"):
-        figures["exact_match"] = metrics["exact_matches"] / judged
+    counts = metrics
+    if (compared := metrics.get("comparison", {})).get("set") == "EVAL_SET":
+        counts = {**compared, **compared["fine_tuned"], "answers": compared["questions"]}
+    if answers := counts.get("answers"):
+        figures["ended"] = counts.get("ended", 0) / answers
+    if judged := counts.get("judged"):
+        figures["exact_match"] = counts["exact_matches"] / judged
     if "fine_tuned" in metrics:
         figures["validation_loss"] = metrics["fine_tuned"]["loss"]
         figures["perplexity"] = metrics["fine_tuned"]["perplexity"]

@@ -384,9 +384,16 @@ class Settings:
         above=0,
         most=1,
     )
+    eval_set: str = setting(
+        "",
+        "File of examples, in any format of DATASET's, on which eval measures both models; empty: "
+        "those that were held out.",
+        "eval",
+        path=True,
+    )
     compare_answers: int = setting(
         5,
-        "Held-out questions that the base and the fine-tuned model both answer; 0 = none.",
+        "Questions of EVAL_SET that the base and the fine-tuned model both answer; 0 = none.",
         "eval",
         unit="questions",
         least=0,
@@ -399,7 +406,7 @@ class Settings:
     )
     eval_max_documents: int = setting(
         200,
-        "Held-out sequences that eval measures the losses on.",
+        "Sequences of EVAL_SET that eval measures the losses on.",
         "eval",
         unit="sequences",
         least=1,

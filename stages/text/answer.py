@@ -6,6 +6,7 @@ The module imports neither transformers nor datasets, so that the first answer c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,25 +21,35 @@ from stages.text.questions import Question, first_problems
 from stages.text.tokens import TextTokenizer
 
 if TYPE_CHECKING:
-    from stages.run.contract import LoadedModel
+    from stages.run.contract import Generation, LoadedModel
 
 
 @dataclass(frozen=True)
 class Answer:
-    """`ended`: the model ended it; False when MAX_NEW_TOKENS or the compiled length cut it off."""
+    """`ended`: the model ended it; False when MAX_NEW_TOKENS or the compiled length cut it off.
+    `log_probability`: what the model gives to the answer, its end included, in nats."""
 
     question: Question
     answer: str
     tokens: int
     ended: bool
+    log_probability: float
+
+    def figures(self) -> dict[str, Any]:
+        """What is said of the answer wherever it is published; null for what is not finite."""
+        nats = round(self.log_probability, 4)
+        return {
+            "answer": self.answer,
+            "tokens": self.tokens,
+            "ended": self.ended,
+            "log_probability": nats if math.isfinite(nats) else None,
+        }
 
     def as_object(self) -> dict[str, Any]:
         """One line of answers.jsonl."""
         return {
             **self.question.as_object(),
-            "answer": self.answer,
-            "tokens": self.tokens,
-            "ended": self.ended,
+            **self.figures(),
             "expected": self.question.expected,
         }
 
@@ -84,17 +95,20 @@ class Answerer:
             group = questions[start : start + self.model.batch_size]
             prompts = encoded[start : start + self.model.batch_size]
             ids: list[list[int]] = [[] for _ in group]
-            for step in self._generate(prompts, start, settings):
+            generated = self._generate(prompts, start, settings)
+            for step in generated:
                 for answer_ids, new in zip(ids, step, strict=True):
                     if new is not None:
                         answer_ids.append(new)
-            for question, prompt, answer_ids in zip(group, prompts, ids, strict=True):
-                yield self.answer(question, prompt, answer_ids)
+            for one in zip(group, prompts, ids, generated.log_probabilities, strict=True):
+                yield self.answer(*one)
 
-    def answer(self, question: Question, prompt: list[int], ids: list[int]) -> Answer:
+    def answer(
+        self, question: Question, prompt: list[int], ids: list[int], log_probability: float
+    ) -> Answer:
         """The answer that `ids` are, whichever model gave them."""
         text, ended = self._text(ids, whole=True), self._has_ended(prompt, ids)
-        return Answer(question, text, len(ids), ended)
+        return Answer(question, text, len(ids), ended, log_probability)
 
     def fitting(self, questions: list[Question]) -> tuple[list[Question], list[list[int]]]:
         """The questions that the compiled model can take, and their prompts' ids."""
@@ -127,7 +141,7 @@ class Answerer:
 
     def _generate(
         self, prompts: list[list[int]], number: int, settings: Settings | None = None
-    ) -> Iterator[list[int | None]]:
+    ) -> Generation:
         s = settings or self.settings
         return self.model.generate(
             prompts,

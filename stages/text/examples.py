@@ -46,11 +46,14 @@ class Example(NamedTuple):
 @dataclass
 class Examples:
     """An opened dataset. `columns` are those that are read, none of them AUTO; `unread`: names of
-    others, and of keys of messages, complete once `batches` has ended."""
+    others, and of keys of messages, complete once `batches` has ended; `read_as`: lines that say
+    how it is read; `setting`: the one that named it."""
 
     columns: Columns
     batches: Iterator[list[Example]]
     unread: set[str]
+    read_as: tuple[str, ...]
+    setting: str
 
     def notes(self) -> list[str]:
         """What is not read, once `batches` has ended."""
@@ -58,7 +61,7 @@ class Examples:
         if not names:
             return []
         more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
-        return [f"not read of DATASET: {', '.join(map(repr, names[:10]))}{more}."]
+        return [f"not read of {self.setting}: {', '.join(map(repr, names[:10]))}{more}."]
 
 
 def open_examples(
@@ -69,25 +72,23 @@ def open_examples(
     split: str = "train",
     columns: Columns | None = None,
     most: int = 0,
+    setting: str = "DATASET",
 ) -> Examples:
     """The examples of `dataset`, in batches of at most 1,000; only the first `most`, if not 0.
 
     `dataset`: a file of FORMATS, a folder of such files or a saved `datasets` folder, local or
-    s3://, or a Hub id with `revision`, `config` and `split` (folders have a split too). Prints what
-    is found out about its format. Blank lines are skipped; columns that are not named are ignored.
+    s3://, or a Hub id with `revision`, `config` and `split` (folders have a split too). `setting`
+    named it. Blank lines are skipped; columns that are not named are ignored.
     Raises InputError: at once for a dataset that cannot be opened, has no examples or lacks a
     column; at the end for bad examples, of which it names the first ten and counts all (nothing is
     yielded after the first).
     """
     columns = columns or Columns()
     source = open_dataset(dataset, revision, config, split, sorted(columns.wanted))
-    if config and (dataset.startswith("s3://") or os.path.lexists(dataset)):
-        print(f"DATASET_CONFIG={printable(config)}: not read, because only the Hub has them")
-    for note in source.notes:
-        print(f"DATASET={printable(dataset)}: {printable(note)}", flush=True)
+    lines = [*source.notes]
     records = islice(source.read(), most or None)
     if most:
-        print(f"DATASET={printable(dataset)}: only the first {most:,} examples", flush=True)
+        lines.append(f"only the first {most:,} examples")
     first = list(islice(records, _LOOKED_AT)) if source.columns is None else []
     place, existing = _existing(source, first, columns)
     late = set[str]()
@@ -95,12 +96,17 @@ def open_examples(
         found = Columns("", "", "", "")
     else:
         found = find_columns(place, existing, columns)
-        print(f"DATASET={printable(dataset)}: {printable(found.describe())}", flush=True)
+        lines.append(found.describe())
         if columns.context == AUTO and found.instruction and not found.context:
             late = {*spellings(USUAL["context"])}
     unread = {str(name) for name in source.columns or ()} - {*found.named}
     batches = _batches(source.name, chain(first, records), found, unread, late)
-    return Examples(found, batches, unread)
+    read_as = [f"{setting}={printable(dataset)}: {printable(line)}" for line in lines]
+    if config and (dataset.startswith("s3://") or os.path.lexists(dataset)):
+        read_as.append(
+            f"DATASET_CONFIG={printable(config)}: not read, because only the Hub has them"
+        )
+    return Examples(found, batches, unread, tuple(read_as), setting)
 
 
 def _existing(

@@ -6,6 +6,7 @@ Standard library only, so that make can check the file before anything runs.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,15 +134,18 @@ def _of(named: Columns, existing: list[str], texts: str) -> Columns:
     return Columns(*(name if name in ("", *existing) else AUTO for name in astuple(named)))
 
 
+def answered_questions(conversations: Iterable[Conversation], name: str = "") -> Iterator[Question]:
+    """What is asked before the last answers, which are expected; `name`: of a question, before its
+    number. Texts without a prompt ask nothing, and conversations with tool calls are left out."""
+    for number, messages in enumerate(conversations, start=1):
+        if len(messages) > 1 and not any(message.extra for message in messages):
+            yield Question(messages[:-1], messages[-1].content, f"{name} {number}")
+
+
 def write_questions(path: Path, conversations: list[Conversation]) -> None:
-    """A file that `written_questions` reads: the questions before the last answers, and those.
-    Texts without a prompt ask nothing, and conversations with tool calls are left out."""
-    asked = (
-        {**Question(messages[:-1]).as_object(), "expected": messages[-1].content}
-        for messages in conversations
-        if len(messages) > 1 and not any(message.extra for message in messages)
-    )
-    write_json_lines(path, asked)
+    """A file that `written_questions` reads."""
+    asked = answered_questions(conversations)
+    write_json_lines(path, ({**one.as_object(), "expected": one.expected} for one in asked))
 
 
 def written_questions(path: Path) -> list[Question]:

@@ -47,7 +47,7 @@ def test_losses_of_a_float32_training_are_in_float32() -> None:
 def test_losses_that_take_hours_are_announced_with_their_price_and_a_cheaper_number() -> None:
     """A 7B model on trn1.32xlarge's host: 20 seconds a sequence, on two models."""
     note = cost_note(20.0, 200, 21.50)
-    assert "200 held-out sequences take about 2 h 13 min and 47.78 USD" in note
+    assert "200 sequences take about 2 h 13 min and 47.78 USD" in note
     assert "EVAL_MAX_DOCUMENTS=15 takes about 10 min 00 s and 3.58 USD" in note
 
 

@@ -62,7 +62,10 @@ def tiny_model(work: Path, data: Path) -> None:
 def evaluated(work: Path) -> StageResult:
     write_answers(
         work / "answers.jsonl",
-        [Answer(Question((Message("user", one, ""),)), f"A {one}", 3, True) for one in QUESTIONS],
+        [
+            Answer(Question((Message("user", one, ""),)), f"A {one}", 3, True, -2.5)
+            for one in QUESTIONS
+        ],
     )
     losses = {name: {"loss": loss, "perplexity": 2 * loss} for name, loss in LOSSES.items()}
     return StageResult(metrics={"answers": 3, **losses, "loss_dtype": "float32"}, tokens=9)

@@ -46,3 +46,15 @@ def test_what_is_no_gate_is_refused_with_the_nearest_name_and_all_at_once() -> N
     assert "'ended=1' is no gate" in second and "'ended>many' is no gate" in third
     with pytest.raises(InputError, match="GATES: 'x' is no gate"):
         Settings.read({"GATES": "x"})
+
+
+def test_answers_to_an_eval_set_count_and_not_those_to_prompts() -> None:
+    counts = {"ended": 4, "exact_matches": 3}
+    metrics = {
+        "answers": 2,
+        "ended": 0,
+        "comparison": {"set": "EVAL_SET", "questions": 5, "judged": 4, "fine_tuned": counts},
+    }
+    assert not gate_problems("ended>=0.8 exact_match>=0.75", metrics)
+    metrics["comparison"]["set"] = "held-out"
+    assert len(gate_problems("ended>=0.8 exact_match>=0.75", metrics)) == 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.run.contract import Generation
 from stages.run.settings import Settings
 from stages.text.answer import Answerer
 from stages.text.prompt import TextFormat
@@ -25,11 +26,11 @@ class Recites:
     def __init__(self, ids: list[int]):
         self.ids = ids
 
-    def generate(
-        self, prompts: list[list[int]], *, max_new_tokens: int, **_: object
-    ) -> Iterator[list[int | None]]:
-        for id in self.ids[:max_new_tokens]:
-            yield [id] * len(prompts)
+    def generate(self, prompts: list[list[int]], *, max_new_tokens: int, **_: object) -> Generation:
+        steps: Iterator[list[int | None]] = (
+            [id] * len(prompts) for id in self.ids[:max_new_tokens]
+        )
+        return Generation(steps, [-float(len(self.ids))] * len(prompts))
 
 
 @pytest.fixture

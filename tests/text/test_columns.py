@@ -172,15 +172,15 @@ def test_a_named_column_that_does_not_exist_or_exists_twice_is_refused(
     assert str(refused.value).startswith(told)
 
 
-def test_what_is_read_is_said_and_so_is_what_is_not(tmp_path: Path, capsys) -> None:
+def test_what_is_read_is_said_and_so_is_what_is_not(tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl"
     file.write_text(
         '{"instruction": "a", "input": "b", "output": "c"}\n{"instruction": "a", '
         '"output": "c", "topic": 1}\n'
     )
     dataset = open_examples(str(file))
-    assert capsys.readouterr().out == (
-        f"DATASET={file}: instruction in 'instruction', context in 'input', response in 'output'\n"
+    assert dataset.read_as == (
+        f"DATASET={file}: instruction in 'instruction', context in 'input', response in 'output'",
     )
     assert [row.messages[0].context for batch in dataset.batches for row in batch] == ["b", ""]
     assert dataset.notes() == ["not read of DATASET: 'topic'."]

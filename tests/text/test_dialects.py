@@ -12,6 +12,7 @@ import pytest
 
 from stages.text.columns import Columns
 from stages.text.conversation import Message
+from stages.text.examples import open_examples
 from tests.text.conversations import read
 from tests.text.test_examples import GOOD, HEADER, LINE, line, message, texts
 
@@ -27,19 +28,19 @@ SAID = {
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_what_a_files_beginning_shows_is_said(tmp_path, name, capsys):
+def test_what_a_files_beginning_shows_is_said(tmp_path, name):
     file, content, told = SAID[name]
     (tmp_path / file).write_bytes(content)
-    texts(tmp_path / file)
-    *said, columns = capsys.readouterr().out.splitlines()
+    *said, columns = open_examples(str(tmp_path / file)).read_as
     assert "instruction in 'instruction'" in columns
     assert [told in line and file in line for line in said] == ([True] if told else [])
 
 
-def test_what_a_dataset_does_not_have_is_said(tmp_path, capsys):
+def test_what_a_dataset_does_not_have_is_said(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(LINE)
-    assert len(texts(tmp_path / "d.jsonl", split="test", config="en")) == 1
-    said = capsys.readouterr().out
+    dataset = open_examples(str(tmp_path / "d.jsonl"), split="test", config="en")
+    assert sum(map(len, dataset.batches)) == 1
+    said = "\n".join(dataset.read_as)
     assert "DATASET_CONFIG=en: not read" in said
     assert "has no splits, so all of it is read, whatever DATASET_SPLIT=test chooses" in said
 

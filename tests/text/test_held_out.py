@@ -63,10 +63,11 @@ def test_the_file_gives_the_questions_back_with_their_answers(tmp_path: Path) ->
     assert written_questions(tmp_path / "none.jsonl") == []
 
 
-def test_only_the_first_examples_are_read_where_a_number_says_so(tmp_path: Path, capsys) -> None:
+def test_only_the_first_examples_are_read_where_a_number_says_so(tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl"
     file.write_text(
         "".join(json.dumps({"prompt": f"{n}", "completion": "x"}) + "\n" for n in range(2000))
     )
-    rows = [row for batch in open_examples(str(file), most=1500).batches for row in batch]
-    assert len(rows) == 1500 and "only the first 1,500 examples" in capsys.readouterr().out
+    examples = open_examples(str(file), most=1500)
+    assert sum(map(len, examples.batches)) == 1500
+    assert any("only the first 1,500 examples" in line for line in examples.read_as)

@@ -124,6 +124,27 @@ def test_greedy_answers_to_prompts_of_different_lengths_in_one_batch_equal_those
     )
 
 
+def test_an_answer_has_the_log_probability_that_transformers_gives_it_and_its_end(model, model_dir):
+    whole = LlamaForCausalLM.from_pretrained(model_dir)
+    for how in (GREEDY, {**SAMPLED, "seed": 5}):
+        asked = model.generate(PROMPTS, max_new_tokens=6, eos_token_id=-1, **how)
+        three = answers(asked, 3)
+        for prompt, ids, nats in zip(PROMPTS, three, asked.log_probabilities, strict=True):
+            [logits] = whole(torch.tensor([prompt + ids])).logits.detach().log_softmax(-1)
+            expected = sum(float(logits[len(prompt) + n - 1, id]) for n, id in enumerate(ids))
+            assert nats == pytest.approx(expected, abs=1e-3)
+    # An answer that the model ends at once has the log-probability of that end.
+    asked = model.generate(
+        [[7]],
+        max_new_tokens=5,
+        eos_token_id=answers(model.generate([[7]], max_new_tokens=1, eos_token_id=-1, **GREEDY), 1)[
+            0
+        ][0],
+        **GREEDY,
+    )
+    assert list(asked) == [] and asked.log_probabilities[0] < 0
+
+
 def test_a_prompt_of_one_token_alone_in_the_batch_is_answered_as_transformers_answers_it(
     model, model_dir
 ):

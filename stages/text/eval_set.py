@@ -1,0 +1,90 @@
+"""What eval measures the base and the fine-tuned model on: what was held out, or EVAL_SET."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.run.errors import InputError
+from stages.run.layout import HELD_OUT_FILE, TRAIN_SPLIT, VALIDATION_SPLIT
+from stages.run.settings import Settings
+from stages.text.columns import Columns
+from stages.text.conversation import Conversation, until_last_answer
+from stages.text.examples import Example, Examples, open_examples
+from stages.text.questions import Question, answered_questions, written_questions
+
+if TYPE_CHECKING:
+    from stages.text.prompt import PromptFormat
+    from stages.text.tokens import TextTokenizer
+
+HELD_OUT, EVAL_SET = "held-out", "EVAL_SET"
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """`name`: HELD_OUT or EVAL_SET. `sequences`: folder of packed sequences; None where there are
+    none. `questions`: what both models may be asked, with the expected answers."""
+
+    name: str
+    sequences: Path | None
+    questions: list[Question]
+
+
+def held_out(data: Path) -> EvalSet:
+    """What the data stage, which published `data`, held out of the training."""
+    split = data / VALIDATION_SPLIT
+    return EvalSet(
+        HELD_OUT, split if split.is_dir() else None, written_questions(data / HELD_OUT_FILE)
+    )
+
+
+def read_eval_set(settings: Settings) -> None:
+    """Raise InputError for what is wrong with EVAL_SET, as far as the standard library shows it."""
+    if settings.eval_set:
+        for _ in _open(settings).batches:
+            pass
+
+
+def _open(settings: Settings) -> Examples:
+    s = settings
+    if not Path(s.eval_set).exists():
+        raise InputError(
+            f"EVAL_SET={s.eval_set} does not exist. Name a file or a folder of examples on this "
+            "machine."
+        )
+    columns = Columns(s.instruction_column, s.context_column, s.response_column, s.messages_column)
+    return open_examples(s.eval_set, columns=columns, setting="EVAL_SET")
+
+
+def packed_eval_set(
+    settings: Settings, tokenizer: TextTokenizer, format: PromptFormat, folder: Path
+) -> EvalSet:
+    """EVAL_SET as `format` writes it, packed into `folder` as the data stage packs DATASET.
+
+    Raises InputError for examples that cannot be used.
+    """
+    from stages.text.dataset import Layout, build
+
+    s, first = settings, list[Conversation]()
+    examples = _open(settings)
+
+    def seen() -> Iterator[list[Example]]:
+        for batch in examples.batches:
+            first.extend(one.messages for one in batch[: s.compare_answers - len(first)])
+            yield batch
+
+    account = build(
+        seen(), tokenizer, format, output=folder, layout=Layout(s.max_length, loss_on=s.loss_on)
+    )
+    for line in (*examples.read_as, *examples.notes()):
+        print(line, flush=True)
+    cut = f", {account.over_long:,} of them cut to MAX_LENGTH" if account.over_long else ""
+    print(
+        f"EVAL_SET={s.eval_set}: {account.rows_in:,} examples{cut}, {account.train.packed:,} "
+        f"tokens in {account.train.rows:,} sequences",
+        flush=True,
+    )
+    asked = answered_questions(map(until_last_answer, first), "EVAL_SET, question")
+    return EvalSet(EVAL_SET, folder / TRAIN_SPLIT, list(asked))
