@@ -88,11 +88,12 @@ ifneq (,$(or $(uses_run),$(filter status verify clean,$(MAKECMDGOALS))))
 endif
 
 python := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
-# What is installed: the Neuron requirements where there are Neuron devices. Goals that test also
-# install what the tests need.
-requirements := $(if $(wildcard /dev/neuron[0-9]*),docker/requirements.txt,requirements.txt)
+# What is installed: where there are Neuron devices, the requirements of optimum-neuron, or on
+# Trainium 2 and 3 those of AWS's native PyTorch. Goals that test also install what the tests need.
+native := $(if $(filter trn2% trn3%,$(file </sys/devices/virtual/dmi/id/product_name)),native-)
+requirements := $(if $(wildcard /dev/neuron[0-9]*),docker/$(native)requirements.txt,requirements.txt)
 neuron_pins := stages/backends/neuron/requirements.txt
-pins := $(requirements) stages/requirements.txt $(if $(filter docker/%,$(requirements)),$(neuron_pins))
+pins := $(requirements) stages/requirements.txt $(if $(filter docker/requirements.txt,$(requirements)),$(neuron_pins))
 test_pins := tests/requirements.txt $(neuron_pins)
 installed := $(if $(VENV),$(VENV)/requirements.txt)
 tested := $(if $(VENV),$(VENV)/tests-requirements.txt)

@@ -117,6 +117,7 @@ MACHINE = (
 # Module and function of each InputError that a stage after data can raise -> who finds it first.
 FIRST_FOUND = {
     "backends/decoding Decoder.generate": DATA,
+    "backends/device device_of": MACHINE,
     "backends/neuron/compile_inference _refuse_unfit": LIST,
     "backends/neuron/compiled read_description": OUTPUT,
     "backends/neuron/compiled this_runtime": MACHINE,

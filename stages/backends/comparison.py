@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from stages.backends.decoding import log_probability
-from stages.backends.evaluate import evaluation_device, load_for_evaluation, loss_dtype
+from stages.backends.device import device_of
+from stages.backends.evaluate import load_for_evaluation, loss_dtype
 from stages.model.base import base_model_folder
 from stages.run.cost import dollars, hourly_price
 from stages.run.layout import COMPARISON_FILE
@@ -72,7 +73,8 @@ class BaseModel:
     """The base model, and its likeliest answers as long as the compiled model's may be."""
 
     def __init__(self, settings: Settings, answerer: Answerer):
-        self.device, self._settings, self._answerer = evaluation_device(), settings, answerer
+        self.device = device_of(settings).torch_device()
+        self._settings, self._answerer = settings, answerer
         dtype, _ = loss_dtype(settings, self.device)
         self._model = load_for_evaluation(base_model_folder(settings), dtype, self.device)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from stages.backends.batches import PackedSequences
+from stages.backends.device import device_of
 from stages.backends.loss import loss_sum, supervised
 from stages.model.base import base_model_folder
 from stages.model.size import parameters
@@ -34,7 +35,7 @@ def validation_losses(settings: Settings, split: Path, tuned: Path) -> Losses:
     """The losses on at most the first EVAL_MAX_DOCUMENTS sequences of the folder `split`."""
     sequences = PackedSequences(split)
     count = min(len(sequences), settings.eval_max_documents)
-    device = evaluation_device()
+    device = device_of(settings).torch_device()
     dtype, reason = loss_dtype(settings, device)
     name = str(dtype).removeprefix("torch.")
     print(f"losses on {device.type} in {name}: {reason}", flush=True)
@@ -65,11 +66,6 @@ def loss_dtype(settings: Settings, device: torch.device) -> tuple[torch.dtype, s
             f"would take {show_size(needed)} of {show_size(memory)}"
         )
     return torch.float32, "this CPU has no instructions for bfloat16 and is faster in float32"
-
-
-def evaluation_device() -> torch.device:
-    """Where models that are not compiled run: a GPU, else this host's CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_for_evaluation(folder: Path, dtype: torch.dtype | str, device: torch.device) -> Any:

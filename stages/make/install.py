@@ -20,7 +20,11 @@ from urllib.error import URLError
 PYTHONS = ((3, 10), (3, 12))
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # the last is WSL's
-NEURON_REQUIREMENTS = "docker/requirements.txt"
+# AWS's packages: of optimum-neuron, and of the native PyTorch beside PyTorch's CPU build.
+NEURON_REQUIREMENTS, NATIVE_REQUIREMENTS = (
+    "docker/requirements.txt",
+    "docker/native-requirements.txt",
+)
 # A line of `pip config list`: global.find-links='/opt/wheels'
 _PIP_OPTION = re.compile(r"^\S+\.(find-links|index-url|extra-index-url)='(.*)'$", re.MULTILINE)
 
@@ -53,6 +57,10 @@ def index_options(requirements: tuple[str, ...]) -> tuple[list[str], str]:
     """Options that name package indexes besides the configured ones, and what is installed."""
     if NEURON_REQUIREMENTS in requirements:
         return ["--extra-index-url", os.environ["NEURON_PIP_INDEX"]], "AWS Neuron, about 10 GB"
+    if NATIVE_REQUIREMENTS in requirements:
+        indexes = (os.environ["NEURON_PIP_INDEX"], CPU_INDEX)
+        options = [word for index in indexes for word in ("--extra-index-url", index)]
+        return options, "PyTorch for Trainium 2 and 3"
     if any(map(os.path.exists, NVIDIA_DEVICES)):
         return [], "PyTorch's CUDA build, about 7 GB"
     if "PIP_EXTRA_INDEX_URL" in os.environ:

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from stages.run.cost import instance_type
 from stages.run.settings import Settings
+
+DEVICE_NODES = Path("/dev")
+NATIVE_INSTANCES = ("trn2", "trn3")  # where AWS's PyTorch has a device of its own
 
 if TYPE_CHECKING:
     from stages.run import contract
@@ -19,25 +23,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend's name (its package below `stages.backends`) and why it was chosen."""
+    """A backend's name (its package below `stages.backends`) and why it was chosen. `on_neuron`:
+    it is PyTorch, and this is a Trainium 2 or 3, which AWS's PyTorch runs on natively."""
 
     name: str
     reason: str
+    on_neuron: bool = False
 
 
 def find_backend() -> Choice:
-    """Neuron where its device nodes are, else PyTorch (which prefers CUDA to the CPU)."""
-    devices = len(list(Path("/dev").glob("neuron[0-9]*")))
-    if devices:
-        return Choice("neuron", f"{devices} Neuron device{'s' if devices > 1 else ''} in /dev")
-    return Choice("torch", "no Neuron devices in /dev")
+    """optimum-neuron on Trainium 1 and Inferentia 2, else PyTorch."""
+    devices = len(list(DEVICE_NODES.glob("neuron[0-9]*")))
+    if not devices:
+        return Choice("torch", f"no Neuron devices in {DEVICE_NODES}")
+    found, instance = f"{devices} Neuron device{'s' if devices > 1 else ''}", instance_type() or ""
+    if instance.startswith(NATIVE_INSTANCES):
+        return Choice("torch", f"{found} of a {instance}, natively", on_neuron=True)
+    return Choice("neuron", f"{found} in {DEVICE_NODES}")
 
 
 def choose(settings: Settings) -> Choice:
-    """The backend that BACKEND names, or the one found."""
-    if settings.backend != "auto":
-        return Choice(settings.backend, f"BACKEND={settings.backend}")
-    return find_backend()
+    """The backend that BACKEND or DEVICE names, or the one found."""
+    if settings.backend == "auto" and settings.device == "auto":
+        return find_backend()
+    if settings.backend == "auto":
+        return Choice("torch", f"DEVICE={settings.device}")
+    found = find_backend()
+    return Choice(
+        settings.backend,
+        f"BACKEND={settings.backend}",
+        settings.backend == found.name == "torch" and found.on_neuron,
+    )
 
 
 @overload

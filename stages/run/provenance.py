@@ -16,7 +16,7 @@ from typing import Any
 
 from stages.model.files import model_files
 from stages.run import digests
-from stages.run.backend import find_backend
+from stages.run.backend import choose, find_backend
 from stages.run.fingerprint import ROOT, code_of, raw_digest
 from stages.run.layout import CONFIG_FILE, TOKENIZER_FILES
 from stages.run.manifest import file_problems, manifest_of, manifest_problem
@@ -66,7 +66,8 @@ def provenance_now(
         if seen_then.get("backend") in REQUIREMENTS
         else find_backend().name
     )
-    backend = settings.backend if settings.backend != "auto" else backend_then
+    named = settings.backend != "auto" or settings.device != "auto"
+    backend = choose(settings).name if named else backend_then
     code, raw = _code(
         stage,
         backend,

@@ -41,9 +41,16 @@ class Settings:
     # What runs where.
     backend: str = setting(
         "auto",
-        "Backend of the stages; auto: neuron where there are Neuron devices, else torch.",
+        "Backend of the stages; auto: neuron (optimum-neuron) on Trainium 1 and Inferentia 2, else "
+        "torch.",
         "precompile train consolidate compile-inference eval",
         choices=("auto", "torch", "neuron"),
+    )
+    device: str = setting(
+        "auto",
+        "Device of the torch backend; auto: the fastest that is here. neuron is Trainium 2 and 3.",
+        "compile-inference",
+        choices=("auto", "cpu", "cuda", "neuron"),
     )
     nproc_per_node: int = setting(
         1,
@@ -468,6 +475,11 @@ class Settings:
                 f"MAX_LENGTH={self.max_length} is not a multiple of "
                 f"TENSOR_PARALLEL_SIZE={self.tensor_parallel_size}: sequence parallelism gives "
                 f"each process an equal slice of a sequence. Set MAX_LENGTH to a multiple."
+            )
+        if self.backend == "neuron" and self.device != "auto":
+            problems.append(
+                f"DEVICE={self.device} is for the torch backend, and BACKEND=neuron is "
+                "optimum-neuron. Leave one of them out."
             )
         problems += self._overwritten()
         if self.messages_column != "auto" and {self.instruction_column, self.response_column} != {

@@ -91,6 +91,14 @@ def neuron_cores() -> tuple[int, str]:
     return machine.cores, machine.source
 
 
+def core_memory() -> int | None:
+    """Bytes of device memory of one core; None where this is no instance whose memory is known."""
+    instance = INSTANCES.get(instance_type() or "")
+    if instance is None:
+        return None
+    return instance.devices * instance.device_memory * 2**30 // instance.cores
+
+
 def device_name() -> str:
     """The machine's name for the manifest: `trn1.32xlarge, 32 NeuronCores`."""
     machine = find_hardware()

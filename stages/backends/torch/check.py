@@ -5,12 +5,15 @@ Standard library only, so that make can ask before anything runs.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from stages.backends.neuron import hardware
+from stages.make.install import NVIDIA_DEVICES
 from stages.model.fit import (
     LORA_LAYERS,
     architecture_problems,
@@ -20,6 +23,7 @@ from stages.model.fit import (
     position_problems,
     rope_problems,
 )
+from stages.run.backend import choose
 from stages.run.settings import Settings
 
 # transformers has the matrices of these in a form that tensor parallelism cannot divide: joined
@@ -27,6 +31,8 @@ from stages.run.settings import Settings
 UNDIVIDED = ("olmo2", "phi3")
 JOINED_LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")  # phi3's linear layers
 SHORTEST_SEQUENCE = 16
+NATIVE = "2.13.3."  # the releases of torch-neuronx for the pinned PyTorch
+ON_DEVICE = {"precompile", "train", "compile-inference", "eval"}
 
 
 def training_problems(settings: Settings, config: Any, vocabulary: int) -> Iterator[str]:
@@ -95,12 +101,47 @@ def inference_problems(settings: Settings, config: Any) -> Iterator[str]:
 
 def machine_problems(settings: Settings, stages: Collection[str]) -> Iterator[str]:
     """What this machine lacks to run `stages`."""
+    if set(stages) & ON_DEVICE and (problem := device_problem(settings)):
+        yield problem
     compiler = cpp_compiler()
     if "compile-inference" in stages and shutil.which(compiler) is None:
         yield (
             f"The C++ compiler {compiler} is not on the PATH. Install it (Debian, Ubuntu: apt "
             "install g++) or name another in CXX."
         )
+
+
+def device_problem(settings: Settings) -> str:
+    """Why the device that DEVICE names, or the Trainium that is here, cannot be used; empty if it
+    can, as far as any Python knows."""
+    on_neuron = settings.device == "auto" and choose(settings).on_neuron
+    if settings.device == "neuron" or on_neuron:
+        if not hardware.find_hardware().cores:
+            return "DEVICE=neuron: there is no Neuron device here. Set cpu, or auto."
+        if settings.neuron_compile_cache_url.startswith("s3:"):
+            return (
+                f"NEURON_COMPILE_CACHE_URL={settings.neuron_compile_cache_url}: this compiler "
+                "keeps its graphs in a folder. Set one that all machines mount."
+            )
+    if settings.device == "cuda" and not any(map(os.path.exists, NVIDIA_DEVICES)):
+        return "DEVICE=cuda: there is no NVIDIA GPU here. Set cpu, or auto."
+    return ""
+
+
+def native_problem() -> str:
+    """Why AWS's native PyTorch cannot run in this Python; empty if it can."""
+    # It has a device of its own, and the name of the XLA package, which has none.
+    try:
+        version = importlib.metadata.version("torch-neuronx")
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    if version.startswith(NATIVE):
+        return ""
+    found = f"torch-neuronx {version} is installed" if version else "it is not installed"
+    return (
+        f"Trainium 2 and 3 need AWS's native PyTorch, torch-neuronx {NATIVE}*, and {found}. "
+        "Install docker/native-requirements.txt as docs/trainium2.md says, or set DEVICE=cpu."
+    )
 
 
 def cpp_compiler() -> str:

@@ -12,7 +12,6 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+from stages.backends.device import Device, device_of
 from stages.backends.torch.check import inference_problems, machine_problems
 from stages.backends.torch.check_compiled import (
     TOLERANCE,
@@ -32,10 +32,16 @@ from stages.backends.torch.check_compiled import (
     eager_logits,
     random_probe,
 )
-from stages.backends.torch.export import Step, StepName, export_step, head_dim
-from stages.backends.torch.generate import COMPILED_INFO, WEIGHTS, constant_type
+from stages.backends.torch.export import Step, export_step, head_dim
+from stages.backends.torch.generate import (
+    COMPILED_INFO,
+    STEPS,
+    WEIGHTS,
+    StepName,
+    constant_type,
+)
 from stages.backends.torch.inductor import scratch_space
-from stages.backends.torch.instruction_set import instruction_set
+from stages.backends.torch.static import compile_static
 from stages.model.fit import raw_config
 from stages.model.size import weight_bytes
 from stages.run.disk import disk_failure, disk_guard
@@ -43,16 +49,14 @@ from stages.run.errors import InputError, StageFailure, refuse
 from stages.run.layout import CONFIG_FILE
 from stages.run.settings import Settings
 
-STEPS: tuple[StepName, ...] = ("prefill", "decode")
-
 
 @dataclass(frozen=True)
 class Compilation:
-    """What is compiled, into which folder, for which device ("cpu" or "cuda") and sizes."""
+    """What is compiled, into which folder, for which device and sizes."""
 
     model_dir: Path
     output: Path
-    device: str
+    device: Device
     batch_size: int
     sequence_length: int
 
@@ -61,14 +65,17 @@ def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[
     """Compile the model in `model_dir` into `output`.
 
     The compiled model takes INFERENCE_BATCH_SIZE prompts of INFERENCE_SEQUENCE_LENGTH tokens each,
-    answers included. It has the dtype that config.json names, and runs on CUDA where there is a
-    GPU, else on the CPU. Returns the manifest's entries: device, differences found by the check,
-    bytes, seconds. Raises InputError for a model or sizes that cannot be compiled, StageFailure
-    when compiling fails or the compiled logits differ from the eager model's.
+    answers included. It has the dtype that config.json names. Returns the manifest's entries:
+    device, differences found by the check, bytes, seconds. Raises InputError for a model or sizes
+    that cannot be compiled, StageFailure when compiling fails or the compiled logits differ from
+    the eager model's.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     work = Compilation(
-        model_dir, output, device, settings.inference_batch_size, settings.inference_sequence_length
+        model_dir,
+        output,
+        device_of(settings),
+        settings.inference_batch_size,
+        settings.inference_sequence_length,
     )
     config = _checked_config(work, settings)
     output.mkdir(parents=True, exist_ok=True)
@@ -80,14 +87,17 @@ def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[
     with disk_guard("the compiled model's weights", output, weight_bytes(model_dir)):
         expected = _write_model(work, probe)
     started = time.monotonic()
-    _compile_packages(work)
+    if work.device.has_inductor:
+        _compile_packages(work)
+    else:
+        compile_static(model_dir, output, work.device)
     seconds = time.monotonic() - started
     return {
-        "device": device,
+        "device": work.device.name,
         "batch_size": work.batch_size,
         "sequence_length": work.sequence_length,
         **check_compiled(output, probe, expected),
-        "package_bytes": sum((output / f"{step}.pt2").stat().st_size for step in STEPS),
+        "package_bytes": sum(file.stat().st_size for file in output.glob("*.pt2")),
         "weight_bytes": (output / WEIGHTS).stat().st_size,
         "compile_seconds": round(seconds, 1),
     }
@@ -105,24 +115,10 @@ def _checked_config(work: Compilation, settings: Settings) -> dict[str, Any]:
         [
             *inference_problems(settings, raw_config(config)),
             *machine_problems(settings, {"compile-inference"}),
-            *_cuda_problems(work.device),
+            *filter(None, [work.device.inference_problem()]),
         ]
     )
     return config
-
-
-def _cuda_problems(device: str) -> Iterator[str]:
-    if device == "cuda":
-        from torch.utils.cpp_extension import CUDA_HOME
-
-        # torch's wheels bring CUDA's libraries but not all of its headers, which the packages' C++
-        # includes.
-        if CUDA_HOME is None:
-            yield (
-                "The CUDA toolkit is not installed, and compiling for the GPU needs its headers. "
-                "Install it or set CUDA_HOME, or compile for the CPU by hiding the GPU "
-                "(CUDA_VISIBLE_DEVICES= in front of the command)."
-            )
 
 
 def _load_model(work: Compilation) -> Any:
@@ -148,7 +144,7 @@ def _load_model(work: Compilation) -> Any:
         raise InputError(
             f"{work.model_dir} has weights of {model.dtype}; the torch backend compiles {names}."
         )
-    return model.to(work.device).eval().requires_grad_(False)
+    return model.to(work.device.torch_device()).eval().requires_grad_(False)
 
 
 def _write_model(work: Compilation, probe: Probe) -> torch.Tensor:
@@ -180,7 +176,7 @@ def _description(
     config, ids = model.config, model.generation_config
     return {
         "model_type": config.model_type,
-        "device": work.device,
+        "device": work.device.name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": work.batch_size,
         "sequence_length": work.sequence_length,
@@ -196,7 +192,7 @@ def _description(
         "eos_token_id": ids.eos_token_id,
         "pad_token_id": ids.pad_token_id,
         "torch": torch.__version__,
-        "instruction_set": instruction_set(work.device).as_json(),
+        "instruction_set": work.device.instructions().as_json(),
         "constants": {name: constant_type(tensor) for name, tensor in sorted(constants.items())},
     }
 
@@ -207,15 +203,14 @@ def _compile_packages(work: Compilation) -> None:
     On a CPU both run at the same time, which takes two thirds of the time on two cores. On a GPU
     they run one after the other, because each has a copy of the weights.
     """
-    if work.device == "cuda":
-        torch.cuda.empty_cache()  # the eager model's memory, for the process that compiles
+    work.device.release_memory()  # the eager model's, for the process that compiles
     prompts = f"{work.batch_size} prompt{'s' * (work.batch_size > 1)}"
     print(
-        f"compiling {' and '.join(STEPS)} for {instruction_set(work.device).name}, "
+        f"compiling {' and '.join(STEPS)} for {work.device.instructions().name}, "
         f"{prompts} of up to {work.sequence_length} tokens",
         flush=True,
     )
-    workers = 1 if work.device == "cuda" else len(STEPS)
+    workers = len(STEPS) if work.device.memory() is None else 1
     with scratch_space(work.output), ExitStack() as stack:
         # One pool per process: in a pool of two, CPython may notice that one process has died only
         # when the other is done.
@@ -242,9 +237,8 @@ def _compile_packages(work: Compilation) -> None:
 
 def _compile_step(step: StepName, work: Compilation) -> None:
     """Write {step}.pt2. Runs in a separate process."""
-    if work.device == "cpu":
-        # Inductor would start processes for Triton's kernels, of which a CPU's package has none.
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    if work.device.compile_processes:
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(work.device.compile_processes))
     # The two processes' progress bars for loading weights would overwrite each other.
     os.environ["TQDM_DISABLE"] = "1"
     try:

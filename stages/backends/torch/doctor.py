@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 
 from stages.backends.torch.check import cpp_compiler
 from stages.run.check_result import Check, CheckResult, fail
+from stages.run.errors import InputError
 from stages.run.progress import show_size
 from stages.run.settings import Settings
 
@@ -21,18 +21,20 @@ def torch_build(settings: Settings) -> Iterator[CheckResult]:
 
 
 def devices(settings: Settings) -> Iterator[CheckResult]:
-    import torch
+    from stages.backends.device import device_of
 
-    if not torch.cuda.is_available():
-        yield CheckResult(
-            "devices",
-            f"no CUDA device; {os.cpu_count()} CPU cores for "
-            f"NPROC_PER_NODE={settings.nproc_per_node}",
-        )
+    try:
+        device = device_of(settings)
+    except InputError as error:
+        yield fail("device", str(error))
         return
-    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    ranks, memory = device.ranks(), device.memory()
+    each = f", {show_size(memory)} for each process" if memory else ""
+    most = "any number of" if ranks is None else f"{ranks}"
     yield CheckResult(
-        "devices", ", ".join(f"{gpu.name} with {show_size(gpu.total_memory)}" for gpu in gpus)
+        "device",
+        f"{device.describe()}{each}; {most} processes can train, NPROC_PER_NODE="
+        f"{settings.nproc_per_node}",
     )
 
 

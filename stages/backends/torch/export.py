@@ -10,14 +10,13 @@ the padding from the prompt, and decode overwrites the padding before its mask i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.nn import functional
 
-from stages.backends.torch.generate import empty_cache
+from stages.backends.torch.generate import StepName, empty_cache
 
-StepName = Literal["prefill", "decode"]
 ATTENTION = "caller_owned_cache"  # the name by which transformers calls `_attention`
 # attend(layer's index, queries, keys, values, scale, sliding window) -> context. Tensors are
 # [batch, heads, new tokens, head dim]; a window is the number of positions that a token sees, its
@@ -178,13 +177,18 @@ class Decode(Step):
 
 
 def export_step(
-    step: StepName, model: Any, batch_size: int, sequence_length: int
+    step: StepName,
+    model: Any,
+    batch_size: int,
+    sequence_length: int,
+    prompt_length: int | None = None,
 ) -> torch.export.ExportedProgram:
     """The graph of one step, at a fixed batch size and cache size.
 
-    Only prefill's prompt length is dynamic, from 2 to sequence_length - 1. torch.export gives
-    lengths 0 and 1 separate graphs, so prefill starts at 2 and a single token is padded. It
-    ends one short of the cache because a prompt that fills it leaves no room for an answer.
+    Only prefill's prompt length is dynamic, from 2 to sequence_length - 1, unless one is given.
+    torch.export gives lengths 0 and 1 separate graphs, so prefill starts at 2 and a single token is
+    padded. It ends one short of the cache because a prompt that fills it leaves no room for an
+    answer.
     """
     config, device = model.config, model.device
     cache = empty_cache(
@@ -196,7 +200,11 @@ def export_step(
     counts = torch.ones(batch_size, dtype=torch.int64, device=device)
     if step == "decode":
         return torch.export.export(Decode(model), (torch.zeros_like(counts), counts, cache))
-    ids = torch.zeros(batch_size, sequence_length // 2, dtype=torch.int64, device=device)
+    ids = torch.zeros(
+        batch_size, prompt_length or sequence_length // 2, dtype=torch.int64, device=device
+    )
+    if prompt_length:
+        return torch.export.export(Prefill(model), (ids, counts, cache))
     length = torch.export.Dim("prompt_length", min=2, max=sequence_length - 1)
     dynamic = ({1: length}, None, [None] * len(cache))
     return torch.export.export(Prefill(model), (ids, counts, cache), dynamic_shapes=dynamic)

@@ -8,19 +8,22 @@ transformers nor torch's compiler is imported. `load` refuses what this machine 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from stages.backends.decoding import Decoder, right_padded
-from stages.backends.torch.instruction_set import instruction_set
+from stages.backends.device import DEVICES, Device
 from stages.run.digests import file_digest
 from stages.run.errors import InputError
 from stages.run.manifest import manifest_of
+from stages.run.settings import Settings
 
 COMPILED_INFO, WEIGHTS = "compiled.json", "weights.safetensors"
+StepName = Literal["prefill", "decode"]
+STEPS: tuple[StepName, ...] = ("prefill", "decode")
 
 # step(ids, lengths or positions, cache) -> logits [batch, vocab]
 Step = Callable[[torch.Tensor, torch.Tensor, list[torch.Tensor]], torch.Tensor]
@@ -36,42 +39,45 @@ class CompiledModel(Decoder):
     def __init__(
         self,
         description: dict[str, Any],
+        device: Device,
         weights: dict[str, torch.Tensor],
         prefill: Step,
         decode: Step,
+        lengths: Sequence[int],
     ):
+        """`lengths`: those of the prompts that `prefill` takes, ascending."""
         self.batch_size: int = description["batch_size"]
         self.sequence_length: int = description["sequence_length"]
         self.vocab_size: int = description["vocab_size"]
         self.bos_token_id: int | None = description["bos_token_id"]
         self.eos_token_id: int | list[int] | None = description["eos_token_id"]
         self.pad_token_id: int | None = description["pad_token_id"]
-        self.device: str = description["device"]
+        self.device, self._compute = device.random, device.torch_device()
         self.dtype: torch.dtype = getattr(torch, description["dtype"])
         self._layers: int = description["layers"]
         self._cache_shape: tuple[int, ...] = tuple(description["cache_shape"])
         # Kept alive here: the packages have only pointers into these tensors.
         self._weights = weights
-        self._prefill, self._decode = prefill, decode
+        self._prefill, self._decode, self._lengths = prefill, decode, lengths
 
     def prefill(
         self, prompts: list[list[int]], cache: list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # 2 is the shortest length that the graph takes.
-        ids, lengths = right_padded(
-            prompts, slots=self.batch_size, length=max(2, *map(len, prompts))
-        )
-        lengths = lengths.to(self.device)
-        return self._prefill(ids.to(self.device), lengths, cache), lengths
+        length = next(one for one in self._lengths if one >= max(map(len, prompts)))
+        ids, lengths = right_padded(prompts, slots=self.batch_size, length=length)
+        lengths = lengths.to(self._compute)
+        logits = self._prefill(ids.to(self._compute), lengths, cache)
+        return logits.to(self.device), lengths.to(self.device)
 
     def decode_one_token(
         self, ids: torch.Tensor, positions: torch.Tensor, cache: list[torch.Tensor]
     ) -> torch.Tensor:
-        return self._decode(ids, positions, cache)
+        logits = self._decode(ids.to(self._compute), positions.to(self._compute), cache)
+        return logits.to(self.device)
 
     def new_cache(self) -> list[torch.Tensor]:
         return empty_cache(
-            layers=self._layers, shape=self._cache_shape, dtype=self.dtype, device=self.device
+            layers=self._layers, shape=self._cache_shape, dtype=self.dtype, device=self._compute
         )
 
 
@@ -100,15 +106,20 @@ def load(compiled: Path) -> CompiledModel:
             "Run `make compile-inference` first."
         )
     description = json.loads((compiled / COMPILED_INFO).read_text(encoding="utf-8"))
-    _refuse_other_machine(compiled, description)
+    device = DEVICES[description["device"]](Settings.read())
+    _refuse_other_machine(compiled, description, device)
     _refuse_other_code(compiled)
-    weights = _read_weights(compiled, description)
-    return CompiledModel(
-        description,
-        weights,
-        _load_step(compiled / "prefill.pt2", weights),
-        _load_step(compiled / "decode.pt2", weights),
-    )
+    weights = _read_weights(compiled, description, device)
+    if device.has_inductor:
+        # 2 is the shortest length that the graph takes.
+        steps = {step: _load_step(compiled / f"{step}.pt2", weights) for step in STEPS}
+        lengths: Sequence[int] = range(2, description["sequence_length"])
+    else:
+        from stages.backends.torch.static import prefill_lengths, static_steps
+
+        steps = static_steps(compiled, description, weights, device)
+        lengths = prefill_lengths(description["sequence_length"])
+    return CompiledModel(description, device, weights, steps["prefill"], steps["decode"], lengths)
 
 
 def _refuse_other_code(compiled: Path) -> None:
@@ -123,12 +134,11 @@ def _refuse_other_code(compiled: Path) -> None:
             )
 
 
-def _refuse_other_machine(compiled: Path, description: dict[str, Any]) -> None:
-    device = description["device"]
-    if device == "cuda" and not torch.cuda.is_available():
-        problems = ["it was compiled for device cuda, this machine has only cpu"]
+def _refuse_other_machine(compiled: Path, description: dict[str, Any], device: Device) -> None:
+    if problem := device.problem():
+        problems = [f"it was compiled for {device.name}, and {problem}"]
     else:
-        problems = instruction_set(device).problems_with(description["instruction_set"])
+        problems = device.instructions().problems_with(description["instruction_set"])
     if description["torch"] != torch.__version__:
         problems.append(
             f"it was compiled with torch {description['torch']}, this is torch {torch.__version__}"
@@ -147,10 +157,15 @@ def _refuse_other_machine(compiled: Path, description: dict[str, Any]) -> None:
         )
 
 
-def _read_weights(compiled: Path, description: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _read_weights(
+    compiled: Path, description: dict[str, Any], device: Device
+) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    weights = load_file(compiled / WEIGHTS, device=description["device"])
+    weights = {
+        name: tensor.to(device.torch_device())
+        for name, tensor in load_file(compiled / WEIGHTS).items()
+    }
     expected = description["constants"]
     actual = {name: constant_type(tensor) for name, tensor in weights.items()}
     names = expected.keys() | actual.keys()

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import torch
 
-# The kernels of a compiled training: precompile fills it, train reads it, all runs share it.
-COMPILE_CACHE = Path("outputs/.cache/inductor")
+from stages.backends.device import INDUCTOR_CACHE
 
 
 def unusable_path() -> str | None:
     """The path that keeps inductor from working with its cache in the project, if there is one."""
     return next(
-        (path for path in (torch.__file__, str(COMPILE_CACHE.absolute())) if " " in path), None
+        (path for path in (torch.__file__, str(INDUCTOR_CACHE.absolute())) if " " in path), None
     )
 
 

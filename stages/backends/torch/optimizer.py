@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from stages.backends.device import device_of
 from stages.run.settings import Settings
 
 
@@ -22,7 +23,7 @@ def adamw(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
-        fused=True,
+        fused=device_of(settings).fused_adamw,
     )
 
 

@@ -29,6 +29,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from stages.backends.device import device_of
 from stages.backends.schedule import data_parallel_size
 from stages.backends.torch import lora
 from stages.model.check import pretrained_config, tied_weights
@@ -67,11 +68,12 @@ def build_model(
         model.tie_weights()
     if settings.lora_r:
         lora.freeze(model)
-    if settings.torch_compile:
+    kind = device_of(settings)
+    if settings.torch_compile or kind.always_compiles:
         for layer in model.model.layers:
             # Not the layer itself: it has the hook that scatters the sequence, and compiling that
             # hook would lose the embedding's gradient.
-            layer.forward = torch.compile(layer.forward)
+            layer.forward = kind.compiled(layer.forward)
     if settings.gradient_checkpointing:
         for index, layer in enumerate(model.model.layers):
             model.model.layers[index] = checkpoint_wrapper(layer)

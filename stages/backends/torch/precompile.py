@@ -32,7 +32,7 @@ def precompile(settings: Settings, data: Path, work: Path) -> StageResult:
     Writes precompile.json: what was cached and measured.
     """
     sequences = prepare(settings, data)
-    before = _cached_files()
+    before = _cached_files(settings)
     rehearsal = work / "rehearsal"
     shutil.rmtree(rehearsal, ignore_errors=True)
     rehearsal.mkdir()
@@ -54,7 +54,7 @@ def precompile(settings: Settings, data: Path, work: Path) -> StageResult:
         ]
     finally:
         shutil.rmtree(rehearsal)
-    cached = _cached_files()
+    cached = _cached_files(settings)
     seconds = median(
         sequences_per_step(settings) * settings.max_length / line["tokens_per_second"]
         for line in lines[1:]
@@ -72,10 +72,11 @@ def precompile(settings: Settings, data: Path, work: Path) -> StageResult:
         "train_seconds_expected": round(seconds * steps, 1),
     }
     write_json(work / PRECOMPILE_FILE, report)
-    return StageResult(device=device_name(), metrics=report, unkeyed=(PRECOMPILE_FILE,))
+    return StageResult(device=device_name(settings), metrics=report, unkeyed=(PRECOMPILE_FILE,))
 
 
-def _cached_files() -> set[Path]:
-    from stages.backends.torch.inductor import COMPILE_CACHE
+def _cached_files(settings: Settings) -> set[Path]:
+    from stages.backends.device import device_of
 
-    return {path for path in COMPILE_CACHE.rglob("*") if path.is_file()}
+    device = device_of(settings)
+    return {path for path in device.cache.rglob(device.cached) if path.is_file()}

@@ -12,23 +12,23 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from stages.backends.device import Device
 from stages.run.disk import disk_failure
 from stages.run.errors import InputError, StageFailure
 from stages.run.guard import die_with_parent
 from stages.run.launch import report_error
 
 
-def run_rank(work: Callable[[torch.device], None], error_file: Path) -> NoReturn:
-    """Call `work` with this rank's device, in the process group of torchrun's ranks, then exit.
+def run_rank(device: Device, work: Callable[[torch.device], None], error_file: Path) -> NoReturn:
+    """Call `work` with this rank's `device`, in the process group of torchrun's ranks, then exit.
 
     The exit status is 0, or that of an InputError or StageFailure (reported to the stage through
     `error_file`), or 1 with a traceback.
     """
     die_with_parent()
-    device, status = _device(), 0
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    status, mine = 0, device.join_group()
     try:
-        work(device)
+        work(mine)
         dist.destroy_process_group()
     except (InputError, StageFailure) as error:
         report_error(error, error_file)
@@ -45,11 +45,3 @@ def run_rank(work: Callable[[torch.device], None], error_file: Path) -> NoReturn
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    return device

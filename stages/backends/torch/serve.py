@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from stages.backends.neuron.serve import server as neuron_server
 from stages.run.provenance import pinned_versions
 from stages.run.server import Server
 from stages.run.settings import Settings
@@ -15,10 +16,11 @@ SERVING = ("transformers", "torch", "fastapi", "uvicorn", "pydantic", "openai")
 
 
 def server(settings: Settings, model: Path) -> Server:
-    """vLLM where there is an NVIDIA GPU, else `transformers serve`."""
-    import torch
+    """vLLM on a GPU or on Trainium, `transformers serve` on a CPU."""
+    from stages.backends.device import device_of
 
-    return _vllm(settings, model) if torch.cuda.is_available() else _transformers(settings, model)
+    of_device = {"cpu": _transformers, "cuda": _vllm, "neuron": neuron_server}
+    return of_device[device_of(settings).name](settings, model)
 
 
 def _vllm(settings: Settings, model: Path) -> Server:

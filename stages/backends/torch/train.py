@@ -1,4 +1,4 @@
-"""Training on CPUs or CUDA GPUs: checks what cannot run, then starts the workers with torchrun.
+"""Training with PyTorch: checks what cannot run, then starts the workers with torchrun.
 
 precompile starts the same workers with the same command; `training_command` builds both.
 """
@@ -19,7 +19,7 @@ from stages.model.base import base_config, base_model_folder, copy_config
 from stages.model.size import training_bytes
 from stages.run.digests import files_below
 from stages.run.disk import disk_guard
-from stages.run.errors import refuse
+from stages.run.errors import InputError, refuse
 from stages.run.launch import launch
 from stages.run.layout import CHECKPOINTS_FOLDER, MANIFEST_FILE, METRICS_FILE, SHARDS_FOLDER
 from stages.run.publish import StageResult
@@ -54,7 +54,9 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Stag
     steps = total_steps(settings, rows)
     last = last_line(work / METRICS_FILE)
     tokens = steps * settings.max_length * sequences_per_step(settings)
-    return StageResult(device=device_name(), tokens=tokens, metrics=last, unkeyed=(METRICS_FILE,))
+    return StageResult(
+        device=device_name(settings), tokens=tokens, metrics=last, unkeyed=(METRICS_FILE,)
+    )
 
 
 def _remove_half_written(work: Path) -> None:
@@ -71,7 +73,10 @@ def prepare(settings: Settings, data: Path) -> int:
         [*training_problems(settings, config, figures["vocabulary"]), *device_problems(settings)]
     )
     rows = figures["train"]["rows"]
-    print("\n".join([f"device           {device_name()}", *derivation(settings, rows)]), flush=True)
+    print(
+        "\n".join([f"device           {device_name(settings)}", *derivation(settings, rows)]),
+        flush=True,
+    )
     return rows
 
 
@@ -93,15 +98,13 @@ def training_command(
 
 def environment(settings: Settings) -> dict[str, str]:
     """What the workers get besides the caller's environment."""
-    from stages.backends.torch.inductor import COMPILE_CACHE
+    from stages.backends.device import device_of
 
     threads = max(1, (os.cpu_count() or 1) // settings.nproc_per_node)
     return {
         **settings.environment(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        "TORCHINDUCTOR_CACHE_DIR": str(COMPILE_CACHE.absolute()),
-        # Precompiled headers would lie in /tmp, where any user can put their own.
-        "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
+        **device_of(settings).environment(),
         # torchrun repeats a worker's failure at ERROR.
         "LOGLEVEL": os.environ.get("LOGLEVEL", "CRITICAL"),
         "TOKENIZERS_PARALLELISM": "false",
@@ -110,29 +113,29 @@ def environment(settings: Settings) -> dict[str, str]:
 
 def device_problems(settings: Settings) -> Iterator[str]:
     """What torch knows of this machine that keeps it from training with these settings."""
-    import torch
-
+    from stages.backends.device import device_of
     from stages.backends.torch.inductor import unusable_path
 
+    try:
+        device = device_of(settings)
+    except InputError as error:
+        yield from error.problems
+        return
     if settings.torch_compile and (path := unusable_path()):
         yield (
             f"TORCH_COMPILE=1: inductor cannot use a path with a space ({path}). Move the project, "
             "or leave it 0."
         )
-    gpus = torch.cuda.device_count()
-    if gpus and settings.nproc_per_node > gpus:
+    ranks = device.ranks()
+    if ranks is not None and settings.nproc_per_node > ranks:
         yield (
-            f"NPROC_PER_NODE={settings.nproc_per_node} is above the {gpus} visible GPU(s). Lower "
-            "it (CUDA_VISIBLE_DEVICES)."
+            f"NPROC_PER_NODE={settings.nproc_per_node} is above the {ranks} that can train here "
+            f"({device.describe()}). Lower it."
         )
 
 
-def device_name() -> str:
-    """What did the work, for the manifest: the GPU's name, or the CPU."""
-    import torch
+def device_name(settings: Settings) -> str:
+    """What does the work, for the manifest: the GPU's name, or the CPU."""
+    from stages.backends.device import device_of
 
-    return (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"cpu, {os.cpu_count()} cores"
-    )
+    return device_of(settings).describe()

@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from stages.backends.batches import PackedSequences, sequences_of_step
 from stages.backends.decoding import seed_of
+from stages.backends.device import device_of
 from stages.backends.loss import loss_sum, supervised
 from stages.backends.metrics import Metrics, require_finite
 from stages.backends.schedule import data_parallel_size, sequences_per_step, total_steps
@@ -87,8 +88,11 @@ def main(base: Path, data: Path, work: Path, max_steps: int) -> None:
     # The gradients' norm is summed over both dimensions of the mesh one after the other, and
     # DTensor warns that this is slow.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    settings = Settings.read()
     run_rank(
-        lambda device: train(Settings.read(), base, data, work, max_steps, device), work / "error"
+        device_of(settings),
+        lambda device: train(settings, base, data, work, max_steps, device),
+        work / "error",
     )
 
 
@@ -236,7 +240,8 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def _sum_over_data(state: Training, value: float) -> float:
     """The sum over data-parallel ranks, the same number on every rank."""
-    tensor = torch.tensor(float(value), dtype=torch.float64, device=state.device)
+    # On the CPU: not every device has float64.
+    tensor = torch.tensor(float(value), dtype=torch.float64)
     dist.all_reduce(tensor, group=state.mesh["data"].get_group())
     return float(tensor)
 

@@ -335,7 +335,7 @@ def describe(compiled: Path, key: str, value: Any) -> None:
         pytest.param(
             "device",
             "cuda",
-            "device cuda, this machine has only cpu",
+            "it was compiled for cuda, and DEVICE=cuda: PyTorch sees no NVIDIA GPU here",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
         ),
     ],

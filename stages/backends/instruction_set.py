@@ -58,14 +58,8 @@ class InstructionSet(NamedTuple):
         return []
 
 
-def instruction_set(device: str) -> InstructionSet:
-    """The instruction set of this machine's `device` ("cpu" or "cuda").
-
-    As torch and the kernel report it.
-    """
-    if device == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        return InstructionSet(f"sm_{major}{minor}", ())
+def cpu_instructions() -> InstructionSet:
+    """The instruction set of this machine's CPU, as torch and the kernel report it."""
     return InstructionSet(
         f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", _cpu_features()
     )
