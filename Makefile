@@ -64,6 +64,7 @@ plan = env $(foreach v,$(unasked),-u $v) MAKELEVEL=$(MAKELEVEL) \
 # missing. Beside a goal that makes stages (`make all push`) they come after it.
 chat.uses := compile-inference
 push.uses := consolidate
+rehearse.uses := data
 serve.uses := consolidate
 serve-check.uses := eval
 eval.uses := $(if $(asking),compile-inference)
@@ -77,7 +78,7 @@ dry_run := $(findstring n,$(flags))
 ifneq (,$(findstring B,$(flags)))
   $(error make -B is not for stages, which know what has changed. To make one again, remove $(out)/STAGE)
 endif
-uses_run := $(filter all demo chat push serve serve-check outputs/% $(STAGES),$(MAKECMDGOALS))
+uses_run := $(filter all demo chat push rehearse serve serve-check outputs/% $(STAGES),$(MAKECMDGOALS))
 ifneq (,$(or $(uses_run),$(filter status verify clean,$(MAKECMDGOALS))))
   stale := $(shell $(plan) $(if $(uses_run),$(if $(answering),--answer,$(if $(dry_run),--dry-run)),--check-run))
   ifneq (0,$(.SHELLSTATUS))
@@ -100,7 +101,7 @@ tested := $(if $(VENV),$(VENV)/tests-requirements.txt)
 # AWS's own package index: what PyPI has under the names of its wheels is empty.
 export NEURON_PIP_INDEX ?= https://pip.repos.neuron.amazonaws.com
 
-.PHONY: help all demo chat push serve serve-check status verify doctor
+.PHONY: help all demo chat push rehearse serve serve-check status verify doctor
 .PHONY: cache-status cache-lookup cache-synchronize
 .PHONY: check test torture audit lint types clean FORCE $(STAGES)
 
@@ -144,6 +145,9 @@ endif
 
 chat: | $(installed) $(call before,chat) ## Talk to the compiled model
 	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.chat --compile-inference $(out)/compile-inference
+
+rehearse: | $(installed) $(call before,rehearse) ## The first steps on a few layers, compared with a CPU's, and all later stages
+	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.rehearse --data $(out)/data
 
 push: | $(installed) $(call before,push) ## The model, with a card, to HUB_REPO on the Hugging Face Hub
 	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.push $(foreach s,data train eval consolidate,--$s $(out)/$s)

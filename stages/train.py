@@ -25,6 +25,10 @@ def main(settings: Settings, data: Path, precompile: Path, output: Path) -> None
     # Precompile only fills a cache, which makes training start sooner, so it is not an input.
     def build(work: Path) -> StageResult:
         require(settings, "train")
+        if settings.rehearse:
+            from stages.rehearse import rehearse
+
+            rehearse(settings, data)
         return backend.train(settings, data, precompile, work)
 
     publish(

@@ -306,6 +306,15 @@ class Settings:
         _MODEL,
     )
 
+    # A rehearsal of the training.
+    rehearse: bool = setting(
+        False, "Rehearse before train: stop where the first steps deviate from a CPU's."
+    )
+    rehearsal_steps: int = setting(10, "Steps of a rehearsal.", unit="steps", least=2, most=1000)
+    rehearsal_layers: int = setting(
+        2, "Layers of the model that are rehearsed, its first ones.", unit="layers", least=1
+    )
+
     # The compiler's cache (Neuron).
     neuron_compile_cache_url: str = setting(
         "/var/tmp/neuron-compile-cache",

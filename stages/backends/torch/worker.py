@@ -31,6 +31,7 @@ from stages.backends.schedule import data_parallel_size, sequences_per_step, tot
 from stages.backends.torch import checkpoint, lora, optimizer
 from stages.backends.torch.parallel import build_model, mesh_of
 from stages.backends.torch.rank import run_rank
+from stages.backends.torch.record import Record
 from stages.backends.trained import trained_line
 from stages.model.check import tied_weights
 from stages.run.layout import (
@@ -56,6 +57,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     train: PackedSequences
     validation: PackedSequences | None
+    record: Record
 
     @property
     def data_rank(self) -> int:
@@ -100,12 +102,13 @@ def train(
     settings: Settings, base: Path, data: Path, work: Path, max_steps: int, device: torch.device
 ) -> None:
     """Train from the last whole checkpoint in `work`, or from the base model, to the last step."""
-    state = _prepare(settings, base, data, device)
+    state = _prepare(settings, base, data, work, device)
     total = max_steps if max_steps > 0 else total_steps(settings, len(state.train))
     first = checkpoint.resume(work / CHECKPOINTS_FOLDER, state.model, state.optimizer)
     if first and dist.get_rank() == 0:
         print(f"continuing from the checkpoint of step {first:,} of {total:,}", flush=True)
     metrics = Metrics(work / METRICS_FILE, first, writes=dist.get_rank() == 0)
+    state.record.weights(state.model)
     with Progress("train", total, "steps", done=first, shown=dist.get_rank() == 0) as progress:
         for step in range(first, total):
             figures = train_step(state, step, total)
@@ -113,6 +116,7 @@ def train(
                 step + 1, figures, lambda: checkpoint.last_step(work / CHECKPOINTS_FOLDER)
             )
             done, last = step + 1, step + 1 == total
+            state.record.step(done, figures)
             if (
                 state.validation
                 and settings.eval_steps
@@ -175,6 +179,7 @@ def train_step(state: Training, step: int, total: int) -> dict[str, float]:
             # whole global batch's tokens.
             (loss * (data_parallel_size(settings) / max(1, tokens))).backward()
         local += _whole(loss.detach())
+    state.record.gradients(state.model)
     norm = _whole(
         torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.max_grad_norm or math.inf)
     )
@@ -214,7 +219,9 @@ def validation_loss(state: Training, held_out: PackedSequences) -> float:
     return _sum_over_data(state, total) / max(1.0, _sum_over_data(state, tokens))
 
 
-def _prepare(settings: Settings, base: Path, data: Path, device: torch.device) -> Training:
+def _prepare(
+    settings: Settings, base: Path, data: Path, work: Path, device: torch.device
+) -> Training:
     torch.manual_seed(settings.seed)
     mesh = mesh_of(settings, device)
     model = build_model(base, settings, mesh, device)
@@ -231,6 +238,7 @@ def _prepare(settings: Settings, base: Path, data: Path, device: torch.device) -
         optimizer.adamw(model, settings),
         PackedSequences(data / TRAIN_SPLIT),
         validation,
+        Record(work),
     )
 
 

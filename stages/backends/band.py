@@ -1,0 +1,146 @@
+"""Whether a training's first steps are those of a reference, as far as rounding allows.
+
+The reference was computed in float32 by one process on a CPU, and again in bfloat16. What bfloat16
+changes there, times FACTOR, is the band in which another device, layout or backend may deviate: no
+number is chosen by hand for a model or a quantity.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from stages.backends.torch.record import PROJECTIONS
+
+FACTOR = 4.0
+# Below these bfloat16 may have changed nothing by chance: the rounding of float32 sums, and of
+# weights that are kept in bfloat16.
+LEAST = {"loss": 1e-4, "grad_norm": 1e-3, "gradient": 1e-3, "weight": 1e-2}
+EXACT = 1e-6  # relative: learning rates, and copies of a weight on several ranks
+NAMED = 5  # tensors in the message
+
+
+class Deviation(NamedTuple):
+    """A quantity of a step that is out of its band; step 0 is before the first."""
+
+    step: int
+    quantity: str
+    deviation: float
+    allowed: float
+
+    def __str__(self) -> str:
+        when = f"step {self.step}" if self.step else "before the first step"
+        return (
+            f"{when}: {self.quantity} deviates by {self.deviation:.3g}, allowed {self.allowed:.3g}"
+        )
+
+
+def read_record(path: Path) -> list[dict[str, Any]]:
+    """The lines of record.jsonl, or of metrics.jsonl, which has no tensors. The first is what was
+    before the first step."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return lines if lines and "weights" in lines[0] else [{"weights": {}}, *lines]
+
+
+def out_of_band(
+    reference: list[dict[str, Any]], rounded: list[dict[str, Any]], run: list[dict[str, Any]]
+) -> list[Deviation]:
+    """Everything out of its band in the first step that has any; empty where nothing is.
+
+    `reference` and `rounded` are the float32 and the bfloat16 records, `run` is compared. What
+    `run` did not record is not compared; what differs by name is.
+    """
+    noise = _noise(reference, rounded)
+    for number, (expected, found) in enumerate(zip(reference, run, strict=False)):
+        deviations = [
+            Deviation(number, quantity, deviation, allowed)
+            for quantity, deviation, allowed in _deviations(number, expected, found, noise)
+            if not deviation <= allowed  # NaN is out of every band
+        ]
+        if deviations:
+            return sorted(deviations, key=lambda one: -_size(one.deviation / one.allowed))
+    return []
+
+
+def told(deviations: list[Deviation]) -> list[str]:
+    """The deviations of a step as lines, the largest first."""
+    shown = [str(one) for one in deviations[:NAMED]]
+    more = len(deviations) - len(shown)
+    return [*shown, f"and {more} more of step {deviations[0].step}"] if more > 0 else shown
+
+
+def _deviations(
+    number: int, expected: Mapping[str, Any], found: Mapping[str, Any], noise: Mapping[str, float]
+) -> Iterator[tuple[str, float, float]]:
+    """Quantity, relative deviation and what is allowed."""
+    if number == 0:
+        yield from _of_tensors("weight", expected["weights"], found["weights"], noise)
+        return
+    for name in ("loss", "grad_norm"):
+        yield name, _relative(found[name], expected[name]), FACTOR * noise[name]
+    rate = _relative(found["learning_rate"], expected["learning_rate"])
+    yield "learning_rate", rate, EXACT
+    yield "the ranks' copies of a weight", found.get("apart", 0.0), EXACT
+    yield from _of_tensors(
+        "gradient", expected.get("gradients", {}), found.get("gradients", {}), noise
+    )
+
+
+def _of_tensors(
+    kind: str,
+    expected: Mapping[str, list[float]],
+    found: Mapping[str, list[float]],
+    noise: Mapping[str, float],
+) -> Iterator[tuple[str, float, float]]:
+    if not found:
+        return
+    for name in sorted(expected.keys() ^ found.keys()):
+        yield f"the {kind} of {name}, which only one of them has,", math.inf, EXACT
+    for name in expected.keys() & found.keys():
+        allowed = FACTOR * noise.get(f"{kind} {name}", LEAST[kind])
+        yield f"the {kind} of {name}", _distance(found[name], expected[name]), allowed
+
+
+def _noise(reference: list[dict[str, Any]], rounded: list[dict[str, Any]]) -> dict[str, float]:
+    """The deviation that bfloat16 makes of each quantity, the largest over the steps. A tensor that
+    it happens to change little has the median of all."""
+    noise = {
+        name: max(
+            LEAST[name],
+            *(
+                _relative(b[name], a[name])
+                for a, b in zip(reference[1:], rounded[1:], strict=False)
+            ),
+        )
+        for name in ("loss", "grad_norm")
+    }
+    of_tensors: dict[str, float] = {}
+    for a, b in zip(reference[1:], rounded[1:], strict=False):
+        for name, expected in a["gradients"].items():
+            distance = _distance(b["gradients"][name], expected)
+            of_tensors[name] = max(of_tensors.get(name, LEAST["gradient"]), distance)
+    usual = median(of_tensors.values()) if of_tensors else 0.0
+    return noise | {f"gradient {name}": max(one, usual) for name, one in of_tensors.items()}
+
+
+def _distance(found: list[float], expected: list[float]) -> float:
+    """How far apart two digests are, as a fraction of the expected tensor's norm."""
+    size = max(abs(expected[0]), 1e-12)
+    return (
+        math.sqrt(
+            sum((a - b) ** 2 for a, b in zip(found, expected, strict=True)) / (1 + PROJECTIONS)
+        )
+        / size
+    )
+
+
+def _relative(found: float, expected: float) -> float:
+    return abs(found - expected) / max(abs(expected), 1e-12)
+
+
+def _size(deviation: float) -> float:
+    return math.inf if math.isnan(deviation) else deviation

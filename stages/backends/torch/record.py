@@ -1,0 +1,110 @@
+"""What a rehearsal compares: a training's figures step by step, and digests of its tensors that
+tolerate rounding.
+
+A digest of a tensor is its norm and PROJECTIONS sums of its elements with fixed random signs. Each
+has about the size of the norm, whatever the tensor's size, so a relative deviation of the digest is
+about that of the tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate
+
+from stages.backends.decoding import seed_of
+from stages.run.layout import RECORD_FILE
+
+PROJECTIONS = 3
+RECORDS = "TRN_TUNE_RECORD"  # a variable of the environment: 1 in a rehearsal's trainings
+
+
+class Record:
+    """record.jsonl in a training's work folder; does nothing outside a rehearsal."""
+
+    def __init__(self, work: Path):
+        self._path = work / RECORD_FILE
+        self._on = os.environ.get(RECORDS) == "1"
+        self._gradients: dict[str, list[float]] = {}
+        self._apart = 0.0
+
+    def weights(self, model: torch.nn.Module) -> None:
+        """Begin the file with the weights before the first step."""
+        if self._on:
+            digests = {name: digest(name, tensor) for name, tensor in _parameters(model).items()}
+            if dist.get_rank() == 0:
+                self._path.write_text(json.dumps({"weights": digests}) + "\n", encoding="utf-8")
+
+    def gradients(self, model: torch.nn.Module) -> None:
+        """Note the gradients, before they are clipped, and how far apart the ranks' copies of
+        weights are that every rank has whole."""
+        if self._on:
+            parameters = _parameters(model)
+            self._gradients = {
+                name: digest(name, one.grad)
+                for name, one in parameters.items()
+                if one.grad is not None
+            }
+            self._apart = _apart(parameters)
+
+    def step(self, number: int, figures: dict[str, float]) -> None:
+        """Add a line for step `number` (from 1)."""
+        if self._on and dist.get_rank() == 0:
+            line = {
+                "step": number,
+                **{name: figures[name] for name in ("loss", "grad_norm", "learning_rate")},
+                "apart": self._apart,
+                "gradients": self._gradients,
+            }
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def digest(name: str, tensor: torch.Tensor) -> list[float]:
+    """The norm and the projections of a tensor, in float32. The signs follow from `name`: r^T T c
+    with a sign for each row and each column. All ranks of a mesh must call it."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    whole = whole.detach().float()
+    rows = whole.reshape(len(whole), -1) if whole.ndim > 1 else whole[None]
+    found = [rows.norm()]
+    for number in range(PROJECTIONS):
+        generator = torch.Generator().manual_seed(seed_of(number, name))
+        left, right = (
+            torch.randint(0, 2, (size,), generator=generator).mul_(2).sub_(1).to(rows)
+            for size in rows.shape
+        )
+        found.append(left @ rows @ right)
+    return [float(one) for one in found]
+
+
+def _parameters(model: torch.nn.Module) -> dict[str, Any]:
+    """The trained parameters by their names in the plain model."""
+    return {
+        name.replace("_checkpoint_wrapped_module.", ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _apart(parameters: dict[str, Any]) -> float:
+    """The largest difference between ranks of the sum of a weight of which each has a copy, as a
+    fraction of the sum of its absolute values."""
+    copies = [
+        one.to_local().float()
+        for one in parameters.values()
+        if isinstance(one, DTensor) and isinstance(one.placements[-1], Replicate)
+    ]
+    mesh = next((one.device_mesh for one in parameters.values() if isinstance(one, DTensor)), None)
+    if not copies or mesh is None or mesh.ndim < 2:
+        return 0.0
+    sums = torch.stack([copy.sum() for copy in copies]).cpu()
+    sizes = torch.stack([copy.abs().sum() for copy in copies]).cpu().clamp(min=1e-12)
+    largest = torch.cat([sums, -sums])
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=mesh.get_group(mesh.ndim - 1))
+    high, low = largest.chunk(2)
+    return float(((high + low) / sizes).abs().max())
