@@ -2,8 +2,8 @@
 answers side by side, and losses.
 
 With PROMPT it answers only that, at once, and publishes nothing. Otherwise it answers the prompts
-in PROMPTS and publishes answers.jsonl, comparison.jsonl and the losses. GATES make it fail where
-the figures are not good enough.
+in PROMPTS and publishes answers.jsonl, comparison.jsonl, the losses and the figures of LM_EVAL's
+tasks. GATES make it fail where the figures are not good enough.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from stages.run.backend import backend_module
 from stages.run.cli import stage_command
 from stages.run.errors import StageFailure
 from stages.run.gates import gate_problems
+from stages.run.harness import require_harness
 from stages.run.layout import (
     ANSWERS_FILE,
     HELD_OUT_FILE,
@@ -48,7 +49,9 @@ def main(
     inputs = {"data": data, "consolidate": consolidate, "compile-inference": compile_inference}
 
     def build(work: Path) -> StageResult:
+        harness = require_harness(settings)
         from stages.backends.comparison import compare_answers
+        from stages.backends.harness import measure_tasks
 
         answerer = Answerer(compile_inference, backend_module("generate", settings).load, settings)
         answers = answer_all(settings, answerer)
@@ -60,6 +63,7 @@ def main(
         }
         metrics |= compare_answers(settings, data / HELD_OUT_FILE, answerer, work)
         metrics |= compare_losses(settings, data, consolidate)
+        metrics |= measure_tasks(harness, settings, consolidate, work)
         return StageResult(metrics=metrics, tokens=sum(answer.tokens for answer in answers))
 
     publish("eval", settings, inputs, output, build)
