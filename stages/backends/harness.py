@@ -28,7 +28,9 @@ from stages.run.settings import Settings
 from stages.run.task_names import task_names
 
 MODELS = {"base": "the base model", "fine_tuned": "the fine-tuned model"}
-SECONDS_BETWEEN_LINES = 30  # of its progress, where no terminal redraws it
+# Where no terminal redraws its progress, a line every 30 s. tqdm reads these; stages have turned
+# its bars off.
+PROGRESS_LINES = {"TQDM_DISABLE": "", "TQDM_MININTERVAL": "30"}
 Figures = dict[str, Any]
 
 
@@ -118,12 +120,8 @@ def harness_command(
 
 
 def _environment() -> dict[str, str]:
-    progress = {} if sys.stderr.isatty() else _LINES
+    progress = {} if sys.stderr.isatty() else PROGRESS_LINES
     return {"HF_DATASETS_TRUST_REMOTE_CODE": "0", **progress}
-
-
-# tqdm reads these; stages turn its bars off where there is no terminal.
-_LINES = {"TQDM_DISABLE": "", "TQDM_MININTERVAL": str(SECONDS_BETWEEN_LINES)}
 
 
 def _results(output: Path) -> Figures:

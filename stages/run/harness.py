@@ -55,8 +55,9 @@ class Harness(NamedTuple):
 
 def find_harness() -> Harness | None:
     """The harness on the PATH, beside this Python, or in the project's environment."""
-    environment = ROOT / (os.environ.get("VENV") or ".venv") / "bin"
-    folders = [Path(sys.executable).parent, environment]
+    folders = [Path(sys.executable).parent]
+    if environment := os.environ.get("VENV", ".venv"):  # the Makefile's; empty: none
+        folders.append(ROOT / environment / "bin")
     candidates = [shutil.which(PROGRAM), *(shutil.which(PROGRAM, path=str(f)) for f in folders)]
     found = (_asked(path) for path in dict.fromkeys(candidates) if path)
     return next((harness for harness in found if harness), None)

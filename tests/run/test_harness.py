@@ -34,6 +34,7 @@ def nothing_installed(
     monkeypatch.setenv("PATH", str(fake_machine.bin))
     monkeypatch.setattr(module.sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.delenv("VENV", raising=False)
 
 
 @pytest.fixture
@@ -89,6 +90,8 @@ def test_the_harness_is_found_in_the_projects_environment_too(
     (tmp_path / ".venv" / "bin").symlink_to(installed.bin)
     harness = find_harness()
     assert harness and harness.version == "0.4.13"
+    monkeypatch.setenv("VENV", "")  # as in the container, which has no environment
+    assert find_harness() is None
 
 
 def test_a_script_without_a_python_beside_it_is_believed(fake_machine: FakeMachine) -> None:
