@@ -57,9 +57,14 @@ def problems(settings: Settings, config: Any | None, stages: Collection[str]) ->
 def machine_problems(settings: Settings, stages: Collection[str]) -> list[str]:
     """What this machine lacks to run `stages`. Later stages may run on another one."""
     try:
-        return list(backend_module("check", settings).machine_problems(settings, stages))
+        found = list(backend_module("check", settings).machine_problems(settings, stages))
     except InputError as error:  # NEURON_RT_* names no cores
-        return error.problems
+        found = error.problems
+    if "eval" in stages and settings.lm_eval and not settings.prompt:
+        from stages.run.harness import harness_problems  # few runs need it
+
+        found = [*found, *harness_problems(settings)]
+    return found
 
 
 def local_config(model: str) -> Any | None:

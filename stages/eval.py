@@ -2,8 +2,8 @@
 EVAL_SET: answers side by side, and losses.
 
 With PROMPT it answers only that, at once, and publishes nothing. Otherwise it answers the prompts
-in PROMPTS and publishes answers.jsonl, comparison.jsonl and the losses. GATES make it fail where
-the figures are not good enough.
+in PROMPTS and publishes answers.jsonl, comparison.jsonl, the losses and the figures of LM_EVAL's
+tasks. GATES make it fail where the figures are not good enough.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from stages.run.backend import backend_module
 from stages.run.cli import stage_command
 from stages.run.errors import StageFailure
 from stages.run.gates import gate_problems
+from stages.run.harness import require_harness
 from stages.run.layout import ANSWERS_FILE
 from stages.run.manifest import manifest_of
 from stages.run.progress import Progress, printable
@@ -46,7 +47,9 @@ def main(
     inputs = {"data": data, "consolidate": consolidate, "compile-inference": compile_inference}
 
     def build(work: Path) -> StageResult:
+        harness = require_harness(settings)
         from stages.backends.comparison import compare_answers
+        from stages.backends.harness import measure_tasks
 
         answerer = Answerer(compile_inference, backend_module("generate", settings).load, settings)
         answers = answer_all(settings, answerer)
@@ -64,6 +67,7 @@ def main(
                 )
             metrics |= compare_answers(settings, eval_set, answerer, work)
             metrics |= compare_losses(settings, eval_set, consolidate)
+        metrics |= measure_tasks(harness, settings, consolidate, work)
         return StageResult(metrics=metrics, tokens=sum(answer.tokens for answer in answers))
 
     publish("eval", settings, inputs, output, build)

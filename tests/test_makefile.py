@@ -49,6 +49,7 @@ def test_a_comment_or_a_blank_line_reruns_nothing(built: Project) -> None:
     [
         ("LEARNING_RATE=2e-3", AFTER_DATA),
         ("TEMPERATURE=0.5", ["eval"]),
+        ("LM_EVAL_LIMIT=5", ["eval"]),
         ("MAX_SHARD_SIZE=1GB", ["consolidate", "compile-inference", "eval"]),
         ("INFERENCE_SEQUENCE_LENGTH=32", ["compile-inference", "eval"]),
         ("PER_DEVICE_TRAIN_BATCH_SIZE=2", ["precompile", *AFTER_DATA]),

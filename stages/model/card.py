@@ -53,6 +53,7 @@ def model_card(
         how_to_ask(target, published["consolidate"], answers, lora),
         "## Losses",
         _losses(made),
+        *_tasks(made),
         "## Answers",
         shown_answers(made, answers),
         "## Data",
@@ -133,6 +134,36 @@ def _losses(made: Lineage) -> str:
         rows.append(f"| {label} | {_figure(before)} | {_figure(after)} |")
     dtype = metrics.get("loss_dtype", NOT_RECORDED)
     return "\n".join(rows) + f"\n\nComputed in {dtype}, over the tokens that training counts."
+
+
+def _tasks(made: Lineage) -> Iterator[str]:
+    """What lm-evaluation-harness measured, as a section; none where it measured nothing. Tasks of a
+    local folder are private."""
+    measured = made.eval.get("metrics", {}).get("lm_eval", {})
+    tasks = {name: facts for name, facts in measured.get("tasks", {}).items() if not facts["local"]}
+    if not tasks:
+        return
+    rows = ["| Task | Version | Examples | Metric | Base model | This model |"]
+    rows.append("|---|---|---|---|---|---|")
+    for task, facts in tasks.items():
+        for metric, figures in facts["metrics"].items():
+            before = _with_error(figures, "base") if made.measured_base else NOT_MEASURED
+            rows.append(
+                f"| {task} | {facts['version']} | {_count(facts['examples'])} | {metric} | "
+                f"{before} | {_with_error(figures, 'fine_tuned')} |"
+            )
+    limit = measured["limit"]
+    part = f", on at most the first {limit:,} examples of each task" if limit else ""
+    yield "## Tasks"
+    yield "\n".join(rows) + (
+        f"\n\nMeasured with lm-evaluation-harness {measured['version']} in {measured['dtype']}, "
+        f"without a chat template{part}. ± is the standard error."
+    )
+
+
+def _with_error(figures: Mapping[str, Any], model: str) -> str:
+    error = figures[f"{model}_stderr"]
+    return _figure(figures[model]) + (f" ± {error:,.4f}" if error is not None else "")
 
 
 def _figure(value: object) -> str:

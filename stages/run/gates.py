@@ -1,4 +1,5 @@
-"""GATES: what eval's figures must reach, such as `validation_loss<2.0 exact_match>0.5 ended>0.9`.
+"""GATES: what eval's figures must reach, such as `validation_loss<2.0 exact_match>0.5 ended>0.9`,
+or for a task of LM_EVAL `arc_easy/acc>0.5`.
 
 Standard library only: make reads the setting at every start.
 """
@@ -12,6 +13,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from stages.run.errors import InputError
+from stages.run.task_names import task_names
 
 # What a gate may name, and where eval's metrics have it.
 FIGURES = {
@@ -22,7 +24,9 @@ FIGURES = {
     "ended": "share of those answers that the model ended itself",
 }
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-_GATE = re.compile(r"(\w+)(<=|>=|<|>)(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)", re.ASCII)
+_NUMBER = r"(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+# TASK/METRIC may have a filter: gsm8k/exact_match,strict-match
+_GATE = re.compile(rf"(\w+|\w[\w.+-]*/\w[\w.,+-]*)(<=|>=|<|>){_NUMBER}", re.ASCII)
 
 
 class Gate(NamedTuple):
@@ -38,10 +42,10 @@ def parse_gates(text: str) -> list[Gate]:
         match = _GATE.fullmatch(word)
         if not match:
             problems.append(f"{word[:60]!r} is no gate. Write FIGURE<NUMBER or FIGURE>NUMBER.")
-        elif match[1] not in FIGURES:
+        elif match[1] not in FIGURES and "/" not in match[1]:
             near = get_close_matches(match[1], FIGURES, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
-            problems.append(f"{match[1][:60]} is none of {', '.join(FIGURES)}.{hint}")
+            problems.append(f"{match[1][:60]} is none of {', '.join(FIGURES)}, TASK/METRIC.{hint}")
         else:
             gates.append(Gate(match[1], match[2], float(match[3])))
     if problems:
@@ -49,17 +53,39 @@ def parse_gates(text: str) -> list[Gate]:
     return gates
 
 
+def unnamed_tasks(text: str, tasks: str) -> list[str]:
+    """A problem for each gate on a task that LM_EVAL (`tasks`) does not name."""
+    named = task_names(tasks)
+    figures = [gate.figure for gate in parse_gates(text)]
+    unnamed = {figure: figure.partition("/")[0] for figure in figures if "/" in figure}
+    return [
+        f"GATES: {figure}: LM_EVAL does not name {task}. Set LM_EVAL={','.join([*named, task])}."
+        for figure, task in unnamed.items()
+        if task not in named
+    ]
+
+
 def gate_problems(text: str, metrics: Mapping[str, Any]) -> list[str]:
     """Each gate that eval's metrics do not pass, with the figure."""
     problems = []
+    figures = _figures(metrics)
     for gate in parse_gates(text):
-        value = _figures(metrics).get(gate.figure)
+        value = figures.get(gate.figure)
         shown = f"{gate.figure}{gate.sign}{gate.bound:g}"
         if value is None:
-            problems.append(f"GATES: {shown}: eval has not measured {FIGURES[gate.figure]}.")
+            problems.append(f"GATES: {shown}: eval has not measured {_meaning(gate, figures)}.")
         elif not _COMPARE[gate.sign](value, gate.bound):
             problems.append(f"GATES: {shown}: {gate.figure} is {value:.4g}.")
     return problems
+
+
+def _meaning(gate: Gate, figures: Mapping[str, float]) -> str:
+    """What a figure that was not measured means; for a task's, also what was measured of it."""
+    if gate.figure in FIGURES:
+        return FIGURES[gate.figure]
+    task = gate.figure.partition("/")[0]
+    others = [name for name in figures if name.startswith(f"{task}/")]
+    return f"it, but {', '.join(others)}" if others else "it"
 
 
 def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -75,4 +101,8 @@ def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
         figures["validation_loss"] = metrics["fine_tuned"]["loss"]
         figures["perplexity"] = metrics["fine_tuned"]["perplexity"]
         figures["base_loss"] = metrics["base"]["loss"]
+    for task, facts in metrics.get("lm_eval", {}).get("tasks", {}).items():
+        for metric, measured in facts["metrics"].items():
+            if measured["fine_tuned"] is not None:
+                figures[f"{task}/{metric}"] = measured["fine_tuned"]
     return figures

@@ -29,6 +29,7 @@ def launch(
     environment: Mapping[str, str],
     error_file: Path,
     on_line: Callable[[str], None] | None = None,
+    who: str = "The workers' launcher",
 ) -> None:
     """Run `command` from the project's folder and wait for it.
 
@@ -36,7 +37,8 @@ def launch(
 
     A worker that knows what went wrong writes its error to `error_file` (`report_error`); it is
     raised here. Any other failure is a StageFailure with the exit status. `on_line` is called with
-    each line that the processes print, on either stream, after it is printed.
+    each line that the processes print, on either stream, after it is printed. `who` is what the
+    failure says has ended.
     """
     error_file.unlink(missing_ok=True)
     whole_environment = {**os.environ, **environment, ERROR_FILE: str(error_file.absolute())}
@@ -67,10 +69,10 @@ def launch(
         status = process.wait()
     finally:
         _end(process)
-    _raise_failure(status, error_file)
+    _raise_failure(status, error_file, who)
 
 
-def _raise_failure(status: int, error_file: Path) -> None:
+def _raise_failure(status: int, error_file: Path, who: str) -> None:
     """Raise the error that a worker reported, or a StageFailure for an exit status that is not
     0."""
     if error_file.exists():
@@ -82,9 +84,7 @@ def _raise_failure(status: int, error_file: Path) -> None:
             if status < 0
             else f"ended with status {status}"
         )
-        raise StageFailure(
-            f"The workers' launcher {how}; what they printed is above. Nothing was published."
-        )
+        raise StageFailure(f"{who} {how}; what was printed is above. Nothing was published.")
 
 
 def report_error(error: InputError | StageFailure, error_file: Path) -> None:

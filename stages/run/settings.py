@@ -22,12 +22,13 @@ from typing import Any
 
 from stages.run.cache_url import check_cache_url
 from stages.run.errors import InputError
-from stages.run.gates import parse_gates
+from stages.run.gates import parse_gates, unnamed_tasks
 from stages.run.push_target import check_hub_repo, check_push_target, overwrites
 from stages.run.recipe import RECIPES, read_recipe
 from stages.run.server_address import check_host, check_url
 from stages.run.setting import as_text, parse, setting, variable
 from stages.run.sizes import parse_size
+from stages.run.task_names import task_names
 
 _MODEL = "precompile train"
 # Names of variables that hold a secret, or belong to one.
@@ -428,6 +429,21 @@ class Settings:
         least=1,
     )
 
+    # lm-evaluation-harness.
+    lm_eval: str = setting(
+        "",
+        "Tasks of lm-evaluation-harness that eval measures the base and the fine-tuned model on, "
+        "such as arc_easy,hellaswag; empty for none.",
+        "eval",
+        check=task_names,
+    )
+    lm_eval_limit: int = setting(
+        0, "Examples of each task of LM_EVAL, the first ones; 0 = all.", "eval", least=0
+    )
+    lm_eval_include_path: str = setting(
+        "", "Folder with YAML files of your own tasks for LM_EVAL.", "eval", path=True
+    )
+
     # Serving.
     serve_host: str = setting(
         "127.0.0.1",
@@ -503,6 +519,12 @@ class Settings:
             problems.append(
                 "INSTRUCTION_COLUMN is empty, for texts without an instruction. Set "
                 "RESPONSE_COLUMN to the column of the texts."
+            )
+        problems += unnamed_tasks(self.gates, self.lm_eval)
+        if self.lm_eval_include_path and not self.lm_eval:
+            problems.append(
+                f"LM_EVAL_INCLUDE_PATH={self.lm_eval_include_path} has tasks, and LM_EVAL names "
+                "none. Name them in LM_EVAL, or leave it out."
             )
         if self.max_steps == 0:
             problems.append(

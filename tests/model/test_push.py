@@ -42,6 +42,12 @@ SETTINGS = Settings(
     validation_fraction=0.2,
 )
 LOSSES = {"base": 2.5, "fine_tuned": 1.25}
+ACC = {"base": 0.25, "base_stderr": None, "fine_tuned": 0.5, "fine_tuned_stderr": 0.125}
+TASKS = {
+    name: {"version": "1.0", "examples": 1_000, "local": local, "metrics": {"acc": ACC}}
+    for name, local in (("arc_easy", False), ("private-name-task", True))
+}
+LM_EVAL = {"version": "0.4.13", "dtype": "float32", "limit": 1_000, "tasks": TASKS}
 QUESTIONS = ("What is a shard?", "Why ```fences```?", "<b>Is this bold?</b>")
 
 
@@ -68,7 +74,8 @@ def evaluated(work: Path) -> StageResult:
         ],
     )
     losses = {name: {"loss": loss, "perplexity": 2 * loss} for name, loss in LOSSES.items()}
-    return StageResult(metrics={"answers": 3, **losses, "loss_dtype": "float32"}, tokens=9)
+    metrics = {"answers": 3, **losses, "loss_dtype": "float32", "lm_eval": LM_EVAL}
+    return StageResult(metrics=metrics, tokens=9)
 
 
 def publish_model(run: Path, settings: Settings = SETTINGS) -> None:
@@ -184,6 +191,8 @@ def test_the_card_holds_what_was_measured_and_nothing_private(
     assert not data.base_model and not data.datasets and not data.license
     assert "a local dataset" in text and "from random weights" in text
     assert "| Loss (nats per token) | 2.5000 | 1.2500 |" in text
+    assert "| arc_easy | 1.0 | 1,000 | acc | 0.2500 | 0.5000 ± 0.1250 |" in text
+    assert "lm-evaluation-harness 0.4.13 in float32, without a chat template, on at most" in text
     assert "LEARNING_RATE=0.0002" in text and "LORA_ALPHA" not in text
     assert "Optimizer steps: 7" in text and "12,345 parameters" in text
     assert all(f"Q: {one}\nA: A {one}" in text for one in QUESTIONS)
@@ -246,6 +255,7 @@ def test_a_loss_of_another_base_than_the_trained_one_is_not_the_base_models(
     pushed(asker, run, "owner/other-base")
     text = (hub.folder / "models/owner/other-base/README.md").read_text()
     assert "| Loss (nats per token) | not measured | 1.2500 |" in text
+    assert "| acc | not measured | 0.5000 ± 0.1250 |" in text
 
 
 ASKED: dict[str, tuple[dict[str, Any], str, list[str]]] = {

@@ -15,6 +15,16 @@ METRICS = {
     "exact_matches": 1,
     "base": {"loss": 2.5, "perplexity": 12.2},
     "fine_tuned": {"loss": 2.1, "perplexity": 8.2},
+    "lm_eval": {
+        "tasks": {
+            "gsm8k": {
+                "metrics": {
+                    "exact_match,strict-match": {"base": 0.9, "fine_tuned": 0.4},
+                    "bleu": {"base": 0.1, "fine_tuned": None},
+                }
+            }
+        }
+    },
 }
 
 
@@ -36,6 +46,22 @@ def test_each_gate_that_fails_is_named_with_its_figure() -> None:
 def test_a_figure_that_was_not_measured_does_not_pass() -> None:
     [problem] = gate_problems("validation_loss<9", {"answers": 1, "ended": 1})
     assert "eval has not measured loss of the fine-tuned model" in problem
+
+
+def test_a_gate_may_name_a_figure_of_a_task() -> None:
+    assert gate_problems("gsm8k/exact_match,strict-match>0.3", METRICS) == []
+    failed, missing, other = gate_problems(
+        "gsm8k/exact_match,strict-match > 0.5 gsm8k/acc>0 arc/acc>0", METRICS
+    )
+    assert failed.endswith("gsm8k/exact_match,strict-match is 0.4.")
+    assert missing.endswith("has not measured it, but gsm8k/exact_match,strict-match.")
+    assert other == "GATES: arc/acc>0: eval has not measured it."
+
+
+def test_a_gate_on_a_task_that_lm_eval_does_not_name_is_refused_beforehand() -> None:
+    Settings.read({"GATES": "arc_easy/acc>0.5", "LM_EVAL": "hellaswag,arc_easy"})
+    with pytest.raises(InputError, match="GATES: arc_easy/acc: LM_EVAL does not name arc_easy"):
+        Settings.read({"GATES": "arc_easy/acc>0.5", "LM_EVAL": "hellaswag"})
 
 
 def test_what_is_no_gate_is_refused_with_the_nearest_name_and_all_at_once() -> None:
