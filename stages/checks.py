@@ -21,6 +21,7 @@ from stages.run.setting import STAGES
 from stages.run.settings import Settings
 from stages.text.questions import read_questions
 from stages.text.text_template import format_problems
+from stages.track.check import tracker_problems
 
 
 def problems(settings: Settings, config: Any | None, stages: Collection[str]) -> list[str]:
@@ -55,9 +56,11 @@ def problems(settings: Settings, config: Any | None, stages: Collection[str]) ->
 def machine_problems(settings: Settings, stages: Collection[str]) -> list[str]:
     """What this machine lacks to run `stages`. Later stages may run on another one."""
     try:
-        return list(backend_module("check", settings).machine_problems(settings, stages))
+        found = list(backend_module("check", settings).machine_problems(settings, stages))
     except InputError as error:  # NEURON_RT_* names no cores
-        return error.problems
+        found = error.problems
+    # precompile, because a refusal after its hours would come too late.
+    return [*found, *(tracker_problems(settings) if {"precompile", "train"} & set(stages) else ())]
 
 
 def local_config(model: str) -> Any | None:

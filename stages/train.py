@@ -14,6 +14,7 @@ from stages.run.manifest import manifest_of
 from stages.run.provenance import reasons
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
+from stages.track.follow import TRACKER_FILE, followed
 
 
 @stage_command(
@@ -25,7 +26,10 @@ def main(settings: Settings, data: Path, precompile: Path, output: Path) -> None
     # Precompile only fills a cache, which makes training start sooner, so it is not an input.
     def build(work: Path) -> StageResult:
         require(settings, "train")
-        return backend.train(settings, data, precompile, work)
+        with followed(settings, work, output.parent):
+            result: StageResult = backend.train(settings, data, precompile, work)
+        result.unkeyed += (TRACKER_FILE,)  # where the metrics went is no part of the weights
+        return result
 
     publish(
         "train",
