@@ -22,6 +22,7 @@ from stages.run.settings import Settings
 from stages.text.eval_set import read_eval_set
 from stages.text.questions import read_questions
 from stages.text.text_template import format_problems
+from stages.track.check import tracker_problems
 
 
 def problems(settings: Settings, config: Any | None, stages: Collection[str]) -> list[str]:
@@ -60,6 +61,8 @@ def machine_problems(settings: Settings, stages: Collection[str]) -> list[str]:
         found = list(backend_module("check", settings).machine_problems(settings, stages))
     except InputError as error:  # NEURON_RT_* names no cores
         found = error.problems
+    if {"precompile", "train"} & set(stages):  # a refusal after precompile's hours would be late
+        found = [*found, *tracker_problems(settings)]
     if "eval" in stages and settings.lm_eval and not settings.prompt:
         from stages.run.harness import harness_problems  # few runs need it
 

@@ -115,6 +115,7 @@ def in_small(settings: Settings, folder: Path) -> Settings:
         eval_steps=0,
         save_steps=0,
         rehearse=False,
+        tracker="none",
         keep_shards=True,
     )
 

@@ -14,6 +14,7 @@ from stages.run.manifest import manifest_of
 from stages.run.provenance import reasons
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
+from stages.track.follow import TRACKER_FILE, followed
 
 
 @stage_command(
@@ -29,7 +30,10 @@ def main(settings: Settings, data: Path, precompile: Path, output: Path) -> None
             from stages.rehearse import rehearse
 
             rehearse(settings, data)
-        return backend.train(settings, data, precompile, work)
+        with followed(settings, work, output.parent):
+            result: StageResult = backend.train(settings, data, precompile, work)
+        result.unkeyed += (TRACKER_FILE,)  # where the metrics went is no part of the weights
+        return result
 
     publish(
         "train",

@@ -56,6 +56,7 @@ def test_a_comment_or_a_blank_line_reruns_nothing(built: Project) -> None:
         ("WARMUP_STEPS=5", ["precompile", *AFTER_DATA]),  # was 0: another graph on Neuron
         ("LOSS_ON=response", ["data", *AFTER_DATA]),
         ("LOGGING_STEPS=2", []),
+        ("TRACKER=tensorboard", []),
         ("SAVE_STEPS=7", []),
         ("PUSH_DATASET=owner/rows", ["data"]),  # it pushes them, and publishes nothing
         ("KEEP_SHARDS=0", ["consolidate"]),  # it removes them, and publishes nothing

@@ -82,6 +82,21 @@ def last_line(path: Path) -> dict[str, Any]:
     return metrics
 
 
+def lines_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """The metrics of the logged steps after `step`, in order; of a file that is being written."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in reversed(lines):  # a long training's file has little that is new
+        metrics = _metrics(line) if line.endswith("\n") else None
+        if metrics and metrics["step"] <= step:
+            break
+        found += [metrics] if metrics else []
+    return found[::-1]
+
+
 def _metrics(line: str) -> dict[str, Any] | None:
     """The metrics of a step from their line; None if a crash cut the line off."""
     try:

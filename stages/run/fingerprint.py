@@ -60,6 +60,9 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.run.launch",
         "stages.run.progress",
         "stages.model.notes",
+        "stages.track.check",
+        "stages.track.follow",
+        "stages.track.libraries",
         # Programs that run no stage, and what only mypy reads.
         "stages.backends.conformance",
         "stages.backends.neuron.cache_cli",

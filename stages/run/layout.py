@@ -2,7 +2,8 @@
 
     data               train/ [validation/] held_out.jsonl, tokenizer/ prompt.json
     train              shards/ (of the model, or of an adapter with adapter_config.json)
-                       metrics.jsonl, config.json generation_config.json, tokenizer/ prompt.json
+                       metrics.jsonl [tracker.json], config.json generation_config.json,
+                       tokenizer/ prompt.json
     consolidate        *.safetensors, config.json generation_config.json, the tokenizer's files,
                        prompt.json [adapter/]
     compile-inference  the backend's compiled model, the tokenizer's files, prompt.json

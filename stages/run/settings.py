@@ -32,7 +32,7 @@ from stages.run.task_names import task_names
 
 _MODEL = "precompile train"
 # Names of variables that hold a secret, or belong to one.
-SECRET = re.compile(r"(HF|AWS|WANDB)_\w+|\w*(TOKEN|SECRET|PASSWORD|API_KEY)")
+SECRET = re.compile(r"(HF|AWS|MLFLOW|TRACKIO|WANDB)_\w+|\w*(TOKEN|SECRET|PASSWORD|API_KEY)")
 
 
 @dataclass(frozen=True)
@@ -270,6 +270,11 @@ class Settings:
     )
     torch_compile: bool = setting(False, "Compile the layers with inductor (torch).", _MODEL)
     logging_steps: int = setting(10, "Steps between lines of metrics.jsonl.", unit="steps", least=1)
+    tracker: str = setting(
+        "none",
+        "Experiment tracker that training's metrics go to as well (docs/tracking.md).",
+        choices=("none", "tensorboard", "mlflow", "wandb", "trackio"),
+    )
     eval_steps: int = setting(
         100, "Steps between validation losses during training; 0 = never.", unit="steps", least=0
     )

@@ -25,6 +25,8 @@ NAMES = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
     "WANDB_API_KEY",
 )
 # Drawn again in each test run, whose processes share them: a file of the project cannot hold them.

@@ -1,0 +1,1 @@
+"""What sends training's metrics to an experiment tracker (TRACKER)."""
