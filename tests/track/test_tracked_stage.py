@@ -22,7 +22,7 @@ def test_a_tracked_training_publishes_the_same_model(built: Project) -> None:
     assert "tracker: tensorboard: tensorboard --logdir outputs/tiny/tensorboard" in done.stdout
 
     run_folder = built.folder / "outputs" / "tiny"
-    (folder,) = (run_folder / "tensorboard").iterdir()  # precompile's steps are in no other
+    (folder,) = (run_folder / "tensorboard").iterdir()
     lines = (run_folder / "train" / "metrics.jsonl").read_text().splitlines()
     written = [(line["step"], line["loss"]) for line in map(json.loads, lines)]
     assert [step for step, _ in losses(folder)] == [step for step, _ in written] == [1, 2]
