@@ -34,9 +34,7 @@ class Deviation(NamedTuple):
 
     def __str__(self) -> str:
         when = f"step {self.step}" if self.step else "before the first step"
-        return (
-            f"{when}: {self.quantity} deviates by {self.deviation:.3g}, allowed {self.allowed:.3g}"
-        )
+        return f"{when}: {self.quantity}: off by {self.deviation:.3g}, allowed {self.allowed:.3g}"
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:
@@ -99,7 +97,7 @@ def _of_tensors(
     if not found:
         return
     for name in sorted(expected.keys() ^ found.keys()):
-        yield f"the {kind} of {name}, which only one of them has,", math.inf, EXACT
+        yield f"the {kind} of {name}, which only one of them has", math.inf, EXACT
     for name in expected.keys() & found.keys():
         allowed = FACTOR * noise.get(f"{kind} {name}", LEAST[kind])
         yield f"the {kind} of {name}", _distance(found[name], expected[name]), allowed

@@ -12,23 +12,24 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from stages.backends.device import Device
+from stages.backends.device import device_of
 from stages.run.disk import disk_failure
 from stages.run.errors import InputError, StageFailure
 from stages.run.guard import die_with_parent
 from stages.run.launch import report_error
+from stages.run.settings import Settings
 
 
-def run_rank(device: Device, work: Callable[[torch.device], None], error_file: Path) -> NoReturn:
-    """Call `work` with this rank's `device`, in the process group of torchrun's ranks, then exit.
+def run_rank(work: Callable[[torch.device], None], error_file: Path) -> NoReturn:
+    """Call `work` with this rank's device, in the process group of torchrun's ranks, then exit.
 
     The exit status is 0, or that of an InputError or StageFailure (reported to the stage through
     `error_file`), or 1 with a traceback.
     """
     die_with_parent()
-    status, mine = 0, device.join_group()
+    status = 0
     try:
-        work(mine)
+        work(device_of(Settings.read()).join_group())
         dist.destroy_process_group()
     except (InputError, StageFailure) as error:
         report_error(error, error_file)

@@ -24,7 +24,6 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from stages.backends.batches import PackedSequences, sequences_of_step
 from stages.backends.decoding import seed_of
-from stages.backends.device import device_of
 from stages.backends.loss import loss_sum, supervised
 from stages.backends.metrics import Metrics, require_finite
 from stages.backends.schedule import data_parallel_size, sequences_per_step, total_steps
@@ -90,11 +89,8 @@ def main(base: Path, data: Path, work: Path, max_steps: int) -> None:
     # The gradients' norm is summed over both dimensions of the mesh one after the other, and
     # DTensor warns that this is slow.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    settings = Settings.read()
     run_rank(
-        device_of(settings),
-        lambda device: train(settings, base, data, work, max_steps, device),
-        work / "error",
+        lambda device: train(Settings.read(), base, data, work, max_steps, device), work / "error"
     )
 
 
