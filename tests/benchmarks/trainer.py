@@ -96,7 +96,7 @@ def main(run: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         seconds = train(settings, run / "data", Path(folder))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        losses = validation_losses(settings, run / "data", Path(folder))
+        losses = validation_losses(settings, run / "data" / "validation", Path(folder))
     loss, base = ours["metrics"]["fine_tuned"]["loss"], ours["metrics"]["base"]["loss"]
     print(f"\n{'':14}{'base':>9}{'tuned':>9}{'seconds':>10}{'memory':>9}   (of the process)")
     print(f"{'this project':14}{base:9.4f}{loss:9.4f}{trained['seconds']:10.0f}")
