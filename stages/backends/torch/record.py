@@ -65,11 +65,12 @@ class Record:
                 file.write(json.dumps(line) + "\n")
 
 
+@torch.no_grad()
 def digest(name: str, tensor: torch.Tensor) -> list[float]:
     """The norm and the projections of a tensor, in float32. The signs follow from `name`: r^T T c
     with a sign for each row and each column. All ranks of a mesh must call it."""
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    whole = whole.detach().float()
+    whole = whole.float()
     rows = whole.reshape(len(whole), -1) if whole.ndim > 1 else whole[None]
     found = [rows.norm()]
     for number in range(PROJECTIONS):
@@ -91,6 +92,7 @@ def _parameters(model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
 def _apart(parameters: dict[str, Any]) -> float:
     """The largest difference between ranks of the sum of a weight of which each has a copy, as a
     fraction of the sum of its absolute values."""
