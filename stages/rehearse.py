@@ -8,12 +8,15 @@ with status 1 at the first step that deviates by more than bfloat16 explains.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from stages.run.cli import stage_command
@@ -40,7 +43,7 @@ ALONE: dict[str, Any] = {
 
 @stage_command(
     "rehearse",
-    *("REHEARSAL_STEPS", "REHEARSAL_LAYERS"),
+    *("REHEARSAL_STEPS", "REHEARSAL_LAYERS", "REHEARSAL_MINUTES"),
     publishes=False,
     data="Folder that data published.",
 )
@@ -54,6 +57,7 @@ def rehearse(settings: Settings, data: Path) -> None:
     Raises StageFailure at the first step that is out of band, InputError where a stage refuses.
     """
     from stages.backends.band import out_of_band, read_record, told
+    from stages.backends.torch.record import RECORDS
 
     folder, started = data.parent / FOLDER, time.monotonic()
     run = in_small(settings, folder)
@@ -66,14 +70,18 @@ def rehearse(settings: Settings, data: Path) -> None:
     records = {}
     for name, one in trainings.items():
         print(f"\nrehearsal: {name}, {_described(one)}", flush=True)
-        _stage("train", one, folder / name, {"data": data, "precompile": folder / name})
+        seconds = 60 * settings.rehearsal_minutes / 2 if one is not run else math.inf
+        inputs = {"data": data, "precompile": folder / name}
+        _stage("train", one, folder / name, inputs, {RECORDS: str(seconds)})
         recorded = folder / name / "train" / RECORD_FILE
         # optimum-neuron's training has no record, but the figures of each step.
         records[name] = read_record(
             recorded if recorded.is_file() else recorded.with_name(METRICS_FILE)
         )
     deviations = out_of_band(records["float32"], records["bfloat16"], records["run"])
-    steps = len(records["run"]) - 1
+    steps = min(map(len, records.values())) - 1
+    if steps < settings.rehearsal_steps:
+        print(f"rehearsal: {steps} steps in REHEARSAL_MINUTES={settings.rehearsal_minutes:g}")
     report = {
         "steps": steps,
         "tensors": len(records["run"][0]["weights"]),
@@ -144,7 +152,13 @@ def _to_the_end(run: Settings, data: Path, folder: Path) -> None:
     print("rehearsal: consolidated, compiled and asked", flush=True)
 
 
-def _stage(stage: str, settings: Settings, folder: Path, inputs: dict[str, Path]) -> None:
+def _stage(
+    stage: str,
+    settings: Settings,
+    folder: Path,
+    inputs: dict[str, Path],
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Run a stage's script, which publishes below `folder` unless it is up to date there."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", f"stages.{stage.replace('-', '_')}"]
@@ -152,7 +166,7 @@ def _stage(stage: str, settings: Settings, folder: Path, inputs: dict[str, Path]
         command += [f"--{name}", str(path)]
     ended = subprocess.run(
         [*command, "--output", str(folder / stage)],
-        env={**os.environ, **settings.environment(), "TRN_TUNE_RECORD": "1"},
+        env={**os.environ, **settings.environment(), **more},
     )
     if ended.returncode == InputError.exit_status:
         raise InputError(

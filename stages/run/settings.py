@@ -317,6 +317,9 @@ class Settings:
         False, "Rehearse before train: stop where the first steps deviate from a CPU's."
     )
     rehearsal_steps: int = setting(10, "Steps of a rehearsal.", unit="steps", least=2, most=1000)
+    rehearsal_minutes: float = setting(
+        10.0, "Time that a rehearsal gives the CPU for its steps.", unit="minutes", above=0
+    )
     rehearsal_layers: int = setting(
         2, "Layers of the model that are rehearsed, its first ones.", unit="layers", least=1
     )

@@ -9,7 +9,9 @@ about that of the tensor.
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from stages.backends.decoding import seed_of
 from stages.run.layout import RECORD_FILE
 
 PROJECTIONS = 3
-RECORDS = "TRN_TUNE_RECORD"  # a variable of the environment: 1 in a rehearsal's trainings
+# A variable of the environment, in a rehearsal's trainings: the seconds after which a training of
+# one process ends with the step that it is at.
+RECORDS = "TRN_TUNE_RECORD"
 
 
 class Record:
@@ -29,7 +33,9 @@ class Record:
 
     def __init__(self, work: Path):
         self._path = work / RECORD_FILE
-        self._on = os.environ.get(RECORDS) == "1"
+        seconds = os.environ.get(RECORDS)
+        self._on = seconds is not None
+        self._end = time.monotonic() + float(seconds or math.inf)
         self._gradients: dict[str, list[float]] = {}
         self._apart = 0.0
 
@@ -51,6 +57,11 @@ class Record:
                 if one.grad is not None
             }
             self._apart = _apart(parameters)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether this training has had its time."""
+        return time.monotonic() > self._end
 
     def step(self, number: int, figures: dict[str, float]) -> None:
         """Add a line for step `number` (from 1)."""

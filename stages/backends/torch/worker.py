@@ -111,7 +111,8 @@ def train(
             require_finite(
                 step + 1, figures, lambda: checkpoint.last_step(work / CHECKPOINTS_FOLDER)
             )
-            done, last = step + 1, step + 1 == total
+            done, late = step + 1, state.record.is_late
+            last = done == total or late
             state.record.step(done, figures)
             if (
                 state.validation
@@ -141,6 +142,8 @@ def train(
                     state.optimizer,
                     settings.save_total_limit,
                 )
+            if late:
+                break
     metrics.flush()
     more = {ADAPTER_CONFIG: lora.adapter_config(settings)} if settings.lora_r else {}
     checkpoint.save_shards(work / SHARDS_FOLDER, state.model, tied_weights(base), more)

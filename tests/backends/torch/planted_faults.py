@@ -118,7 +118,7 @@ def planted(fault: str) -> Iterator[None]:
 
 
 def main(folder: str) -> None:
-    os.environ["TRN_TUNE_RECORD"] = "1"
+    os.environ["TRN_TUNE_RECORD"] = "inf"
     root = Path(folder)
 
     def work(device: torch.device) -> None:
