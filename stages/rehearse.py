@@ -19,11 +19,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from stages.run.backend import choose
 from stages.run.cli import stage_command
 from stages.run.cost import cost_of
 from stages.run.errors import InputError, StageFailure
 from stages.run.json_file import write_json
-from stages.run.layout import METRICS_FILE, RECORD_FILE
+from stages.run.layout import RECORD_FILE
 from stages.run.settings import Settings
 
 FOLDER = "rehearsal"  # in outputs/RUN
@@ -57,8 +58,11 @@ def rehearse(settings: Settings, data: Path) -> None:
     Raises StageFailure at the first step that is out of band, InputError where a stage refuses.
     """
     from stages.backends.band import out_of_band, read_record, told
+    from stages.backends.neuron.check import NOT_A_CPUS
     from stages.backends.torch.record import RECORDS
 
+    if choose(settings).name == "neuron":
+        raise InputError(f"{NOT_A_CPUS} Rehearse with BACKEND=torch.")
     folder, started = data.parent / FOLDER, time.monotonic()
     run = in_small(settings, folder)
     alone = replace(run, **ALONE, gradient_accumulation_steps=_sequences(run))
@@ -73,11 +77,7 @@ def rehearse(settings: Settings, data: Path) -> None:
         seconds = 60 * settings.rehearsal_minutes / 2 if one is not run else math.inf
         inputs = {"data": data, "precompile": folder / name}
         _stage("train", one, folder / name, inputs, {RECORDS: str(seconds)})
-        recorded = folder / name / "train" / RECORD_FILE
-        # optimum-neuron's training has no record, but the figures of each step.
-        records[name] = read_record(
-            recorded if recorded.is_file() else recorded.with_name(METRICS_FILE)
-        )
+        records[name] = read_record(folder / name / "train" / RECORD_FILE)
     deviations = out_of_band(records["float32"], records["bfloat16"], records["run"])
     steps = min(map(len, records.values())) - 1
     if steps < settings.rehearsal_steps:

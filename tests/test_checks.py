@@ -47,6 +47,7 @@ REFUSED = [
     ({**TORCH, "tensor_parallel_size": 3}, {}, "TENSOR_PARALLEL_SIZE=3 does not divide"),
     ({**NEURON, "bf16": False}, {}, "BF16=0"),
     ({**NEURON, "torch_compile": True}, {}, "TORCH_COMPILE=1"),
+    ({**NEURON, "rehearse": True}, {}, "REHEARSE=1: optimum-neuron's training is not"),
     ({**NEURON, "resume": "weights", "lora_r": 8}, {}, "RESUME=weights: LORA_R=8"),
     (NEURON, {"model_type": "mistral"}, "is a mistral, which the neuron backend does not train"),
     (

@@ -38,10 +38,8 @@ class Deviation(NamedTuple):
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:
-    """The lines of record.jsonl, or of metrics.jsonl, which has no tensors. The first is what was
-    before the first step."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return lines if lines and "weights" in lines[0] else [{"weights": {}}, *lines]
+    """The lines of record.jsonl; the first is what was before the first step."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def out_of_band(
@@ -49,8 +47,7 @@ def out_of_band(
 ) -> list[Deviation]:
     """Everything out of its band in the first step that has any; empty where nothing is.
 
-    `reference` and `rounded` are the float32 and the bfloat16 records, `run` is compared. What
-    `run` did not record is not compared; what differs by name is.
+    `reference` and `rounded` are the float32 and the bfloat16 records, `run` is compared.
     """
     noise = _noise(reference, rounded)
     for number, (expected, found) in enumerate(zip(reference, run, strict=False)):
@@ -82,10 +79,8 @@ def _deviations(
         yield name, _relative(found[name], expected[name]), FACTOR * noise[name]
     rate = _relative(found["learning_rate"], expected["learning_rate"])
     yield "learning_rate", rate, EXACT
-    yield "the ranks' copies of a weight", found.get("apart", 0.0), EXACT
-    yield from _of_tensors(
-        "gradient", expected.get("gradients", {}), found.get("gradients", {}), noise
-    )
+    yield "the ranks' copies of a weight", found["apart"], EXACT
+    yield from _of_tensors("gradient", expected["gradients"], found["gradients"], noise)
 
 
 def _of_tensors(
@@ -94,8 +89,6 @@ def _of_tensors(
     found: Mapping[str, list[float]],
     noise: Mapping[str, float],
 ) -> Iterator[tuple[str, float, float]]:
-    if not found:
-        return
     for name in sorted(expected.keys() ^ found.keys()):
         yield f"the {kind} of {name}, which only one of them has", math.inf, EXACT
     for name in expected.keys() & found.keys():
