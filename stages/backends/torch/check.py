@@ -116,7 +116,8 @@ def device_problem(settings: Settings) -> str:
     can, as far as any Python knows."""
     on_neuron = settings.device == "auto" and choose(settings).on_neuron
     if settings.device == "neuron" or on_neuron:
-        if not hardware.find_hardware().cores:
+        # Not neuron-ls first: every rank asks.
+        if not (hardware.device_nodes() or hardware.find_hardware().cores):
             return "DEVICE=neuron: there is no Neuron device here. Set cpu, or auto."
         if settings.neuron_compile_cache_url.startswith("s3:"):
             return (
