@@ -47,6 +47,8 @@ def train(settings: Settings, data: Path, output: Path) -> float:
 
     rows = load_from_disk(str(data / "train"))
     model = AutoModelForCausalLM.from_pretrained(settings.model_id, dtype=torch.float32)
+    # With its cache transformers makes no mask from position_ids: documents would see each other.
+    model.config.use_cache = False
     if settings.lora_r:
         model = peft.get_peft_model(
             model,
