@@ -25,7 +25,7 @@ from stages.run.progress import duration, show_size
 from stages.run.provenance import REQUIREMENTS, installed_version, pinned_versions
 from stages.run.settings import Settings
 
-PYTHONS = {"torch": ((3, 10), (3, 12)), "neuron": ((3, 10), (3, 11))}
+PYTHONS = {"torch": ((3, 10), (3, 12)), "neuron": ((3, 10), (3, 11)), "native": ((3, 12), (3, 12))}
 OLDEST_MAKE = (4, 2)  # the first that reads a file with $(file <NAME)
 OUTPUTS = Path("outputs")
 ROOM_TO_MEASURE = 10**9  # bytes free, below which no speed is measured
@@ -33,7 +33,8 @@ SLOW_DISK = 200e6  # bytes per second; a gp3 volume has 125 MB/s unless more is 
 
 
 def python_version(settings: Settings) -> Iterator[CheckResult]:
-    oldest, newest = PYTHONS[choose(settings).name]
+    chosen = choose(settings)
+    oldest, newest = PYTHONS["native" if chosen.on_neuron else chosen.name]
     version = f"{sys.version.split()[0]}, {sys.executable}"
     if oldest <= sys.version_info[:2] <= newest:
         yield CheckResult("Python", version)

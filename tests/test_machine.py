@@ -25,6 +25,8 @@ from tests.fakes.neuron_machine import FakeMachine
         ((3, 10), "torch", "OK"),
         ((3, 12), "torch", "OK"),
         ((3, 12), "neuron", "FAIL"),
+        ((3, 11), "native", "FAIL"),
+        ((3, 12), "native", "OK"),
         ((3, 11), "neuron", "OK"),
     ],
 )
@@ -32,7 +34,8 @@ def test_a_python_that_the_pins_do_not_know_is_refused(
     monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], backend: str, state: str
 ) -> None:
     monkeypatch.setattr(sys, "version_info", version)
-    assert only(machine.python_version(Settings(backend=backend))).state == state
+    settings = Settings(device="neuron") if backend == "native" else Settings(backend=backend)
+    assert only(machine.python_version(settings)).state == state
 
 
 @pytest.mark.parametrize(

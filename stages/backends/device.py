@@ -200,10 +200,9 @@ def device_of(settings: Settings) -> Device:
 
     Raises InputError where it cannot be used.
     """
-    name = settings.device
+    name = "neuron" if choose(settings).on_neuron else settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        name = "neuron" if choose(settings).on_neuron else name
     device = DEVICES[name](settings)
     if problem := device.problem():
         raise InputError(problem)

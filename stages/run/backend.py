@@ -44,16 +44,13 @@ def find_backend() -> Choice:
 
 def choose(settings: Settings) -> Choice:
     """The backend that BACKEND or DEVICE names, or the one found."""
-    if settings.backend == "auto" and settings.device == "auto":
-        return find_backend()
-    if settings.backend == "auto":
-        return Choice("torch", f"DEVICE={settings.device}")
-    found = find_backend()
-    return Choice(
-        settings.backend,
-        f"BACKEND={settings.backend}",
-        settings.backend == found.name == "torch" and found.on_neuron,
-    )
+    backend, device, found = settings.backend, settings.device, find_backend()
+    if backend == device == "auto":
+        return found
+    on_neuron = device == "neuron" or (device == "auto" and backend == "torch" and found.on_neuron)
+    if backend == "auto":
+        return Choice("torch", f"DEVICE={device}", on_neuron)
+    return Choice(backend, f"BACKEND={backend}", on_neuron)
 
 
 @overload

@@ -114,8 +114,7 @@ def machine_problems(settings: Settings, stages: Collection[str]) -> Iterator[st
 def device_problem(settings: Settings) -> str:
     """Why the device that DEVICE names, or the Trainium that is here, cannot be used; empty if it
     can, as far as any Python knows."""
-    on_neuron = settings.device == "auto" and choose(settings).on_neuron
-    if settings.device == "neuron" or on_neuron:
+    if choose(settings).on_neuron:
         # Not neuron-ls first: every rank asks.
         if not (hardware.device_nodes() or hardware.find_hardware().cores):
             return "DEVICE=neuron: there is no Neuron device here. Set cpu, or auto."

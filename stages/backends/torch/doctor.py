@@ -1,4 +1,4 @@
-"""Checks of a machine without Neuron devices: PyTorch, its devices, a C++ compiler, training."""
+"""Checks of a machine that PyTorch runs on: PyTorch, its devices, a C++ compiler, training."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 
 from stages.backends.torch.check import cpp_compiler
+from stages.run.backend import choose
 from stages.run.check_result import Check, CheckResult, fail
 from stages.run.errors import InputError
 from stages.run.progress import show_size
@@ -38,6 +39,15 @@ def devices(settings: Settings) -> Iterator[CheckResult]:
     )
 
 
+def neuron(settings: Settings) -> Iterator[CheckResult]:
+    """The devices, cores and cache of compiled graphs of a Trainium that PyTorch runs on."""
+    if choose(settings).on_neuron:
+        from stages.backends.neuron import doctor
+
+        for check in (doctor.devices, doctor.cores, doctor.compile_cache):
+            yield from check(settings)
+
+
 def compiler(settings: Settings) -> Iterator[CheckResult]:
     """The C++ compiler: compile-inference needs it, and so does training with TORCH_COMPILE."""
     tool = shutil.which(cpp_compiler())
@@ -61,4 +71,4 @@ def training(settings: Settings) -> Iterator[CheckResult]:
     yield from (fail("training", problem) for problem in device_problems(settings))
 
 
-CHECKS: list[Check] = [torch_build, devices, compiler, training]
+CHECKS: list[Check] = [torch_build, devices, neuron, compiler, training]

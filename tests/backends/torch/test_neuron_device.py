@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stages.backends import device
+from stages.backends.torch import doctor
 from stages.backends.torch.check import machine_problems, native_problem
 from stages.backends.torch.static import prefill_lengths
 from stages.run import backend
@@ -116,6 +117,18 @@ def test_a_rank_has_a_logical_core_and_its_memory(fake_machine: FakeMachine) -> 
     native = device.Neuron(Settings())
     assert native.ranks() == 64 and native.memory() == 24 * 2**30
     assert native.describe() == "trn2.48xlarge, 64 NeuronCores"
+
+
+def test_the_doctor_says_what_a_trainium_2_has(
+    fake_machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_machine.is_a("trn2.48xlarge")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.13.3.0")
+    settings = Settings(device="neuron", nproc_per_node=65)
+    said = [f"{one.state} {one.text}" for check in doctor.CHECKS for one in check(settings)]
+    assert any("25.8 GB for each process; 64 processes can train" in line for line in said), said
+    assert any(line.startswith("FAIL NPROC_PER_NODE=65 is above the 64") for line in said)
+    assert any("64 cores" in line for line in said)
 
 
 def test_a_device_that_is_not_here_is_refused_before_anything_runs(
