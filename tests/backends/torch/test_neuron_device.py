@@ -128,7 +128,7 @@ def test_the_doctor_says_what_a_trainium_2_has(
     said = [f"{one.state} {one.text}" for check in doctor.CHECKS for one in check(settings)]
     assert any("25.8 GB for each process; 64 processes can train" in line for line in said), said
     assert any(line.startswith("FAIL NPROC_PER_NODE=65 is above the 64") for line in said)
-    assert any("64 cores" in line for line in said)
+    assert any("16 devices x 4 cores" in line for line in said), said
 
 
 def test_a_device_that_is_not_here_is_refused_before_anything_runs(
