@@ -75,7 +75,7 @@ def test_a_folder_is_refused_because_its_train_split_would_be_read(tmp_path: Pat
 
 def test_what_packing_refuses_names_eval_set(tmp_path: Path) -> None:
     settings = file_of(tmp_path, [{"question": "a", "answer": ""}])
-    with pytest.raises(InputError, match="^EVAL_SET=.*None of the 1 examples"):
+    with pytest.raises(InputError, match=r"^EVAL_SET=.*None of the 1 examples"):
         packed_eval_set(settings, TOKENIZER, TextFormat(TOKENIZER), tmp_path / "packed")
 
 
