@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from stages.run.errors import InputError
 from stages.run.layout import HELD_OUT_FILE, TRAIN_SPLIT, VALIDATION_SPLIT
 from stages.run.settings import Settings
 from stages.text.columns import Columns
-from stages.text.conversation import Conversation, until_last_answer
+from stages.text.conversation import Conversation, is_empty, until_last_answer
 from stages.text.examples import Example, Examples, open_examples
 from stages.text.formats import FORMAT_NAMES
 from stages.text.questions import Question, answered_questions, written_questions
@@ -73,7 +74,9 @@ def packed_eval_set(
 
     def seen() -> Iterator[list[Example]]:
         for batch in examples.batches:
-            first.extend(one.messages for one in batch[: s.compare_answers - len(first)])
+            answered = (until_last_answer(one.messages) for one in batch)
+            usable = (one for one in answered if not is_empty(one))
+            first.extend(islice(usable, s.compare_answers - len(first)))
             yield batch
 
     layout = Layout(s.max_length, loss_on=s.loss_on)
@@ -96,5 +99,5 @@ def packed_eval_set(
         f"tokens in {account.train.rows:,} sequences",
         flush=True,
     )
-    asked = answered_questions(map(until_last_answer, first), "EVAL_SET, question")
+    asked = answered_questions(first, "EVAL_SET, question")
     return EvalSet(EVAL_SET, folder / TRAIN_SPLIT, list(asked))

@@ -58,12 +58,13 @@ def test_examples_that_are_too_long_are_cut_and_counted(
     assert "31 examples, 1 cut to MAX_LENGTH, " in capsys.readouterr().out
 
 
-def test_examples_that_are_left_out_are_counted(
+def test_examples_that_are_left_out_are_counted_and_not_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = [{"question": "long " * 200, "answer": "!"}, {"question": "?", "answer": ""}]
-    settings = file_of(tmp_path, [*ROWS, *more])
-    packed_eval_set(settings, TOKENIZER, TextFormat(TOKENIZER), tmp_path / "packed")
+    settings = file_of(tmp_path, [more[1], *ROWS, more[0]])
+    found = packed_eval_set(settings, TOKENIZER, TextFormat(TOKENIZER), tmp_path / "packed")
+    assert [one.expected for one in found.questions] == [f"It is {n}." for n in range(3)]
     said = capsys.readouterr().out
     assert "32 examples, 1 without a question or an answer left out, 1 left out, with no" in said
 
