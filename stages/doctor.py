@@ -29,6 +29,7 @@ from stages.run.check_result import FAIL, Check, CheckResult, fail, note
 from stages.run.errors import InputError, StageFailure
 from stages.run.setting import STAGES
 from stages.run.settings import Settings
+from stages.text.eval_set import read_eval_set
 from stages.text.questions import read_questions
 from stages.text.sources import FORMATS
 
@@ -92,6 +93,18 @@ def prompts_source(settings: Settings) -> Iterator[CheckResult]:
         yield note("PROMPTS", line.partition(": ")[2])
 
 
+def eval_set_source(settings: Settings) -> Iterator[CheckResult]:
+    if not settings.eval_set:
+        return
+    try:
+        read_eval_set(settings)
+    except InputError as error:
+        for problem in error.problems:
+            yield fail("EVAL_SET", problem.removeprefix("EVAL_SET="))
+        return
+    yield CheckResult("EVAL_SET", settings.eval_set)
+
+
 def fit(settings: Settings) -> Iterator[CheckResult]:
     """What the stages would refuse because of the settings, the model's config.json, or what this
     machine lacks."""
@@ -99,7 +112,7 @@ def fit(settings: Settings) -> Iterator[CheckResult]:
         config = local_config(str(config_folder(settings.model_id, settings.model_revision)))
     except InputError:
         config = None  # `model_source` reports it
-    stages = [stage for stage in STAGES if stage != "eval"]  # `prompts_source` checks PROMPTS
+    stages = [stage for stage in STAGES if stage != "eval"]  # its files are checked above
     found = [*problems(settings, config, stages), *machine_problems(settings, STAGES)]
     if found:
         yield from (fail("settings", problem) for problem in found)
@@ -139,6 +152,7 @@ CHECKS: list[Check] = [
     model_source,
     dataset_source,
     prompts_source,
+    eval_set_source,
     hub_repository,
     fit,
     machine.disk,

@@ -52,19 +52,19 @@ def main(
         from stages.backends.harness import measure_tasks
 
         answerer = Answerer(compile_inference, backend_module("generate", settings).load, settings)
-        answers = answer_all(settings, answerer)
-        write_answers(work / ANSWERS_FILE, answers)
-        metrics: dict[str, object] = {
-            "answers": len(answers),
-            "ended": sum(answer.ended for answer in answers),
-            **exact_matches(answers),
-        }
         with TemporaryDirectory(dir=work) as folder:
             eval_set = held_out(data)
-            if settings.eval_set:
+            if settings.eval_set:  # refused before anything is asked
                 eval_set = packed_eval_set(
                     settings, answerer.tokenizer, answerer.format, Path(folder)
                 )
+            answers = answer_all(settings, answerer)
+            write_answers(work / ANSWERS_FILE, answers)
+            metrics: dict[str, object] = {
+                "answers": len(answers),
+                "ended": sum(answer.ended for answer in answers),
+                **exact_matches(answers),
+            }
             metrics |= compare_answers(settings, eval_set, answerer, work)
             metrics |= compare_losses(settings, eval_set, consolidate)
         metrics |= measure_tasks(harness, settings, consolidate, work)

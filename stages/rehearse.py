@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -22,9 +23,10 @@ from typing import Any
 from stages.run.backend import choose
 from stages.run.cli import stage_command
 from stages.run.cost import cost_of
-from stages.run.errors import InputError, StageFailure
+from stages.run.errors import InputError, StageFailure, refuse
 from stages.run.json_file import write_json
 from stages.run.layout import RECORD_FILE
+from stages.run.lock import locked
 from stages.run.settings import Settings
 
 FOLDER = "rehearsal"  # in outputs/RUN
@@ -57,14 +59,27 @@ def rehearse(settings: Settings, data: Path) -> None:
 
     Raises StageFailure at the first step that is out of band, InputError where a stage refuses.
     """
-    from stages.backends.band import out_of_band, read_record, told
     from stages.backends.neuron.check import NOT_A_CPUS
-    from stages.backends.torch.record import RECORDS
 
     if choose(settings).name == "neuron":
         raise InputError(f"{NOT_A_CPUS} Rehearse with BACKEND=torch.")
-    folder, started = data.parent / FOLDER, time.monotonic()
-    run = in_small(settings, folder)
+    folder = data.parent / FOLDER
+    with locked(folder, "rehearse"):
+        run = in_small(settings, folder)
+        _require_all(run)
+        # Of another device or machine it would be up to date too, and is what is rehearsed here.
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        _compare(settings, run, data, folder)
+        _to_the_end(run, data, folder / "run")
+
+
+def _compare(settings: Settings, run: Settings, data: Path, folder: Path) -> None:
+    """Train the references and the run in `folder`; raises StageFailure where they differ."""
+    from stages.backends.band import out_of_band, read_record, told
+    from stages.backends.torch.record import RECORDS
+
+    report_file, started = folder / "report.json", time.monotonic()
+    report_file.unlink(missing_ok=True)
     alone = replace(run, **ALONE, gradient_accumulation_steps=_sequences(run))
     trainings = {
         "float32": replace(alone, bf16=False),
@@ -75,6 +90,8 @@ def rehearse(settings: Settings, data: Path) -> None:
     for name, one in trainings.items():
         print(f"\nrehearsal: {name}, {_described(one)}", flush=True)
         seconds = 60 * settings.rehearsal_minutes / 2 if one is not run else math.inf
+        if _has_more_time(folder / name / "train" / RECORD_FILE, run.max_steps, seconds):
+            shutil.rmtree(folder / name)
         inputs = {"data": data, "precompile": folder / name}
         _stage("train", one, folder / name, inputs, {RECORDS: str(seconds)})
         records[name] = read_record(folder / name / "train" / RECORD_FILE)
@@ -88,7 +105,7 @@ def rehearse(settings: Settings, data: Path) -> None:
         "out_of_band": [one._asdict() for one in deviations],
         **cost_of(time.monotonic() - started, settings),
     }
-    write_json(folder / "report.json", report)
+    write_json(report_file, report)
     if deviations:
         raise StageFailure(
             "\n".join(["The rehearsal is out of band. Nothing was trained.", *told(deviations)])
@@ -96,7 +113,34 @@ def rehearse(settings: Settings, data: Path) -> None:
     print(
         f"\nrehearsal: {steps} steps as on a CPU, {report['tensors']} tensors compared", flush=True
     )
-    _to_the_end(run, data, folder / "run")
+
+
+def _require_all(run: Settings) -> None:
+    """Raise InputError with what a stage of the rehearsal would refuse, before the CPU's hours."""
+    from stages.backends.torch.train import device_problems
+    from stages.checks import local_config, machine_problems, problems
+
+    stages, asked = ("train", "consolidate", "compile-inference", "eval"), _asked(run)
+    refuse(
+        [
+            *problems(asked, local_config(run.model_id), stages),
+            *(machine_problems(asked, stages) or device_problems(asked)),
+        ]
+    )
+
+
+def _has_more_time(record: Path, steps: int, seconds: float) -> bool:
+    """Whether the reference that `record` is of ended early, and may now take longer."""
+    from stages.backends.band import read_record
+
+    if not record.is_file():
+        return False
+    before, *done = read_record(record)
+    return len(done) < steps and before["seconds"] < seconds
+
+
+def _asked(run: Settings) -> Settings:
+    return replace(run, prompt=QUESTION, max_new_tokens=min(8, run.max_new_tokens))
 
 
 def in_small(settings: Settings, folder: Path) -> Settings:
@@ -146,9 +190,8 @@ def _to_the_end(run: Settings, data: Path, folder: Path) -> None:
     made = {name: folder / name for name in ("train", "consolidate", "compile-inference")}
     _stage("consolidate", run, folder, {"train": made["train"]})
     _stage("compile-inference", run, folder, {"consolidate": made["consolidate"]})
-    asked = replace(run, prompt=QUESTION, max_new_tokens=min(8, run.max_new_tokens))
     inputs = {"data": data, **{name: made[name] for name in ("consolidate", "compile-inference")}}
-    _stage("eval", asked, folder, inputs)
+    _stage("eval", _asked(run), folder, inputs)
     print("rehearsal: consolidated, compiled and asked", flush=True)
 
 

@@ -23,7 +23,7 @@ TORCH = {"backend": "torch", "max_length": 512, "inference_sequence_length": 512
 # Other values of settings, other values of config.json -> a part of the message.
 REFUSED = [
     ({**TORCH, "prompts": "nowhere.jsonl"}, {}, "PROMPTS=nowhere.jsonl is not a file"),
-    ({**TORCH, "eval_set": "nowhere.jsonl"}, {}, "EVAL_SET=nowhere.jsonl does not exist"),
+    ({**TORCH, "eval_set": "nowhere.jsonl"}, {}, "EVAL_SET=nowhere.jsonl is not a file"),
     ({**TORCH, "prompt_template": "nowhere.txt"}, {}, "PROMPT_TEMPLATE=nowhere.txt cannot be read"),
     ({**TORCH, "prompt_format": "file"}, {}, "PROMPT_FORMAT=file needs PROMPT_TEMPLATE"),
     (

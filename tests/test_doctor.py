@@ -51,10 +51,11 @@ def test_everything_that_is_wrong_is_said_at_once_and_the_exit_status_is_1(tmp_p
         MODEL_ID="./no-model",
         DATASET="./rows.jsonl",
         PROMPTS="prompts.jsonl",
+        EVAL_SET="test.jsonl",
     )
     assert done.returncode == 1
     failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAIL")]
-    assert failed[:3] == ["MODEL_ID", "DATASET", "PROMPTS"]
+    assert failed[:4] == ["MODEL_ID", "DATASET", "PROMPTS", "EVAL_SET"]
     assert "Traceback" not in done.stdout + done.stderr
 
 

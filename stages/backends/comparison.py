@@ -28,7 +28,7 @@ from stages.text.comparison import (
     side_by_side,
     write_comparison,
 )
-from stages.text.eval_set import HELD_OUT, EvalSet
+from stages.text.eval_set import EVAL_SET, HELD_OUT, EvalSet
 
 TIMED = 8  # tokens that tell how long an answer of the base model takes
 
@@ -39,7 +39,8 @@ def compare_answers(
     """Ask both models the first COMPARE_ANSWERS questions of `eval_set`; print the answers and
     write them to `work`. Both models take the likeliest token each time.
 
-    Says beforehand how long it may take. Returns the metrics, empty where nothing was asked.
+    Says beforehand how long it may take. Returns the metrics; where nothing of EVAL_SET was asked
+    they say so, and no gate takes other answers for those to it.
     """
     questions = eval_set.questions[: settings.compare_answers]
     asked, prompts = answerer.fitting(questions)
@@ -47,7 +48,8 @@ def compare_answers(
         left_out = len(questions) - len(asked)
         print(f"{left_out} {eval_set.name} questions do not fit the compiled model", flush=True)
     if not asked:
-        return {}
+        named = eval_set.name == EVAL_SET
+        return {"comparison": {"set": EVAL_SET, "questions": 0}} if named else {}
     base = BaseModel(settings, answerer)
     print(f"\nasking both models {len(asked)} {eval_set.name} questions", flush=True)
     print(base.forecast(prompts), flush=True)

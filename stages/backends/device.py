@@ -177,7 +177,7 @@ class Neuron(Device):
         return {"TORCH_NEURONX_NEFF_CACHE_DIR": str(self.cache)}
 
     def problem(self) -> str:
-        return native_problem() or device_problem(replace(self.settings, device=self.name))
+        return device_problem(replace(self.settings, device=self.name)) or native_problem()
 
     def ranks(self) -> int | None:
         return hardware.find_hardware().cores

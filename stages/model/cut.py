@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def cut_model(base: Path, layers: int, output: Path) -> int:
                 layer = _LAYER.search(tensor)
                 if layer is None or int(layer[1]) < kept:
                     weights[tensor] = file.get_tensor(tensor)
-    output.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output, ignore_errors=True)  # it may be of another model
+    output.mkdir(parents=True)
     save_file(weights, output / SINGLE_FILE, metadata={"format": "pt"})
     write_json(output / CONFIG_FILE, _cut_config(config, kept))
     for path in base.glob("*.json"):
@@ -40,10 +42,15 @@ def cut_model(base: Path, layers: int, output: Path) -> int:
 
 
 def _cut_config(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """The config with fewer layers; lists of one value for each layer are cut too."""
+    """The config with fewer layers; lists of one value for each layer are cut too, and those of
+    token ids, which may be as long, are not."""
     whole = config["num_hidden_layers"]
     cut = {
-        name: value[:layers] if isinstance(value, list) and len(value) == whole else value
+        name: value[:layers] if _is_of_layers(name, value, whole) else value
         for name, value in config.items()
     }
     return {**cut, "num_hidden_layers": layers}
+
+
+def _is_of_layers(name: str, value: object, layers: int) -> bool:
+    return isinstance(value, list) and len(value) == layers and not name.endswith("_token_id")

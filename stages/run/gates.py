@@ -65,6 +65,17 @@ def unnamed_tasks(text: str, tasks: str) -> list[str]:
     ]
 
 
+def unasked_answers(text: str, eval_set: str, compare_answers: int) -> list[str]:
+    """A problem where gates are on the answers to EVAL_SET, and COMPARE_ANSWERS asks for none."""
+    figures = {gate.figure for gate in parse_gates(text)} & {"exact_match", "ended"}
+    if not figures or not eval_set or compare_answers:
+        return []
+    return [
+        f"GATES: {' and '.join(sorted(figures))}: of the answers to EVAL_SET={eval_set}, and "
+        "COMPARE_ANSWERS=0 asks for none. Raise it, or leave the gate out."
+    ]
+
+
 def gate_problems(text: str, metrics: Mapping[str, Any]) -> list[str]:
     """Each gate that eval's metrics do not pass, with the figure."""
     problems = []
@@ -92,7 +103,7 @@ def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
     figures: dict[str, float] = {}
     counts = metrics
     if (compared := metrics.get("comparison", {})).get("set") == "EVAL_SET":
-        counts = {**compared, **compared["fine_tuned"], "answers": compared["questions"]}
+        counts = {**compared, **compared.get("fine_tuned", {}), "answers": compared["questions"]}
     if answers := counts.get("answers"):
         figures["ended"] = counts.get("ended", 0) / answers
     if judged := counts.get("judged"):

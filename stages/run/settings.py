@@ -22,7 +22,7 @@ from typing import Any
 
 from stages.run.cache_url import check_cache_url
 from stages.run.errors import InputError
-from stages.run.gates import parse_gates, unnamed_tasks
+from stages.run.gates import parse_gates, unasked_answers, unnamed_tasks
 from stages.run.push_target import check_hub_repo, check_push_target, overwrites
 from stages.run.recipe import RECIPES, read_recipe
 from stages.run.server_address import check_host, check_url
@@ -529,6 +529,7 @@ class Settings:
                 "RESPONSE_COLUMN to the column of the texts."
             )
         problems += unnamed_tasks(self.gates, self.lm_eval)
+        problems += unasked_answers(self.gates, self.eval_set, self.compare_answers)
         if self.lm_eval_include_path and not self.lm_eval:
             problems.append(
                 f"LM_EVAL_INCLUDE_PATH={self.lm_eval_include_path} has tasks, and LM_EVAL names "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,9 @@ from stages.run.errors import InputError
 from stages.run.layout import HELD_OUT_FILE, TRAIN_SPLIT, VALIDATION_SPLIT
 from stages.run.settings import Settings
 from stages.text.columns import Columns
-from stages.text.conversation import Conversation, until_last_answer
+from stages.text.conversation import Conversation, is_empty, until_last_answer
 from stages.text.examples import Example, Examples, open_examples
+from stages.text.formats import FORMAT_NAMES
 from stages.text.questions import Question, answered_questions, written_questions
 
 if TYPE_CHECKING:
@@ -49,10 +51,10 @@ def read_eval_set(settings: Settings) -> None:
 
 def _open(settings: Settings) -> Examples:
     s = settings
-    if not Path(s.eval_set).exists():
+    if not Path(s.eval_set).is_file():  # of a folder, the split "train" would be read
         raise InputError(
-            f"EVAL_SET={s.eval_set} does not exist. Name a file or a folder of examples on this "
-            "machine."
+            f"EVAL_SET={s.eval_set} is not a file. Name one of examples on this machine "
+            f"({FORMAT_NAMES})."
         )
     columns = Columns(s.instruction_column, s.context_column, s.response_column, s.messages_column)
     return open_examples(s.eval_set, columns=columns, setting="EVAL_SET")
@@ -72,19 +74,30 @@ def packed_eval_set(
 
     def seen() -> Iterator[list[Example]]:
         for batch in examples.batches:
-            first.extend(one.messages for one in batch[: s.compare_answers - len(first)])
+            answered = (until_last_answer(one.messages) for one in batch)
+            usable = (one for one in answered if not is_empty(one))
+            first.extend(islice(usable, s.compare_answers - len(first)))
             yield batch
 
-    account = build(
-        seen(), tokenizer, format, output=folder, layout=Layout(s.max_length, loss_on=s.loss_on)
-    )
+    layout = Layout(s.max_length, loss_on=s.loss_on)
+    try:
+        account = build(seen(), tokenizer, format, output=folder, layout=layout)
+    except InputError as error:
+        raise InputError(
+            one if s.eval_set in one else f"EVAL_SET={s.eval_set}: {one}" for one in error.problems
+        ) from None
     for line in (*examples.read_as, *examples.notes()):
         print(line, flush=True)
-    cut = f", {account.over_long:,} of them cut to MAX_LENGTH" if account.over_long else ""
+    counts = (
+        (account.empty, "without a question or an answer left out"),
+        (account.dropped, "left out, with no answer within MAX_LENGTH"),
+        (account.over_long - account.dropped, "cut to MAX_LENGTH"),
+    )
+    of_them = "".join(f", {count:,} {what}" for count, what in counts if count)
     print(
-        f"EVAL_SET={s.eval_set}: {account.rows_in:,} examples{cut}, {account.train.packed:,} "
+        f"EVAL_SET={s.eval_set}: {account.rows_in:,} examples{of_them}, {account.train.packed:,} "
         f"tokens in {account.train.rows:,} sequences",
         flush=True,
     )
-    asked = answered_questions(map(until_last_answer, first), "EVAL_SET, question")
+    asked = answered_questions(first, "EVAL_SET, question")
     return EvalSet(EVAL_SET, folder / TRAIN_SPLIT, list(asked))

@@ -128,7 +128,7 @@ def _existing(
 
 
 def _no_examples(name: str) -> InputError:
-    return InputError(f"{name} has no examples. Check that DATASET names the right file or split.")
+    return InputError(f"{name} has no examples. Name another file or split.")
 
 
 def _batches(

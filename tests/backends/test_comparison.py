@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.backends.comparison import BaseModel, compare_answers
 from stages.run.contract import Generation
+from stages.run.gates import gate_problems
 from stages.run.settings import Settings
 from stages.text.answer import Answerer
 from stages.text.conversation import Message
@@ -107,6 +108,15 @@ def test_nothing_is_asked_where_nothing_is_held_out_or_wanted(
     assert compare_answers(none, held_out(["Is it?"]), answerer, tmp_path) == {}
     assert compare_answers(settings, held_out([]), answerer, tmp_path) == {}
     assert not (tmp_path / "comparison.jsonl").exists()
+
+
+def test_a_gate_on_the_answers_to_an_eval_set_does_not_take_those_to_prompts(
+    settings: Settings, answerer: Answerer, tmp_path: Path
+) -> None:
+    too_long = replace(held_out(["word " * 90]), name="EVAL_SET")
+    metrics = compare_answers(settings, too_long, answerer, tmp_path)
+    [problem] = gate_problems("ended>0.5", {"answers": 2, "ended": 2, **metrics})
+    assert "eval has not measured" in problem
 
 
 def test_a_base_answer_is_the_likeliest_one_until_its_end(

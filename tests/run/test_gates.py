@@ -64,6 +64,14 @@ def test_a_gate_on_a_task_that_lm_eval_does_not_name_is_refused_beforehand() -> 
         Settings.read({"GATES": "arc_easy/acc>0.5", "LM_EVAL": "hellaswag"})
 
 
+def test_a_gate_on_answers_to_an_eval_set_that_nobody_asks_for_is_refused_beforehand() -> None:
+    gates = {"GATES": "ended>0.5 validation_loss<9", "EVAL_SET": "test.jsonl"}
+    Settings.read(gates)
+    with pytest.raises(InputError, match="GATES: ended: of the answers to EVAL_SET"):
+        Settings.read({**gates, "COMPARE_ANSWERS": "0"})
+    Settings.read({**gates, "COMPARE_ANSWERS": "0", "GATES": "validation_loss<9"})
+
+
 def test_what_is_no_gate_is_refused_with_the_nearest_name_and_all_at_once() -> None:
     with pytest.raises(InputError) as refused:
         parse_gates("validatoin_loss<2 ended=1 ended>many")

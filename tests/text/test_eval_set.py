@@ -55,7 +55,29 @@ def test_examples_that_are_too_long_are_cut_and_counted(
 ) -> None:
     settings = file_of(tmp_path, [*ROWS, {"question": "?", "answer": "long " * 200}])
     packed_eval_set(settings, TOKENIZER, TextFormat(TOKENIZER), tmp_path / "packed")
-    assert "31 examples, 1 of them cut to MAX_LENGTH" in capsys.readouterr().out
+    assert "31 examples, 1 cut to MAX_LENGTH, " in capsys.readouterr().out
+
+
+def test_examples_that_are_left_out_are_counted_and_not_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [{"question": "long " * 200, "answer": "!"}, {"question": "?", "answer": ""}]
+    settings = file_of(tmp_path, [more[1], *ROWS, more[0]])
+    found = packed_eval_set(settings, TOKENIZER, TextFormat(TOKENIZER), tmp_path / "packed")
+    assert [one.expected for one in found.questions] == [f"It is {n}." for n in range(3)]
+    said = capsys.readouterr().out
+    assert "32 examples, 1 without a question or an answer left out, 1 left out, with no" in said
+
+
+def test_a_folder_is_refused_because_its_train_split_would_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a file"):
+        read_eval_set(replace(file_of(tmp_path, [*ROWS]), eval_set=str(tmp_path)))
+
+
+def test_what_packing_refuses_names_eval_set(tmp_path: Path) -> None:
+    settings = file_of(tmp_path, [{"question": "a", "answer": ""}])
+    with pytest.raises(InputError, match=r"^EVAL_SET=.*None of the 1 examples"):
+        packed_eval_set(settings, TOKENIZER, TextFormat(TOKENIZER), tmp_path / "packed")
 
 
 def test_conversations_are_asked_for_their_last_answer(tmp_path: Path) -> None:

@@ -35,16 +35,18 @@ class Record:
         self._path = work / RECORD_FILE
         seconds = os.environ.get(RECORDS)
         self._on = seconds is not None
-        self._end = time.monotonic() + float(seconds or math.inf)
+        self._seconds = float(seconds or math.inf)
+        self._end = time.monotonic() + self._seconds
         self._gradients: dict[str, list[float]] = {}
         self._apart = 0.0
 
     def weights(self, model: torch.nn.Module) -> None:
-        """Begin the file with the weights before the first step."""
+        """Begin the file with the time for the steps, and the weights before the first."""
         if self._on:
             digests = {name: digest(name, tensor) for name, tensor in _parameters(model).items()}
             if dist.get_rank() == 0:
-                self._path.write_text(json.dumps({"weights": digests}) + "\n", encoding="utf-8")
+                line = {"seconds": self._seconds, "weights": digests}
+                self._path.write_text(json.dumps(line) + "\n", encoding="utf-8")
 
     def gradients(self, model: torch.nn.Module) -> None:
         """Note the gradients, before they are clipped, and how far apart the ranks' copies of

@@ -136,6 +136,9 @@ def test_a_device_that_is_not_here_is_refused_before_anything_runs(
 ) -> None:
     [problem] = machine_problems(Settings(device="neuron"), {"train"})
     assert "there is no Neuron device here" in problem
+    # Also where its package is not installed, which would not help.
+    with pytest.raises(InputError, match="there is no Neuron device here"):
+        device.device_of(Settings(device="neuron"))
     assert list(machine_problems(Settings(device="neuron"), {"data"})) == []
     fake_machine.is_a("trn2.3xlarge")
     settings = Settings(device="neuron", neuron_compile_cache_url="s3://bucket/cache")
