@@ -161,6 +161,8 @@ def in_small(settings: Settings, folder: Path) -> Settings:
         model_id=str(model),
         init_weights="pretrained",
         max_steps=settings.rehearsal_steps,
+        # Else a short rehearsal would end before the rate is worth comparing.
+        warmup_steps=min(settings.warmup_steps, settings.rehearsal_steps // 2),
         gradient_accumulation_steps=1,
         lora_dropout=0.0,  # one process and many draw other numbers
         logging_steps=1,

@@ -75,7 +75,7 @@ class BaseModel:
     """The base model, and its likeliest answers as long as the compiled model's may be."""
 
     def __init__(self, settings: Settings, answerer: Answerer):
-        self.device = device_of(settings).torch_device()
+        self.device = device_of(settings).eager_device()
         self._settings, self._answerer = settings, answerer
         dtype, _ = loss_dtype(settings, self.device)
         self._model = load_for_evaluation(base_model_folder(settings), dtype, self.device)

@@ -52,6 +52,10 @@ class Device:
         """The device of a process that is alone."""
         return torch.device(self.name)
 
+    def eager_device(self) -> torch.device:
+        """Where a model runs that is not compiled."""
+        return self.torch_device()
+
     def join_group(self) -> torch.device:
         """Join the process group of torchrun's ranks; returns this rank's device."""
         dist.init_process_group(self.process_groups)
@@ -172,6 +176,9 @@ class Neuron(Device):
             function, backend="neuron", fullgraph=True, dynamic=False
         )
         return compiled
+
+    def eager_device(self) -> torch.device:
+        return torch.device("cpu")  # each length of an answer would be compiled
 
     def environment(self) -> dict[str, str]:
         return {"TORCH_NEURONX_NEFF_CACHE_DIR": str(self.cache)}

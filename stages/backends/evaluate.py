@@ -35,7 +35,7 @@ def validation_losses(settings: Settings, split: Path, tuned: Path) -> Losses:
     """The losses on at most the first EVAL_MAX_DOCUMENTS sequences of the folder `split`."""
     sequences = PackedSequences(split)
     count = min(len(sequences), settings.eval_max_documents)
-    device = device_of(settings).torch_device()
+    device = device_of(settings).eager_device()
     dtype, reason = loss_dtype(settings, device)
     name = str(dtype).removeprefix("torch.")
     print(f"losses on {device.type} in {name}: {reason}", flush=True)

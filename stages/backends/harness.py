@@ -44,8 +44,7 @@ def measure_tasks(
     """
     if harness is None:
         return {}
-    here = device_of(settings)
-    device = here.torch_device() if here.has_inductor else torch.device("cpu")
+    device = device_of(settings).eager_device()
     dtype = str(loss_dtype(settings, device)[0]).removeprefix("torch.")
     print(f"\nlm_eval {harness.version} on {device.type} in {dtype}", flush=True)
     if note := limit_note(settings.lm_eval_limit, device):
