@@ -13,6 +13,7 @@ import pytest
 from stages.run.errors import InputError
 from stages.run.provenance import provenance_now
 from stages.run.settings import Settings
+from stages.text.examples import open_examples
 from stages.text.parts import parts_of
 from tests.text.test_examples import GOOD, message, texts
 
@@ -33,7 +34,7 @@ def write(folder: Path, files: dict[str, list[dict[str, str]]]) -> None:
             path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
 
 
-def test_a_folder_as_on_the_hub_is_read_by_its_split_in_the_order_of_names(tmp_path, capsys):
+def test_a_folder_as_on_the_hub_is_read_by_its_split_in_the_order_of_names(tmp_path):
     parts = {
         "data/train-00001-of-00002.parquet": rows(2, 3),
         "data/train-00000-of-00002.parquet": rows(0, 1),
@@ -43,7 +44,7 @@ def test_a_folder_as_on_the_hub_is_read_by_its_split_in_the_order_of_names(tmp_p
     (tmp_path / "README.md").write_text("---\n")
     (tmp_path / "rows.py").write_text("raise SystemExit('code of a dataset')")
     assert [row[2] for row in texts(tmp_path)] == ["0", "1", "2", "3"]
-    said = capsys.readouterr().out
+    said = "\n".join(open_examples(str(tmp_path)).read_as)
     assert "split 'train': 2 files" in said and "data/train-00000-of-00002.parquet" in said
     assert "not read: test (1 file), README.md, rows.py" in said
     assert [row[2] for row in texts(tmp_path, split="test")] == ["9"]

@@ -103,8 +103,8 @@ def machine_problems(settings: Settings, stages: Collection[str]) -> Iterator[st
     """What this machine lacks to run `stages`."""
     if set(stages) & ON_DEVICE and (problem := device_problem(settings)):
         yield problem
-    compiler = cpp_compiler()
-    if "compile-inference" in stages and shutil.which(compiler) is None:
+    compiler, needed = cpp_compiler(), not choose(settings).on_neuron  # which has no inductor
+    if "compile-inference" in stages and needed and shutil.which(compiler) is None:
         yield (
             f"The C++ compiler {compiler} is not on the PATH. Install it (Debian, Ubuntu: apt "
             "install g++) or name another in CXX."

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.backends.device import DEVICES
 from stages.backends.torch.export import Decode, Prefill, head_dim
 from stages.backends.torch.generate import CompiledModel, empty_cache
 from stages.model.fit import ARCHITECTURES
+from stages.run.settings import Settings
 from tests.tiny_models import tiny_model
 
 TOKENS = ("bos", "eos", "pad")
@@ -77,14 +79,15 @@ def test_greedy_answers_to_20_prompts_are_those_of_transformers_token_for_token(
             "sequence_length": 48,
             "vocab_size": config.vocab_size,
             **{f"{name}_token_id": getattr(config, f"{name}_token_id") for name in TOKENS},
-            "device": "cpu",
             "dtype": "float32",
             "layers": config.num_hidden_layers,
             "cache_shape": (len(prompts), config.num_key_value_heads, 48, head_dim(model)),
         },
+        DEVICES["cpu"](Settings()),
         {},
         Prefill(exported),
         Decode(exported),
+        range(2, 48),
     ).generate(
         prompts,
         max_new_tokens=24,
