@@ -24,6 +24,7 @@ REQUIREMENTS = (
     "stages/requirements.txt",
     "stages/backends/neuron/requirements.txt",
     "docker/requirements.txt",
+    "docker/native-requirements.txt",
     "docker/notebook-requirements.txt",
     "tests/requirements.txt",
 )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from stages.backends.device import DEVICES
 from stages.backends.torch.compile_inference import Compilation, _description, _load_model
 from stages.backends.torch.export import Decode, Prefill
 from stages.backends.torch.generate import CompiledModel
@@ -58,10 +59,11 @@ def answers_of_eval(folder: Path) -> list[tuple[list[int], list[int], str]]:
     """Each question's prompt and answer as ids, and the answer's text: by all of compile-inference
     and eval but the compiler."""
     settings = replace(Settings(), max_new_tokens=MAX_NEW_TOKENS)
-    work = Compilation(folder, folder, "cpu", len(QUESTIONS), sequence_length=128)
+    device = DEVICES["cpu"](settings)
+    work = Compilation(folder, folder, device, len(QUESTIONS), sequence_length=128)
     model = _load_model(work)
     steps = Prefill(model), Decode(_load_model(work))
-    compiled = CompiledModel(_description(work, model, {}), {}, *steps)
+    compiled = CompiledModel(_description(work, model, {}), device, {}, *steps, range(2, 128))
     answerer = Answerer(folder, lambda _: compiled, settings)
     prompts = answerer.encode(QUESTIONS)
     rows = zip(*answerer._generate(prompts, 0), strict=True)
