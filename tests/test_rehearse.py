@@ -21,9 +21,7 @@ from tests.tiny_models import tiny_model
 RUN = ("RECIPE=tiny", "REHEARSAL_STEPS=2", "NPROC_PER_NODE=2")
 
 
-def test_a_rehearsal_compares_and_goes_through_every_stage_and_keeps_what_it_computed(
-    built: Project,
-) -> None:
+def test_a_rehearsal_compares_and_goes_through_every_stage(built: Project) -> None:
     before = built.snapshot()
     first = built.make("rehearse", *RUN).stdout
     assert "rehearsal: 2 steps as on a CPU" in first
@@ -36,8 +34,6 @@ def test_a_rehearsal_compares_and_goes_through_every_stage_and_keeps_what_it_com
     # Nothing of the run itself was touched, and nothing of it is stale.
     assert {name: facts for name, facts in built.snapshot().items() if name in before} == before
     assert built.stages_to_run("all", "RECIPE=tiny", "REHEARSE=1") == []
-    again = built.make("rehearse", *RUN, "REHEARSAL_MINUTES=0.001").stdout
-    assert again.count("train: up to date") == 2 and "2 steps as on a CPU" in again
 
 
 def test_the_cut_model_has_the_first_layers_and_everything_else(tmp_path: Path) -> None:
