@@ -94,13 +94,16 @@ def read_answers(folder: Path, questions: list[Question]) -> list[dict[str, Any]
     path = folder / ANSWERS_FILE
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-        asked = [{name: line[name] for name in line.keys() - _ANSWERED.keys()} for line in lines]
         whole = all(
             isinstance(line[name], kind) for line in lines for name, kind in _ANSWERED.items()
         )
+        asked = [question.as_object() for question in questions]
+        answered = [
+            {name: line.get(name) for name in one} for one, line in zip(asked, lines, strict=False)
+        ]
     except (OSError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}). {AGAIN}") from None
-    if not whole or not lines or asked != [question.as_object() for question in questions]:
+    if not whole or len(lines) != len(asked) or answered != asked:
         raise InputError(f"{path} does not answer the questions of PROMPTS. {AGAIN}")
     return lines
 

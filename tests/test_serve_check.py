@@ -17,8 +17,10 @@ from stages.run.digests import file_digest
 from stages.run.errors import InputError, StageFailure
 from stages.run.manifest import with_checksum
 from stages.run.settings import Settings
+from stages.text import answer as evals
 from stages.text.chat_client import ChatClient
 from stages.text.prompt import TextFormat
+from stages.text.questions import read_questions
 from stages.text.served_answers import first_difference
 from stages.text.tokens import TextTokenizer
 from tests.conftest import ROOT
@@ -58,18 +60,13 @@ def run(tmp_path: Path) -> Path:
 
 
 def write_answers(run: Path, texts: list[str], ended: bool = True, **settings: Any) -> None:
-    lines = [
-        {
-            **json.loads(line),
-            "answer": text,
-            "tokens": len(ids(text)),
-            "ended": ended,
-            "expected": None,
-        }
-        for line, text in zip((run / "p.jsonl").read_text().splitlines(), texts, strict=True)
+    questions = read_questions(Settings(prompts=str(run / "p.jsonl"))).questions
+    answers = [
+        evals.Answer(question, text, len(ids(text)), ended, -1.0)
+        for question, text in zip(questions, texts, strict=True)
     ]
     (run / "eval/manifest.json").unlink(missing_ok=True)
-    (run / "eval/answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evals.write_answers(run / "eval/answers.jsonl", answers)
     facts = {"MAX_NEW_TOKENS": 64, "DO_SAMPLE": False, **settings}
     publish(run / "eval", facts, {"consolidate": "model-1"})
 
