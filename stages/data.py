@@ -20,6 +20,8 @@ from stages.run.settings import Settings
 
 if TYPE_CHECKING:
     from stages.text.examples import Example, Examples
+    from stages.text.prompt import PromptFormat
+    from stages.text.tokens import TextTokenizer
 
 
 @stage_command("data", "PUSH_DATASET")
@@ -34,13 +36,11 @@ def main(settings: Settings, output: Path) -> None:
 def pack(settings: Settings, work: Path) -> StageResult:
     """Read, tokenise, split and pack DATASET into `work`; print the accounts and a sample."""
     from stages.model.notes import model_notes
-    from stages.text.answer import encode_questions
     from stages.text.chat_format import set_chat_template
     from stages.text.choose_format import choose_format
     from stages.text.dataset import Layout, build
-    from stages.text.eval_set import packed_eval_set
     from stages.text.find_tokenizer import find_tokenizer
-    from stages.text.questions import read_questions, write_questions
+    from stages.text.questions import write_questions
 
     s = settings
     require(s, "data")
@@ -52,12 +52,7 @@ def pack(settings: Settings, work: Path) -> StageResult:
     print(f"prompt format: {prompt_format.description()}", flush=True)
     for line in model_notes(s, tokenizer, prompt_format.end):
         print(line, flush=True)
-    # What eval reads is checked now, not after the training is paid for.
-    questions = read_questions(s).questions
-    encode_questions(questions, tokenizer, prompt_format, s.inference_sequence_length)
-    if s.eval_set:
-        with TemporaryDirectory(dir=work) as folder:
-            packed_eval_set(s, tokenizer, prompt_format, Path(folder))
+    check_eval_inputs(s, tokenizer, prompt_format, work)
     layout = Layout(s.max_length, packing=s.packing, overlong=s.overlong, loss_on=s.loss_on)
     account = build(
         counted(dataset.batches),
@@ -90,17 +85,30 @@ def pack(settings: Settings, work: Path) -> StageResult:
     )
 
 
+def check_eval_inputs(
+    settings: Settings, tokenizer: TextTokenizer, format: PromptFormat, work: Path
+) -> None:
+    """Raise InputError for what eval would refuse: now, not after the training is paid for."""
+    from stages.text.answer import encode_questions
+    from stages.text.eval_set import packed_eval_set
+    from stages.text.questions import read_questions
+
+    questions = read_questions(settings).questions
+    encode_questions(questions, tokenizer, format, settings.inference_sequence_length)
+    if settings.eval_set:
+        with TemporaryDirectory(dir=work) as folder:
+            packed_eval_set(settings, tokenizer, format, Path(folder))
+
+
 def examples_of(settings: Settings) -> Examples:
     """The examples that the settings name."""
-    from stages.text.columns import Columns
+    from stages.text.columns import columns_of
     from stages.text.examples import open_examples
 
     s = settings
     return open_examples(
         s.dataset,
-        columns=Columns(
-            s.instruction_column, s.context_column, s.response_column, s.messages_column
-        ),
+        columns=columns_of(s),
         revision=s.dataset_revision,
         config=s.dataset_config,
         split=s.dataset_split,

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from stages.backends.schedule import sequences_per_step
 from stages.run.backend import choose
 from stages.run.cli import stage_command
 from stages.run.cost import cost_of
@@ -80,7 +81,7 @@ def _compare(settings: Settings, run: Settings, data: Path, folder: Path) -> Non
 
     report_file, started = folder / "report.json", time.monotonic()
     report_file.unlink(missing_ok=True)
-    alone = replace(run, **ALONE, gradient_accumulation_steps=_sequences(run))
+    alone = replace(run, **ALONE, gradient_accumulation_steps=sequences_per_step(run))
     trainings = {
         "float32": replace(alone, bf16=False),
         "bfloat16": replace(alone, bf16=True),
@@ -172,12 +173,6 @@ def in_small(settings: Settings, folder: Path) -> Settings:
         tracker="none",
         keep_shards=True,
     )
-
-
-def _sequences(run: Settings) -> int:
-    from stages.backends.schedule import sequences_per_step
-
-    return sequences_per_step(run)
 
 
 def _described(one: Settings) -> str:

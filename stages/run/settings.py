@@ -515,19 +515,7 @@ class Settings:
                 "optimum-neuron. Leave one of them out."
             )
         problems += self._overwritten()
-        if self.messages_column != "auto" and {self.instruction_column, self.response_column} != {
-            "auto"
-        }:
-            problems.append(
-                f"MESSAGES_COLUMN={self.messages_column} holds questions and answers, and "
-                f"INSTRUCTION_COLUMN={self.instruction_column} and RESPONSE_COLUMN="
-                f"{self.response_column} name them too. Set one or the other."
-            )
-        if self.instruction_column == "" and self.response_column == "auto":
-            problems.append(
-                "INSTRUCTION_COLUMN is empty, for texts without an instruction. Set "
-                "RESPONSE_COLUMN to the column of the texts."
-            )
+        problems += self._column_contradictions()
         problems += unnamed_tasks(self.gates, self.lm_eval)
         problems += unasked_answers(self.gates, self.eval_set, self.compare_answers)
         if self.lm_eval_include_path and not self.lm_eval:
@@ -540,6 +528,22 @@ class Settings:
                 "MAX_STEPS=0 trains nothing. Set a number of steps, or -1 for NUM_TRAIN_EPOCHS."
             )
         return problems
+
+    def _column_contradictions(self) -> Iterator[str]:
+        """A problem for each two settings of columns that cannot both be meant."""
+        if self.messages_column != "auto" and {self.instruction_column, self.response_column} != {
+            "auto"
+        }:
+            yield (
+                f"MESSAGES_COLUMN={self.messages_column} holds questions and answers, and "
+                f"INSTRUCTION_COLUMN={self.instruction_column} and RESPONSE_COLUMN="
+                f"{self.response_column} name them too. Set one or the other."
+            )
+        if self.instruction_column == "" and self.response_column == "auto":
+            yield (
+                "INSTRUCTION_COLUMN is empty, for texts without an instruction. Set "
+                "RESPONSE_COLUMN to the column of the texts."
+            )
 
     def _overwritten(self) -> Iterator[str]:
         """A problem for each setting that names a place to write over what another names."""

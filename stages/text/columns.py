@@ -10,6 +10,7 @@ from difflib import get_close_matches
 
 from stages.run.errors import InputError, refuse
 from stages.run.layout import SEQUENCE_COLUMNS
+from stages.run.settings import Settings
 
 AUTO = "auto"
 # The usual names of each part, in lower case. Capitalised and in capitals they are found too.
@@ -60,6 +61,12 @@ class Columns:
         context = f", context in {self.context!r}" if self.context else ""
         response = f", response in {self.response!r}" if self.response else ""
         return f"instruction in {self.instruction!r}{context}{response}"
+
+
+def columns_of(settings: Settings) -> Columns:
+    """The columns that the settings name."""
+    s = settings
+    return Columns(s.instruction_column, s.context_column, s.response_column, s.messages_column)
 
 
 def find_columns(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from stages.run.errors import InputError
 from stages.run.layout import HELD_OUT_FILE, TRAIN_SPLIT, VALIDATION_SPLIT
 from stages.run.settings import Settings
-from stages.text.columns import Columns
+from stages.text.columns import columns_of
 from stages.text.conversation import Conversation, is_empty, until_last_answer
 from stages.text.examples import Example, Examples, open_examples
 from stages.text.formats import FORMAT_NAMES
@@ -56,8 +56,7 @@ def _open(settings: Settings) -> Examples:
             f"EVAL_SET={s.eval_set} is not a file. Name one of examples on this machine "
             f"({FORMAT_NAMES})."
         )
-    columns = Columns(s.instruction_column, s.context_column, s.response_column, s.messages_column)
-    return open_examples(s.eval_set, columns=columns, setting="EVAL_SET")
+    return open_examples(s.eval_set, columns=columns_of(s), setting=EVAL_SET)
 
 
 def packed_eval_set(

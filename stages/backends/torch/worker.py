@@ -100,7 +100,8 @@ def train(
     """Train from the last whole checkpoint in `work`, or from the base model, to the last step."""
     state = _prepare(settings, base, data, work, device)
     total = max_steps if max_steps > 0 else total_steps(settings, len(state.train))
-    first = checkpoint.resume(work / CHECKPOINTS_FOLDER, state.model, state.optimizer)
+    checkpoints = work / CHECKPOINTS_FOLDER
+    first = checkpoint.resume(checkpoints, state.model, state.optimizer)
     if first and dist.get_rank() == 0:
         print(f"continuing from the checkpoint of step {first:,} of {total:,}", flush=True)
     metrics = Metrics(work / METRICS_FILE, first, writes=dist.get_rank() == 0)
@@ -108,9 +109,7 @@ def train(
     with Progress("train", total, "steps", done=first, shown=dist.get_rank() == 0) as progress:
         for step in range(first, total):
             figures = train_step(state, step, total)
-            require_finite(
-                step + 1, figures, lambda: checkpoint.last_step(work / CHECKPOINTS_FOLDER)
-            )
+            require_finite(step + 1, figures, lambda: checkpoint.last_step(checkpoints))
             done, late = step + 1, state.record.is_late
             last = done == total or late
             state.record.step(done, figures)
@@ -135,13 +134,8 @@ def train(
             saved = settings.save_steps and done % settings.save_steps == 0
             if saved and not last and max_steps < 0:
                 metrics.flush()
-                checkpoint.save_checkpoint(
-                    work / CHECKPOINTS_FOLDER,
-                    done,
-                    state.model,
-                    state.optimizer,
-                    settings.save_total_limit,
-                )
+                kept = settings.save_total_limit
+                checkpoint.save_checkpoint(checkpoints, done, state.model, state.optimizer, kept)
             if late:
                 break
     metrics.flush()

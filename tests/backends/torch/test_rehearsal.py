@@ -80,16 +80,12 @@ def rehearsed(
         done = subprocess.run(
             [*torchrun(processes, "tests.backends.torch.planted_faults"), str(folder)],
             cwd=ROOT,
-            env=clean_environment() | environment(small) | {"OMP_NUM_THREADS": "1"},
+            env=clean_environment() | small.environment() | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stderr[-4000:]
     return folder
-
-
-def environment(settings: Settings) -> dict[str, str]:
-    return {name.upper(): str(value) for name, value in settings.environment().items()}
 
 
 def found(folder: Path, kind: str, run: str) -> list[Deviation]:
