@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.backends.schedule import sequences_per_step
 from stages.run.backend import choose
@@ -29,6 +29,9 @@ from stages.run.json_file import write_json
 from stages.run.layout import RECORD_FILE
 from stages.run.lock import locked
 from stages.run.settings import Settings
+
+if TYPE_CHECKING:
+    from stages.backends.band import Deviation
 
 FOLDER = "rehearsal"  # in outputs/RUN
 QUESTION = "What is a rehearsal?"
@@ -60,60 +63,85 @@ def rehearse(settings: Settings, data: Path) -> None:
 
     Raises StageFailure at the first step that is out of band, InputError where a stage refuses.
     """
-    from stages.backends.neuron.check import NOT_A_CPUS
-
-    if choose(settings).name == "neuron":
-        raise InputError(f"{NOT_A_CPUS} Rehearse with BACKEND=torch.")
-    folder = data.parent / FOLDER
+    folder, started = data.parent / FOLDER, time.monotonic()
     with locked(folder, "rehearse"):
         run = in_small(settings, folder)
         _require_all(run)
         # Of another device or machine it would be up to date too, and is what is rehearsed here.
         shutil.rmtree(folder / "run", ignore_errors=True)
-        _compare(settings, run, data, folder)
+        (folder / "report.json").unlink(missing_ok=True)
+        reference, facts, deviations = _compare(settings, run, data, folder)
+        if not deviations:
+            published = _consolidate(run, folder / "run")
+            deviations = _compare_published(run, facts, reference, published)
+        cost = cost_of(time.monotonic() - started, settings)
+        out = [one._asdict() for one in deviations]
+        write_json(folder / "report.json", {**facts, "out_of_band": out, **cost})
+        if deviations:
+            from stages.backends.band import told
+
+            lines = ["The rehearsal is out of band. Nothing was trained.", *told(deviations)]
+            raise StageFailure("\n".join(lines))
+        print(
+            f"\nrehearsal: {facts['steps']} steps as on a CPU, {facts['tensors']} tensors compared",
+            flush=True,
+        )
         _to_the_end(run, data, folder / "run")
 
 
-def _compare(settings: Settings, run: Settings, data: Path, folder: Path) -> None:
-    """Train the references and the run in `folder`; raises StageFailure where they differ."""
-    from stages.backends.band import out_of_band, read_record, told
-    from stages.backends.torch.record import RECORDS
+def _compare(
+    settings: Settings, run: Settings, data: Path, folder: Path
+) -> tuple[Path, dict[str, Any], list[Deviation]]:
+    """Train the references and the run in `folder`. Gives the folder of the reference in float32,
+    what was compared, and what is out of band in the first step that has anything."""
+    from stages.backends.band import out_of_band, read_record
+    from stages.backends.record import RECORDS, TOGETHER
 
-    report_file, started = folder / "report.json", time.monotonic()
-    report_file.unlink(missing_ok=True)
     alone = replace(run, **ALONE, gradient_accumulation_steps=sequences_per_step(run))
-    trainings = {
-        "float32": replace(alone, bf16=False),
-        "bfloat16": replace(alone, bf16=True),
-        "run": run,
-    }
-    records = {}
-    for name, one in trainings.items():
-        print(f"\nrehearsal: {name}, {_described(one)}", flush=True)
-        seconds = 60 * settings.rehearsal_minutes / 2 if one is not run else math.inf
+    together = choose(run).name == "neuron"  # optimum-neuron lets documents see each other
+    names = [f"{dtype}{'-together' * together}" for dtype in ("float32", "bfloat16")]
+    seconds = 60 * settings.rehearsal_minutes / 2
+    records = []
+    for name, bf16 in zip(names, (False, True), strict=True):
         if _has_more_time(folder / name / "train" / RECORD_FILE, run.max_steps, seconds):
             shutil.rmtree(folder / name)
-        inputs = {"data": data, "precompile": folder / name}
-        _stage("train", one, folder / name, inputs, {RECORDS: str(seconds)})
-        records[name] = read_record(folder / name / "train" / RECORD_FILE)
-    deviations = out_of_band(records["float32"], records["bfloat16"], records["run"])
-    steps = min(map(len, records.values())) - 1
+        more = {RECORDS: str(seconds), **({TOGETHER: "1"} if together else {})}
+        _train(name, replace(alone, bf16=bf16), data, folder / name, more)
+        records.append(read_record(folder / name / "train" / RECORD_FILE))
+    _train("run", run, data, folder / "run", {RECORDS: str(math.inf)})
+    records.append(read_record(folder / "run" / "train" / RECORD_FILE))
+    steps = min(map(len, records)) - 1
     if steps < settings.rehearsal_steps:
         print(f"rehearsal: {steps} steps in REHEARSAL_MINUTES={settings.rehearsal_minutes:g}")
-    report = {
-        "steps": steps,
-        "tensors": len(records["run"][0]["weights"]),
-        "out_of_band": [one._asdict() for one in deviations],
-        **cost_of(time.monotonic() - started, settings),
-    }
-    write_json(report_file, report)
-    if deviations:
-        raise StageFailure(
-            "\n".join(["The rehearsal is out of band. Nothing was trained.", *told(deviations)])
-        )
-    print(
-        f"\nrehearsal: {steps} steps as on a CPU, {report['tensors']} tensors compared", flush=True
-    )
+    facts = {"steps": steps, "tensors": len(records[-1][1]["gradients"])}
+    return folder / names[0], facts, out_of_band(*records)
+
+
+def _train(name: str, one: Settings, data: Path, folder: Path, more: Mapping[str, str]) -> None:
+    print(f"\nrehearsal: {name}, {_described(one)}", flush=True)
+    _stage("train", one, folder, {"data": data, "precompile": folder}, more)
+
+
+def _consolidate(one: Settings, folder: Path) -> Path:
+    """The folder of the model that was trained in `folder`."""
+    _stage("consolidate", one, folder, {"train": folder / "train"})
+    return folder / "consolidate"
+
+
+def _compare_published(
+    run: Settings, facts: Mapping[str, Any], reference: Path, published: Path
+) -> list[Deviation]:
+    """The consolidated weights in `published` that are not those of the `reference`, where that was
+    trained for as many steps."""
+    from stages.backends.band import published_out_of_band
+    from stages.backends.record import digests_of
+
+    if facts["steps"] < run.max_steps:
+        print("rehearsal: the published weights have more steps than the CPU's: not compared")
+        return []
+    alone = replace(run, **ALONE, bf16=False)
+    expected = _consolidate(alone, reference)
+    return published_out_of_band(facts["steps"], digests_of(expected), digests_of(published))
 
 
 def _require_all(run: Settings) -> None:
@@ -124,7 +152,7 @@ def _require_all(run: Settings) -> None:
     stages, asked = ("train", "consolidate", "compile-inference", "eval"), _asked(run)
     refuse(
         [
-            *problems(asked, local_config(run.model_id), stages),
+            *problems(replace(asked, rehearse=True), local_config(run.model_id), stages),
             *(machine_problems(asked, stages) or device_problems(asked)),
         ]
     )
@@ -183,12 +211,10 @@ def _described(one: Settings) -> str:
 
 
 def _to_the_end(run: Settings, data: Path, folder: Path) -> None:
-    """Consolidate, compile and ask the model that was trained in `folder`."""
-    made = {name: folder / name for name in ("train", "consolidate", "compile-inference")}
-    _stage("consolidate", run, folder, {"train": made["train"]})
+    """Compile and ask the model that was consolidated in `folder`."""
+    made = {name: folder / name for name in ("consolidate", "compile-inference")}
     _stage("compile-inference", run, folder, {"consolidate": made["consolidate"]})
-    inputs = {"data": data, **{name: made[name] for name in ("consolidate", "compile-inference")}}
-    _stage("eval", _asked(run), folder, inputs)
+    _stage("eval", _asked(run), folder, {"data": data, **made})
     print("rehearsal: consolidated, compiled and asked", flush=True)
 
 

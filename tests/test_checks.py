@@ -47,7 +47,12 @@ REFUSED = [
     ({**TORCH, "tensor_parallel_size": 3}, {}, "TENSOR_PARALLEL_SIZE=3 does not divide"),
     ({**NEURON, "bf16": False}, {}, "BF16=0"),
     ({**NEURON, "torch_compile": True}, {}, "TORCH_COMPILE=1"),
-    ({**NEURON, "rehearse": True}, {}, "REHEARSE=1: optimum-neuron's training is not"),
+    ({**NEURON, "rehearse": True, "lora_r": 4}, {}, "LORA_R=4 cannot be rehearsed here"),
+    (
+        {**NEURON, "rehearse": True, "nproc_per_node": 2, "pipeline_parallel_size": 2},
+        {},
+        "PIPELINE_PARALLEL_SIZE=2 cannot be rehearsed",
+    ),
     ({**NEURON, "resume": "weights", "lora_r": 8}, {}, "RESUME=weights: LORA_R=8"),
     (NEURON, {"model_type": "mistral"}, "is a mistral, which the neuron backend does not train"),
     (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.backends.torch.record import RECORDS, Record
+from stages.backends.record import RECORDS, Record
 from stages.model.cut import cut_model
 from stages.model.files import SINGLE_FILE
 from stages.rehearse import _has_more_time, rehearse

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from stages.backends.torch.record import PROJECTIONS
+from stages.backends.record import PROJECTIONS
 
 FACTOR = 4.0
 # Below these bfloat16 may have changed nothing by chance: the rounding of float32 sums, and of
@@ -50,10 +50,11 @@ def out_of_band(
     `reference` and `rounded` are the float32 and the bfloat16 records, `run` is compared.
     """
     noise = _noise(reference, rounded)
+    whole = run[0].get("whole", True)
     for number, (expected, found) in enumerate(zip(reference, run, strict=False)):
         deviations = [
             Deviation(number, quantity, deviation, allowed)
-            for quantity, deviation, allowed in _deviations(number, expected, found, noise)
+            for quantity, deviation, allowed in _deviations(number, expected, found, noise, whole)
             if not deviation <= allowed  # NaN is out of every band
         ]
         if deviations:
@@ -69,18 +70,39 @@ def told(deviations: list[Deviation]) -> list[str]:
 
 
 def _deviations(
-    number: int, expected: Mapping[str, Any], found: Mapping[str, Any], noise: Mapping[str, float]
+    number: int,
+    expected: Mapping[str, Any],
+    found: Mapping[str, Any],
+    noise: Mapping[str, float],
+    whole: bool,
 ) -> Iterator[tuple[str, float, float]]:
-    """Quantity, relative deviation and what is allowed."""
+    """Quantity, relative deviation and what is allowed. What is not `whole` has some tensors only,
+    which the reference may have under other names."""
+    kind = "gradient" if number else "weight"
+    known, seen = expected[f"{kind}s"], found[f"{kind}s"]
+    if not whole:
+        both = known.keys() & seen.keys()
+        known, seen = ({name: one[name] for name in both} for one in (known, seen))
+    yield from _of_tensors(kind, known, seen, noise)
     if number == 0:
-        yield from _of_tensors("weight", expected["weights"], found["weights"], noise)
         return
     for name in ("loss", "grad_norm"):
         yield name, _relative(found[name], expected[name]), FACTOR * noise[name]
     rate = _relative(found["learning_rate"], expected["learning_rate"])
     yield "learning_rate", rate, EXACT
     yield "the ranks' copies of a weight", found["apart"], EXACT
-    yield from _of_tensors("gradient", expected["gradients"], found["gradients"], noise)
+
+
+def published_out_of_band(
+    step: int, expected: Mapping[str, list[float]], found: Mapping[str, list[float]]
+) -> list[Deviation]:
+    """The weights published after the last `step` that are not the reference's, as far as 16 bits
+    tell."""
+    return [
+        Deviation(step, f"published: {quantity}", deviation, allowed)
+        for quantity, deviation, allowed in _of_tensors("weight", expected, found, {})
+        if not deviation <= allowed
+    ]
 
 
 def _of_tensors(

@@ -76,7 +76,7 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.machine",
         "stages.rehearse",
         "stages.backends.band",
-        "stages.backends.torch.record",
+        "stages.backends.record",
         "stages.model.cut",
         "stages.run.server",
         "stages.serve",

@@ -35,12 +35,6 @@ TARGETS = {"trn1": ("trn1", 32), "trn1n": ("trn1", 32), "inf2": ("trn1", 24), "t
 # neuronx-distributed empties the folder first; its default, /tmp/nxd_model, is shared by all users.
 SCRATCH = Path("outputs/.cache/compiler")
 
-# Why a rehearsal cannot compare them.
-NOT_A_CPUS = (
-    "optimum-neuron's training is not that of a CPU: packed documents see each other, and its loss "
-    "is a mean of ranks' means."
-)
-
 
 def training_problems(settings: Settings, config: Any, vocabulary: int) -> Iterator[str]:
     """Everything that keeps the model of `config` from being trained with these settings.
@@ -58,8 +52,18 @@ def training_problems(settings: Settings, config: Any, vocabulary: int) -> Itera
         )
     if settings.torch_compile:
         yield "TORCH_COMPILE=1: on Neuron neuronx-cc compiles, not inductor. Set TORCH_COMPILE=0."
-    if settings.rehearse:
-        yield f"REHEARSE=1: {NOT_A_CPUS} Leave it 0."
+    if settings.rehearse and settings.lora_r:
+        yield (
+            f"LORA_R={settings.lora_r} cannot be rehearsed here: optimum-neuron's adapters begin "
+            "with other random numbers than the reference's. Rehearse with BACKEND=torch or "
+            "LORA_R=0, or leave REHEARSE 0."
+        )
+    if settings.rehearse and settings.pipeline_parallel_size > 1:
+        yield (
+            f"PIPELINE_PARALLEL_SIZE={settings.pipeline_parallel_size} cannot be rehearsed: in a "
+            "pipeline every micro-batch weighs the same, in the reference every token does. "
+            "Rehearse with PIPELINE_PARALLEL_SIZE=1, or leave REHEARSE 0."
+        )
 
 
 def inference_problems(settings: Settings, config: Any) -> Iterator[str]:

@@ -39,8 +39,8 @@ class MetricsCallback(TrainerCallback):
         self.logged_step, self.logged_at = self.first, time.monotonic()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        # NeuronTrainer logs the learning rate of the next step.
-        self.rate = float(objects["lr_scheduler"].get_last_lr()[0])
+        # NeuronTrainer logs the scheduler's rate of the next step. This is the one that is used.
+        self.rate = float(objects["optimizer"].param_groups[0]["lr"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == state.max_steps:

@@ -7,6 +7,7 @@ that was killed.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from stages.backends.neuron.arguments import attention_implementation, environme
 from stages.backends.neuron.check import training_problems
 from stages.backends.neuron.graph_key import recompilations
 from stages.backends.neuron.hardware import device_name
+from stages.backends.neuron.record import write_record
 from stages.backends.neuron.resume import (
     INTERRUPTED,
     RESUMED,
@@ -24,6 +26,7 @@ from stages.backends.neuron.resume import (
     saved_shards,
 )
 from stages.backends.neuron.shards.read import is_whole
+from stages.backends.record import RECORDS
 from stages.backends.schedule import derivation, sequences_per_step, total_steps
 from stages.model.base import base_config, base_model_folder, copy_config
 from stages.model.size import training_bytes
@@ -59,8 +62,9 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Stag
         (work / START).write_text(json.dumps({"step": start.step}) + "\n", encoding="utf-8")
         flush(work / START)
         flush(work)
-        for line in recompilations(settings, precompiled):
-            print(f"note: {line}", flush=True)
+        if RECORDS not in os.environ:  # a rehearsal compiles its own, of a cut model
+            for line in recompilations(settings, precompiled):
+                print(f"note: {line}", flush=True)
         command = training_command(
             settings, start.base, data, work, steps=steps, first_step=start.step
         )
@@ -70,6 +74,8 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Stag
             cache.in_use(settings.neuron_compile_cache_url),
         ):
             launch(command, environment(settings), work / "error")
+        if RECORDS in os.environ:
+            write_record(work, settings.nproc_per_node, settings.tensor_parallel_size)
     if not is_whole(work / SHARDS_FOLDER):
         _keep_shards(settings, work)
     for name in (CHECKPOINTS_FOLDER, INTERRUPTED, RESUMED, "saved"):

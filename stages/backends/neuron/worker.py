@@ -26,7 +26,9 @@ from stages.backends.neuron.arguments import attention_implementation
 from stages.backends.neuron.graphs_on_hub import survive_refusals
 from stages.backends.neuron.metrics_callback import MetricsCallback
 from stages.backends.neuron.ordered_sequences import OrderedSequences
+from stages.backends.neuron.record import RecordCallback
 from stages.backends.neuron.trainer import make_trainer
+from stages.backends.record import RECORDS
 from stages.backends.trained import trained_line
 from stages.run.disk import disk_failure
 from stages.run.errors import InputError, StageFailure
@@ -109,6 +111,8 @@ def train(own: WorkerArguments, arguments: Any) -> None:
             sequences.length,
         )
     )
+    if RECORDS in os.environ:
+        trainer.add_callback(RecordCallback(work, model, int(os.environ.get("RANK", "0"))))
     trainer.train()
     trainer.save_model(str(work / "saved"))
 

@@ -26,11 +26,11 @@ from stages.backends.batches import PackedSequences, sequences_of_step
 from stages.backends.decoding import seed_of
 from stages.backends.loss import loss_sum, supervised
 from stages.backends.metrics import Metrics, require_finite
+from stages.backends.record import Record
 from stages.backends.schedule import data_parallel_size, sequences_per_step, total_steps
 from stages.backends.torch import checkpoint, lora, optimizer
 from stages.backends.torch.parallel import build_model, mesh_of
 from stages.backends.torch.rank import run_rank
-from stages.backends.torch.record import Record
 from stages.backends.trained import trained_line
 from stages.model.check import tied_weights
 from stages.run.layout import (
@@ -167,7 +167,7 @@ def train_step(state: Training, step: int, total: int) -> dict[str, float]:
             index == len(batches) - 1
         )  # one exchange of gradients per step
         with loss_parallel():
-            loss = loss_sum(state.model, batch)
+            loss = loss_sum(state.model, batch, state.record.isolated)
             # FSDP averages gradients over the data-parallel ranks; the loss is a mean over the
             # whole global batch's tokens.
             (loss * (data_parallel_size(settings) / max(1, tokens))).backward()

@@ -23,11 +23,11 @@ def test_every_logged_step_is_in_tensorboard(
     callback = MetricsCallback(work, 0, sequences=8, sequences_per_step=2, length=64)
     state = SimpleNamespace(is_world_process_zero=True, max_steps=3, global_step=0)
     control = SimpleNamespace(should_log=False, should_save=False)
-    scheduler = SimpleNamespace(get_last_lr=lambda: [1e-3])
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1e-3}])
     with follow.followed(Settings(tracker="tensorboard", backend="neuron"), work, work.parent):
         callback.on_train_begin(None, state, control)
         for state.global_step in (1, 2, 3):
-            callback.on_pre_optimizer_step(None, state, control, lr_scheduler=scheduler)
+            callback.on_pre_optimizer_step(None, state, control, optimizer=optimizer)
             callback.on_step_end(None, state, control)
             callback.on_log(None, state, control, {"loss": 0.5**state.global_step, "grad_norm": 1})
         callback.on_train_end(None, state, control)

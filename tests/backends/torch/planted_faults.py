@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 
 from stages.backends import loss
+from stages.backends.record import Record
 from stages.backends.torch import optimizer, parallel, worker
 from stages.backends.torch.rank import run_rank
-from stages.backends.torch.record import Record
 from stages.run.settings import Settings
 
 
@@ -37,20 +37,16 @@ def partial_norms(record: Any, model: torch.nn.Module) -> None:
     GRADIENTS(record, model)
 
 
-def unsummed(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+def unsummed(model: torch.nn.Module, batch: Any, _: bool) -> torch.Tensor:
     """The loss; on the second half of the ranks, without a gradient."""
     value = loss.loss_sum(model, batch)
     is_lost = dist.get_rank() >= dist.get_world_size() // 2
     return value.detach() + 0 * (value - value.detach()) if is_lost else value
 
 
-def unmasked(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+def unmasked(model: torch.nn.Module, batch: Any, _: bool) -> torch.Tensor:
     """The loss where documents see those before them in their sequence."""
-
-    def whole(**given: Any) -> Any:
-        return model(**given, attention_mask=torch.ones_like(given["input_ids"]))
-
-    return loss.loss_sum(whole, batch)  # type: ignore[arg-type]
+    return loss.loss_sum(model, batch, isolated=False)
 
 
 def shifted_twice(labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

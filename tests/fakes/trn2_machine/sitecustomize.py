@@ -3,7 +3,8 @@
 The project's Device for `neuron` stays what it is, but its tensors are on the CPU and its process
 group is Gloo. torch.compile's backend "neuron" is one of torch's own that computes what it was
 given (aot_eager), after it has refused what AWS's documents say is refused: shapes that are not
-fixed, and more than one graph for a layer. Each graph leaves a file in the NEFF cache.
+fixed, and more than one graph for a layer. Each graph leaves a file in the NEFF cache. A device
+with an index, and one that a rank uses before it has joined the process group, are refused too.
 """
 
 from __future__ import annotations
@@ -29,8 +30,19 @@ def answer(module: ModuleType) -> None:
 
     neuron: Any = module.Neuron
     neuron.process_groups = "cpu:gloo"
-    neuron.torch_device = lambda self: torch.device("cpu")
+    neuron.torch_device = first_use
     register_backend(compile_graph, name="neuron")
+
+
+def first_use(device: Any) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    if ":" in device.name:
+        raise RuntimeError(f"{device.name}: the device has no index")
+    if "RANK" in os.environ and not dist.is_initialized():
+        raise RuntimeError("the device was used before the process group was made")
+    return torch.device("cpu")
 
 
 def compile_graph(graph: Any, inputs: list[Any]) -> Any:

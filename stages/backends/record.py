@@ -20,12 +20,14 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
 from stages.backends.decoding import seed_of
+from stages.model.files import weight_files
 from stages.run.layout import RECORD_FILE
 
 PROJECTIONS = 3
-# A variable of the environment, in a rehearsal's trainings: the seconds after which a training of
-# one process ends with the step that it is at.
+# Variables of the environment, in a rehearsal's trainings: the seconds after which a training of
+# one process ends with the step that it is at, and whether documents see each other.
 RECORDS = "TRN_TUNE_RECORD"
+TOGETHER = "TRN_TUNE_DOCUMENTS_TOGETHER"
 
 
 class Record:
@@ -37,6 +39,7 @@ class Record:
         self._on = seconds is not None
         self._seconds = float(seconds or math.inf)
         self._end = time.monotonic() + self._seconds
+        self.isolated = TOGETHER not in os.environ
         self._gradients: dict[str, list[float]] = {}
         self._apart = 0.0
 
@@ -94,6 +97,18 @@ def digest(name: str, tensor: torch.Tensor) -> list[float]:
         )
         found.append(left @ rows @ right)
     return [float(one) for one in found]
+
+
+def digests_of(model: Path) -> dict[str, list[float]]:
+    """The digest of each tensor in the safetensors files of a model's folder."""
+    from safetensors import safe_open
+
+    digests = {}
+    for name in weight_files(model):
+        with safe_open(model / name, framework="pt") as file:
+            for tensor in file.keys():  # noqa: SIM118 (not a mapping)
+                digests[tensor] = digest(tensor, file.get_tensor(tensor))
+    return digests
 
 
 def _parameters(model: torch.nn.Module) -> dict[str, Any]:
