@@ -1,6 +1,6 @@
 # Fine-tune an open LLM on AWS Trainium with make. `make help` lists the targets and the settings,
 # `make demo` runs all stages here. This file is the graph: which stage reads which. Nothing else
-# knows the order. stages/make/plan.py says which stages are stale: it compares what each was made
+# knows the order. stages/make/stale.py says which stages are stale: it compares what each was made
 # from with what it would be made from now.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -45,7 +45,7 @@ eval.from := data consolidate compile-inference
 precompile.after := data
 train.after := precompile
 
-# Ask plan.py which stages are stale, for goals that use outputs/RUN. It also checks every setting,
+# Ask stale.py which stages are stale, for goals that use outputs/RUN. It also checks every setting,
 # RECIPE and RUN, before a target or a shell line holds them. make 4.3 does not export variables to
 # $(shell), so they are quoted here: a quote in a value becomes '\'', a line break '$'\n''.
 define newline
@@ -58,7 +58,7 @@ empty :=
 # data::  train:data:precompile  eval:data,consolidate,compile-inference:  ...
 graph := $(foreach s,$(STAGES),$s:$(subst $(empty) ,$(comma),$($s.from)):$($s.after))
 plan = env $(foreach v,$(unasked),-u $v) MAKELEVEL=$(MAKELEVEL) \
-  $(foreach v,RECIPE RUN $(given),$(call quoted,$v=$(value $v))) $(PYTHON) -I -S stages/make/plan.py \
+  $(foreach v,RECIPE RUN $(given),$(call quoted,$v=$(value $v))) $(PYTHON) -I -S stages/make/stale.py \
   $(call quoted,$(out)) $(graph) --given $(call quoted,$(given)) --goals $(call quoted,$(foreach g,$(MAKECMDGOALS),$g $($g.uses)))
 # Goals that use what a stage published, as it is, whatever is stale; they make it only where it is
 # missing. Beside a goal that makes stages (`make all push`) they come after it.
@@ -79,10 +79,10 @@ ifneq (,$(findstring B,$(flags)))
   $(error make -B is not for stages, which know what has changed. To make one again, remove $(out)/STAGE)
 endif
 uses_run := $(filter all demo chat push rehearse serve serve-check outputs/% $(STAGES),$(MAKECMDGOALS))
-ifneq (,$(or $(uses_run),$(filter status verify clean,$(MAKECMDGOALS))))
+ifneq (,$(or $(uses_run),$(filter status why adopt history verify clean,$(MAKECMDGOALS))))
   stale := $(shell $(plan) $(if $(uses_run),$(if $(answering),--answer,$(if $(dry_run),--dry-run)),--check-run))
   ifneq (0,$(.SHELLSTATUS))
-    $(error nothing was run$(if $(filter-out 2,$(.SHELLSTATUS)),: plan.py ended with status $(.SHELLSTATUS)))
+    $(error nothing was run$(if $(filter-out 2,$(.SHELLSTATUS)),: stale.py ended with status $(.SHELLSTATUS)))
   endif
   # The model that exists is used; nothing is trained for it.
   stale := $(if $(answering),,$(stale))
@@ -101,7 +101,7 @@ tested := $(if $(VENV),$(VENV)/tests-requirements.txt)
 # AWS's own package index: what PyPI has under the names of its wheels is empty.
 export NEURON_PIP_INDEX ?= https://pip.repos.neuron.amazonaws.com
 
-.PHONY: help all demo chat push rehearse serve serve-check status verify doctor
+.PHONY: help all demo chat push rehearse serve serve-check status why adopt history compare verify doctor
 .PHONY: cache-status cache-lookup cache-synchronize
 .PHONY: check test torture audit lint types clean FORCE $(STAGES)
 
@@ -113,6 +113,18 @@ all: eval ## Every stage that is stale
 
 status: ## Which stages would run, and why
 	@$(plan) --show
+
+why: ## Every reason for which STAGE would run: STAGE=train LEARNING_RATE=1e-4
+	@$(plan) --why
+
+adopt: ## Take the published STAGE for up to date after a harmless change; its manifest says so
+	@$(plan) --adopt
+
+history: ## Earlier results of this run, stage by stage
+	@$(PYTHON) -I -S stages/make/history.py $(out) $(STAGES)
+
+compare: ## Settings that differ, and results, side by side: RUNS="one another"
+	@$(PYTHON) -I -S stages/make/history.py --compare $(STAGES)
 
 verify: ## Read every published file and compare it with its digest
 	@$(PYTHON) -I -S stages/make/verify.py $(out) $(STAGES)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stages.make.help import targets, with_settings
-from stages.make.plan import MAKE_VARIABLES
+from stages.make.stale import MAKE_VARIABLES
 from stages.run.setting import variable
 from stages.run.settings import SECRET, Settings
 from tests.conftest import ROOT

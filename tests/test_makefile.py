@@ -168,6 +168,18 @@ def test_dry_runs_and_questions_change_nothing(built: Project) -> None:
     assert built.snapshot() == before
 
 
+def test_an_adopted_stage_is_not_made_again(built: Project) -> None:
+    edit(built.folder / "stages/backends/loss.py", 'reduction="sum"', 'reduction=str("sum")')
+    assert "train" in built.stages_to_run("all", *TINY)
+    why = built.make("why", *TINY, "STAGE=train").stdout
+    assert "train would run:\n  stages/backends/loss.py was edited\n" in why
+    for stage in ("precompile", "train", "eval"):
+        built.make("adopt", *TINY, f"STAGE={stage}")
+    assert built.stages_to_run("all", *TINY) == []
+    assert "adopted" in built.make("history", *TINY).stdout
+    assert "STAGE='nope' is no stage" in built.make("why", "STAGE=nope", check=False).stderr
+
+
 def test_a_dry_run_on_a_fresh_clone_lists_the_stages_in_order(project: Project) -> None:
     assert project.stages_to_run("all", *TINY) == list(STAGES)
     assert project.stages_to_run("consolidate", *TINY) == [
@@ -265,7 +277,7 @@ def test_a_prompt_arrives_as_typed(built_once: Project, by: str) -> None:
     arguments, environment = (
         ([f"PROMPT={AWKWARD}"], {}) if by == "command line" else ([], {"PROMPT": AWKWARD})
     )
-    # VENV= runs the stages with PYTHON itself; plan.py needs the real one, so the spy passes on
+    # VENV= runs the stages with PYTHON itself; stale.py needs the real one, so the spy passes on
     # what is not a stage.
     spy.write_text(
         '#!/bin/bash\n[[ $* == *stages.* ]] && printf %s "$PROMPT" > "$0.out" || exec '

@@ -83,9 +83,13 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.serve_check",
         "stages.text.chat_client",
         "stages.text.served_answers",
+        "stages.make.adopt",
         "stages.make.help",
+        "stages.make.history",
         "stages.make.install",
-        "stages.make.plan",
+        "stages.make.results",
+        "stages.make.stale",
+        "stages.make.status",
         "stages.make.verify",
     }
 )

@@ -15,6 +15,7 @@ Every stage also publishes manifest.json. Standard library only.
 from __future__ import annotations
 
 MANIFEST_FILE = "manifest.json"
+HISTORY_FOLDER = ".history"  # in outputs/RUN: STAGE/*.json, the manifests of what was replaced
 
 # The data stage's splits: folders that `datasets.load_from_disk` reads.
 TRAIN_SPLIT = "train"

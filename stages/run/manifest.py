@@ -60,15 +60,17 @@ def _read(output: Path) -> tuple[dict[str, Any] | None, str]:
 
 def _misshapen(manifest: dict[str, Any]) -> str:
     """What a manifest with a right digest lacks to be a stage's; empty where nothing."""
-    provenance, outputs, seen = (manifest.get(name) for name in ("provenance", "outputs", "seen"))
+    outputs, seen, adopted = (manifest.get(name) for name in ("outputs", "seen", "adopted"))
     if (
-        not isinstance(provenance, dict)
-        or not isinstance(outputs, dict)
+        not isinstance(outputs, dict)
         or not isinstance(seen, dict)
+        or not isinstance(adopted or [], list)
     ):
         return f"{MANIFEST_FILE} is no stage's"
+    holders = [manifest, *(adopted or [])]
+    made_from = [one.get("provenance") if isinstance(one, dict) else None for one in holders]
     parts = [
-        *(provenance.get(part) for part in PARTS),
+        *(one.get(part) if isinstance(one, dict) else None for one in made_from for part in PARTS),
         *(seen.get(part) for part in ("code", "files")),
         *outputs.values(),
     ]

@@ -60,7 +60,7 @@ def provenance_now(
     nothing stale.
     """
     seen_then = (published or {}).get("seen", {})
-    provenance_then = (published or {}).get("provenance", {})
+    provenance_then = accepted(published) if published else {}
     backend_then = (
         seen_then.get("backend")
         if seen_then.get("backend") in REQUIREMENTS
@@ -111,7 +111,15 @@ def reasons_of(
     """`reasons`, from the published manifest and today's provenance; `verify` reads every file."""
     if published is None:
         return [manifest_problem(output)]
-    return differences(published["provenance"], now) + file_problems(published, output, read=verify)
+    return differences(accepted(published), now) + file_problems(published, output, read=verify)
+
+
+def accepted(published: dict[str, Any]) -> dict[str, Any]:
+    """The provenance with which a published output is up to date: its own, or the last that `make
+    adopt` took for as good."""
+    adopted = published.get("adopted")
+    last: dict[str, Any] = (adopted[-1] if adopted else published)["provenance"]
+    return last
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ from stages.run.disk import disk_guard, require_writable
 from stages.run.errors import InputError
 from stages.run.fsync import flush, fsync_tree, make_durable_folder
 from stages.run.json_file import write_json
-from stages.run.layout import MANIFEST_FILE
+from stages.run.layout import HISTORY_FOLDER, MANIFEST_FILE
 from stages.run.lock import locked
 from stages.run.manifest import file_problems, manifest_of, with_checksum
 from stages.run.progress import duration
@@ -188,12 +188,18 @@ def remove_published(output: Path, part: str, because: str) -> None:
             for name, facts in manifest["outputs"].items()
             if not name.startswith(f"{part}/")
         }
-        beside = output / ".manifest.json"
-        write_json(beside, with_checksum(manifest))
-        flush(beside)
-        beside.replace(output / MANIFEST_FILE)
-        flush(output)  # else a power cut could bring back the manifest that lists what is gone
+        rewrite_manifest(output, manifest)
         shutil.rmtree(output / part)
+
+
+def rewrite_manifest(output: Path, manifest: dict[str, Any]) -> None:
+    """Put another manifest in the place of a published one, in one step that a power cut does not
+    undo."""
+    beside = output / ".manifest.json"
+    write_json(beside, with_checksum(manifest))
+    flush(beside)
+    beside.replace(output / MANIFEST_FILE)
+    flush(output)
 
 
 def _installed(stage: str, backend: str) -> dict[str, str]:
@@ -208,6 +214,7 @@ def _replace(output: Path, work: Path) -> None:
     """Put `work` in the place of `output` by one rename, then remove the former output."""
     former = work.with_name(f"{work.name}.former")
     shutil.rmtree(former, ignore_errors=True)
+    _keep_history(output)
     if not output.exists():
         work.rename(output)
     elif _exchange(work, output):
@@ -217,6 +224,15 @@ def _replace(output: Path, work: Path) -> None:
         work.rename(output)
     flush(output.parent)
     _remove_work(former)
+
+
+def _keep_history(output: Path) -> None:
+    """Keep the manifest of what is about to be replaced, for `make history`."""
+    manifest = manifest_of(output)
+    if manifest is not None:
+        kept = output.parent / HISTORY_FOLDER / output.name
+        kept.mkdir(parents=True, exist_ok=True)
+        write_json(kept / f"{manifest['sha256'][:16]}.json", manifest)
 
 
 def _put_back(output: Path) -> None:

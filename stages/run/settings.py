@@ -4,7 +4,7 @@ The make variable, the environment variable and the click option of a setting ar
 in capitals (`learning_rate` -> `LEARNING_RATE`). `make help`, docs/settings.md, the options of the
 stage scripts, the checks and the provenance that decides what is stale all come from this class.
 
-The road of one setting: `make train LEARNING_RATE=1e-4` exports it (Makefile); plan.py reads it to
+The road of one setting: `make train LEARNING_RATE=1e-4` exports it (Makefile); stale.py reads it to
 say what is stale; the stage's click option reads it again (cli.py); `Settings` reaches
 `backend.train`, which starts the workers with `environment()`; each worker reads it a last time
 and hands it to the optimizer. Standard library only: make imports this at every start.

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from stages.data import pack
-from stages.make.plan import main as plan
+from stages.make.stale import main as stale
 from stages.model.card_answers import fenced, how_to_ask
 from stages.run.errors import InputError
 from stages.run.publish import StageResult, publish
@@ -472,7 +472,7 @@ def test_make_push_without_a_repository_is_refused_before_anything_runs(
 ) -> None:
     monkeypatch.delenv("HUB_REPO", raising=False)
     with pytest.raises(SystemExit):
-        plan(str(tmp_path), "data::", "consolidate:data:", "--given", "", "--goals", "push")
+        stale(str(tmp_path), "data::", "consolidate:data:", "--given", "", "--goals", "push")
     assert "HUB_REPO is not set" in capsys.readouterr().err
 
 

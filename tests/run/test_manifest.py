@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.backends.metrics import Metrics, last_line
-from stages.make import plan
+from stages.make import stale
 from stages.make.verify import damage_of
 from stages.make.verify import main as verify
 from stages.run import provenance
@@ -160,15 +160,15 @@ def test_make_asks_what_is_stale_whatever_the_manifests_hold(
                 io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
             ),
         ):
-            plan.main(str(folder), *GRAPH, "--given", "", "--goals", "all")
+            stale.main(str(folder), *GRAPH, "--given", "", "--goals", "all")
             printed.flush()
             assert set(printed.buffer.getvalue().decode().split()) == {
                 "stale-data",
                 "stale-train",
                 "stale-eval",
             }
-            plan.main(str(folder), *GRAPH, "--given", "", "--goals", "all", "--show")
-            plan.main(str(folder), *GRAPH, "--given", "", "--goals", "all", "--dry-run")
+            stale.main(str(folder), *GRAPH, "--given", "", "--goals", "all", "--show")
+            stale.main(str(folder), *GRAPH, "--given", "", "--goals", "all", "--dry-run")
             assert verify(str(folder), "data", "train", "eval") in (0, 1)
             printed.flush()
 

@@ -68,7 +68,7 @@ WORDS = [
     ("stages/run/publish.py", "up to date", "fresh"),
     ("stages/run/settings.py", "Peak learning rate", "Largest learning rate"),
     ("stages/run/setting.py", "is neither 1 nor 0", "is no switch"),
-    ("stages/make/plan.py", "to run: ", "stale: "),
+    ("stages/make/stale.py", "to run: ", "stale: "),
     ("stages/data.py", "a sample of", "one sample of"),
     ("stages/eval.py", "No document is held out", "Nothing is held out"),
 ]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages.data import pack
-from stages.make.plan import stale_stages
+from stages.make.stale import stale_stages
 from stages.run.errors import InputError, StageFailure
 from stages.run.manifest import manifest_of
 from stages.run.publish import publish

@@ -25,7 +25,6 @@ DEVICE = "stages.backends.device"
 
 def answer(module: ModuleType) -> None:
     """Put the CPU in the place of the device, and the compiler's stand-in in its place."""
-    import torch
     from torch._dynamo import register_backend
 
     neuron: Any = module.Neuron

@@ -1,12 +1,13 @@
 """Which stages make has to run: prints `stale-STAGE` for each, or exits with 2 and the problems.
 
-    python3 -I -S stages/make/plan.py RUN_FOLDER STAGE:INPUTS:AFTER ... --given NAMES --goals GOALS
-        [--show | --dry-run | --answer | --check-run]
+    python3 -I -S stages/make/stale.py RUN_FOLDER STAGE:INPUTS:AFTER ... --given NAMES --goals GOALS
+        [--show | --why | --adopt | --dry-run | --answer | --check-run]
 
 make starts this while it reads the Makefile, with the settings in the environment, for every goal
 that needs the graph, also under `make -n` and `make -q`. So it writes nothing and needs only the
 standard library (`-I -S`: no site-packages). INPUTS (stages whose content counts) and AFTER (stages
-that only have to exist) are separated by commas. --show prints a line per stage instead,
+that only have to exist) are separated by commas. --show prints the stages and the other runs
+instead, --why the reasons of STAGE; --adopt takes STAGE as it is, and is the one that writes.
 --dry-run and --answer add notes for `make -n` and `make eval PROMPT=...`, --check-run only checks
 RUN and RECIPE.
 """
@@ -29,7 +30,7 @@ from stages.run.push_target import reason_to_push
 from stages.run.settings import Settings, recipe_note, unknown_names, with_recipe
 
 MAKE_VARIABLES = (
-    *("RECIPE", "RUN", "PYTHON", "VENV", "YES", "TORTURE_SEED"),
+    *("RECIPE", "RUN", "STAGE", "RUNS", "PYTHON", "VENV", "YES", "TORTURE_SEED"),
     *("NEURON_PIP_INDEX", "IMAGE", "DOCKER", "BASE_IMAGE", "REQUIREMENTS", "PIP_EXTRA_INDEX_URL"),
 )
 # RUN is part of targets and shell lines, and a folder's name: file systems allow 255 bytes.
@@ -162,25 +163,22 @@ def typed_problems(given: list[str], goals: list[str]) -> list[str]:
     ]
 
 
-def print_status(
-    stale: dict[str, list[str]], graph: Graph, found: list[str], run_folder: Path
-) -> None:
-    """A line per stage, what data found in the dataset, and why a stage would refuse."""
-    for stage in graph:
-        state = f"to run: {'; '.join(stale[stage])}" if stage in stale else "up to date"
-        print(f"{stage:>18}  {state}")
-        if stage == "data" and (read := what_data_read(run_folder / "data")):
-            print(f"{'':>18}  {read}")
-    for problem in found:
-        print(f"would be refused: {problem}", file=sys.stderr)
+def stage_asked(graph: Graph) -> str:
+    """STAGE, for `make why` and `make adopt`; ends with 2 where it names none."""
+    stage = os.environ.get("STAGE", "")
+    if stage not in graph:
+        refuse([f"STAGE={stage!r} is no stage. Set it to one of {', '.join(graph)}."])
+    return stage
 
 
-def what_data_read(data: Path) -> str:
-    """The columns and the prompt's format that the published data were made with, as a line."""
-    metrics = (manifest_of(data) or {}).get("metrics")
-    if not isinstance(metrics, dict) or not metrics.get("columns"):
-        return ""
-    return f"read: {metrics['columns']}; prompts: {metrics.get('prompt_format')}"
+def adopt_stage(stage: str, settings: Settings, graph: Graph, run_folder: Path) -> None:
+    from stages.make.adopt import adopt
+
+    try:
+        reasons = adopt(stage, settings, graph[stage], run_folder)
+    except InputError as error:
+        refuse(error.problems)
+    print(f"{stage}: adopted in spite of: {'; '.join(reasons)}")
 
 
 def main(run_folder: str, *words: str) -> None:
@@ -210,6 +208,14 @@ def main(run_folder: str, *words: str) -> None:
         stale = stale_stages(graph, Path(run_folder), settings)
     except OSError as error:
         refuse([f"{error.filename} cannot be read: {error.strerror}."])
+    if "--adopt" in flags:
+        adopt_stage(stage_asked(graph), settings, graph, Path(run_folder))
+        return
+    if "--why" in flags:
+        from stages.make.status import print_why
+
+        print_why(stage_asked(graph), stale, graph, Path(run_folder))
+        return
     to_run = stale.keys() & needed(goals, graph, after)
     if "--answer" in flags:
         print_outdated(stale, graph, goals)
@@ -218,6 +224,8 @@ def main(run_folder: str, *words: str) -> None:
         if to_run and (line := recipe_note(os.environ)):
             print(f"note: {line}", file=sys.stderr)
         if "--show" in flags:
+            from stages.make.status import print_status
+
             print_status(stale, graph, found, Path(run_folder))
             return
         refuse(found)
