@@ -63,6 +63,10 @@ def machine_problems(settings: Settings, stages: Collection[str]) -> list[str]:
         found = error.problems
     if {"precompile", "train"} & set(stages):  # a refusal after precompile's hours would be late
         found = [*found, *tracker_problems(settings)]
+        if settings.budget:
+            from stages.run.limits import limit_problems
+
+            found = [*found, *limit_problems(settings)]
     if "eval" in stages and settings.lm_eval and not settings.prompt:
         from stages.run.harness import harness_problems  # few runs need it
 

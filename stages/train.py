@@ -10,6 +10,8 @@ from pathlib import Path
 from stages.checks import require
 from stages.run.backend import backend_module
 from stages.run.cli import stage_command
+from stages.run.layout import STOP_FILE
+from stages.run.limits import SPENT_FILE, Spent, limited, require_within, spent
 from stages.run.manifest import manifest_of
 from stages.run.provenance import reasons
 from stages.run.publish import StageResult, publish
@@ -26,12 +28,17 @@ def main(settings: Settings, data: Path, precompile: Path, output: Path) -> None
     # Precompile only fills a cache, which makes training start sooner, so it is not an input.
     def build(work: Path) -> StageResult:
         require(settings, "train")
+        before = spent(work, output.parent)
+        require_within(settings, before, planned_seconds(precompile, before))
         if settings.rehearse:
             from stages.rehearse import rehearse
 
             rehearse(settings, data)
-        with followed(settings, work, output.parent):
+        with followed(settings, work, output.parent), limited(settings, work, output.parent):
             result: StageResult = backend.train(settings, data, precompile, work)
+        for name in (SPENT_FILE, STOP_FILE):
+            (work / name).unlink(missing_ok=True)
+        result.earlier_seconds = before.training
         result.unkeyed += (TRACKER_FILE,)  # where the metrics went is no part of the weights
         return result
 
@@ -44,6 +51,14 @@ def main(settings: Settings, data: Path, precompile: Path, output: Path) -> None
         resumable=True,
         needed=lambda: shards_needed(settings, output),
     )
+
+
+def planned_seconds(precompile: Path, before: Spent) -> float | None:
+    """What the training still takes, as precompile measured its first steps; None where it did
+    not."""
+    metrics = (manifest_of(precompile) or {}).get("metrics") or {}
+    expected = metrics.get("train_seconds_expected")
+    return None if expected is None else max(0.0, float(expected) - before.training)
 
 
 def shards_needed(settings: Settings, output: Path) -> str:

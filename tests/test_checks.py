@@ -145,6 +145,7 @@ FIRST_FOUND = {
     "model/base base_config": PRECOMPILE,
     "model/base base_model_folder": PRECOMPILE,
     "model/size _parameters": PRECOMPILE,
+    "run/sizes parse_duration": LIST,
     "run/sizes parse_size": LIST,
 }
 

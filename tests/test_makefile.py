@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from stages.run.limits import METADATA
 from stages.run.setting import STAGES
 from tests.conftest import ROOT, Project, clean_environment
+from tests.fakes.metadata import metadata_service
 
 TINY = ("RECIPE=tiny",)
 AFTER_DATA = ["train", "consolidate", "compile-inference", "eval"]
@@ -166,6 +168,26 @@ def test_dry_runs_and_questions_change_nothing(built: Project) -> None:
     ):
         built.make(*arguments, *TINY)
     assert built.snapshot() == before
+
+
+def test_a_spot_instances_notice_leads_to_a_checkpoint_and_the_same_command_goes_on(
+    built: Project,
+) -> None:
+    command = ("train", *TINY, "MAX_STEPS=4", "INSTANCE_PRICE=36")
+    with metadata_service("2026-11-28T12:00:00Z") as address:
+        done = built.make(*command, check=False, **{METADATA: address})
+    assert "Error 75" in done.stderr
+    assert "Stopped at the checkpoint of step 1 of 4. EC2 takes this spot" in done.stderr
+    (work,) = (built.folder / "outputs/tiny/.work").glob("train-*")
+    before = json.loads((work / "spent.json").read_text())["seconds"]
+    # What it took counts: the same command is refused by a budget that it would break.
+    refused = built.make(*command, f"BUDGET={before / 100:.4f}", check=False)
+    assert refused.returncode == 2 and "it is used up before this start" in refused.stderr
+    goes_on = built.make(*command).stdout
+    assert "continuing from the checkpoint of step 1 of 4" in goes_on
+    manifest = built.manifest("train")
+    assert manifest["metrics"]["step"] == 4 and manifest["seconds"] > before
+    assert not {"stop", "spent.json"} & set(manifest["outputs"])
 
 
 def test_an_adopted_stage_is_not_made_again(built: Project) -> None:

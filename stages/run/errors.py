@@ -26,6 +26,13 @@ class StageFailure(Exception):
     exit_status = 1
 
 
+class Stopped(StageFailure):
+    """A training that was ended at a checkpoint, and goes on with the same command. Exit status 75
+    (EX_TEMPFAIL of sysexits.h)."""
+
+    exit_status = 75
+
+
 PROBLEMS_SHOWN = 5
 
 

@@ -17,11 +17,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.run.errors import InputError, StageFailure
+from stages.run.errors import InputError, StageFailure, Stopped
 from stages.run.fingerprint import ROOT
 
 ERROR_FILE = "TRN_TUNE_ERROR_FILE"
 GRACE_SECONDS = 5.0
+WAIT_SECONDS = 1.0
 
 
 def launch(
@@ -30,6 +31,7 @@ def launch(
     error_file: Path,
     on_line: Callable[[str], None] | None = None,
     who: str = "The workers' launcher",
+    until: Callable[[], StageFailure | None] = lambda: None,
 ) -> None:
     """Run `command` from the project's folder and wait for it.
 
@@ -38,7 +40,7 @@ def launch(
     A worker that knows what went wrong writes its error to `error_file` (`report_error`); it is
     raised here. Any other failure is a StageFailure with the exit status. `on_line` is called with
     each line that the processes print, on either stream, after it is printed. `who` is what the
-    failure says has ended.
+    failure says has ended. An error that `until` gives ends the processes, and is raised.
     """
     error_file.unlink(missing_ok=True)
     whole_environment = {**os.environ, **environment, ERROR_FILE: str(error_file.absolute())}
@@ -66,10 +68,20 @@ def launch(
             print(line, end="", flush=True)
             if on_line:
                 on_line(line)
-        status = process.wait()
+        while (status := _status(process)) is None:
+            if error := until():
+                raise error
     finally:
         _end(process)
     _raise_failure(status, error_file, who)
+
+
+def _status(process: subprocess.Popen[str]) -> int | None:
+    """The exit status; None where the process still runs after a moment."""
+    try:
+        return process.wait(WAIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _raise_failure(status: int, error_file: Path, who: str) -> None:
@@ -77,7 +89,9 @@ def _raise_failure(status: int, error_file: Path, who: str) -> None:
     0."""
     if error_file.exists():
         kind, _, message = error_file.read_text(encoding="utf-8").partition("\n")
-        raise InputError(message.splitlines()) if kind == "InputError" else StageFailure(message)
+        if kind == InputError.__name__:
+            raise InputError(message.splitlines())
+        raise Stopped(message) if kind == Stopped.__name__ else StageFailure(message)
     if status:
         how = (
             f"was killed by {signal.Signals(-status).name}"

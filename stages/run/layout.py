@@ -48,6 +48,7 @@ ADAPTER_FOLDER = "adapter"  # what LoRA trained, as peft reads it
 ADAPTER_CONFIG = "adapter_config.json"  # of peft; in the shards and in the adapter's folder
 CHECKPOINTS_FOLDER = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
+STOP_FILE = "stop"  # in the work folder of a training that is to end: the error, and why
 RECORD_FILE = "record.jsonl"  # a rehearsal's training: figures and digests of tensors, step by step
 PRECOMPILE_FILE = "precompile.json"
 ANSWERS_FILE = "answers.jsonl"

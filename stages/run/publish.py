@@ -44,6 +44,7 @@ class StageResult:
 
     `digests`: SHA-256 of files that were hashed while they were written. `unkeyed`: files that
     differ from run to run although the result is the same (timings); they make no stage stale.
+    `earlier_seconds`: what former starts of the same work took.
     """
 
     device: str = "cpu"
@@ -51,6 +52,7 @@ class StageResult:
     metrics: dict[str, Any] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     unkeyed: tuple[str, ...] = ()
+    earlier_seconds: float = 0.0
 
 
 def publish(
@@ -94,7 +96,8 @@ def publish(
         try:
             with disk_guard(f"{stage}'s output", work):
                 facts = build(work)
-                cost = cost_of(time.monotonic() - started, settings)
+                seconds = time.monotonic() - started + facts.earlier_seconds
+                cost = cost_of(seconds, settings)
                 _write_manifest(stage, work, made_from, seen, facts, cost)
                 _replace(output, work)
         except BaseException:

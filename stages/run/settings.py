@@ -27,7 +27,7 @@ from stages.run.push_target import check_hub_repo, check_push_target, overwrites
 from stages.run.recipe import RECIPES, read_recipe
 from stages.run.server_address import check_host, check_url
 from stages.run.setting import as_text, parse, setting, variable
-from stages.run.sizes import parse_size
+from stages.run.sizes import parse_duration, parse_size
 from stages.run.task_names import task_names
 
 _MODEL = "precompile train"
@@ -71,6 +71,18 @@ class Settings:
         "Price of this machine; 0 = the list price of its EC2 type, where known.",
         unit="USD/h",
         least=0,
+    )
+    budget: float = setting(
+        0.0,
+        "What a run may cost up to the end of train, over all its starts; 0 = no limit.",
+        unit="USD",
+        least=0,
+    )
+    deadline: str = setting(
+        "",
+        "How long a run may take up to the end of train, over all its starts, such as 2h or 90min; "
+        "empty = no limit.",
+        check=parse_duration,
     )
     verify: bool = setting(
         False,

@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write and read them. Standard library only."""
+"""Sizes in bytes, and durations, as people write them. Standard library only."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ UNITS = {
     "TIB": 2**40,
 }
 
+SECONDS = {"s": 1, "min": 60, "h": 3600}
+
 
 def parse_size(text: str) -> int:
     """Bytes of `5GB`, `200 MB`, `1GiB` or a plain number; raises InputError for anything else, and
@@ -33,3 +35,17 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise InputError(f"{text!r} is less than one byte. Write a size such as 5GB.")
     return size
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `2h`, `90min`, `1.5 h` or `3600s`, 0 of an empty text; raises InputError for
+    anything else."""
+    if not text:
+        return 0.0
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,6})?)\s*(s|min|h)\s*", text, re.ASCII)
+    if match is None or not float(match[1]):
+        raise InputError(
+            f"{text[:60]!r} is not a duration. Write a number and a unit, such as 2h, 90min or "
+            "3600s."
+        )
+    return float(match[1]) * SECONDS[match[2]]

@@ -42,6 +42,7 @@ from stages.run.layout import (
     METRICS_FILE,
     SHARDS_FOLDER,
 )
+from stages.run.limits import stopped
 from stages.run.publish import StageResult
 from stages.run.settings import Settings
 
@@ -73,7 +74,8 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Stag
             disk_guard("the training's checkpoints and shards", work, needed),
             cache.in_use(settings.neuron_compile_cache_url),
         ):
-            launch(command, environment(settings), work / "error")
+            # No step can be agreed on there, so the last checkpoint is what stays.
+            launch(command, environment(settings), work / "error", until=lambda: stopped(work))
         if RECORDS in os.environ:
             write_record(work, settings.nproc_per_node, settings.tensor_parallel_size)
     if not is_whole(work / SHARDS_FOLDER):

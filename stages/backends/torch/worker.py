@@ -38,9 +38,11 @@ from stages.run.layout import (
     CHECKPOINTS_FOLDER,
     METRICS_FILE,
     SHARDS_FOLDER,
+    STOP_FILE,
     TRAIN_SPLIT,
     VALIDATION_SPLIT,
 )
+from stages.run.limits import stopped
 from stages.run.progress import Progress
 from stages.run.settings import Settings
 
@@ -131,16 +133,32 @@ def train(
             progress.update(
                 1, {name: f"{value:.4g}" for name, value in figures.items()}, line=logged
             )
-            saved = settings.save_steps and done % settings.save_steps == 0
+            stop = not last and stop_is_asked(work)
+            saved = stop or (settings.save_steps and done % settings.save_steps == 0)
             if saved and not last and max_steps < 0:
                 metrics.flush()
                 kept = settings.save_total_limit
                 checkpoint.save_checkpoint(checkpoints, done, state.model, state.optimizer, kept)
+            if stop:
+                raise_stopped(work, f"Stopped at the checkpoint of step {done:,} of {total:,}.")
             if late:
                 break
     metrics.flush()
     more = {ADAPTER_CONFIG: lora.adapter_config(settings)} if settings.lora_r else {}
     checkpoint.save_shards(work / SHARDS_FOLDER, state.model, tied_weights(base), more)
+
+
+def stop_is_asked(work: Path) -> bool:
+    """Whether the stage asks for an end; the same on every rank."""
+    asked = torch.tensor(int(dist.get_rank() == 0 and (work / STOP_FILE).is_file()))
+    dist.broadcast(asked, 0)
+    return bool(asked)
+
+
+def raise_stopped(work: Path, where: str) -> None:
+    """Raise the error with which the stage ends this training."""
+    if error := stopped(work):
+        raise type(error)(f"{where} {error}")
 
 
 def train_step(state: Training, step: int, total: int) -> dict[str, float]:
