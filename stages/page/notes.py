@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from stages.page.facts import Facts
+from stages.text.accounting import data_notes
 
 RISE = 0.01  # of the validation loss over its lowest: less is noise
 
@@ -91,7 +92,9 @@ def _cut_or_dropped(made: dict[str, Any], settings: dict[str, Any]) -> Iterator[
 
 def _repeated(made: dict[str, Any]) -> Iterator[Note]:
     if same := made.get("duplicate"):
-        yield Note(f"{same:,}", "Documents have the text of an earlier one. They were kept.")
+        yield Note(f"{same:,}", "Documents have the text of an earlier one, and were kept.")
+    for figure, text in data_notes(made):
+        yield Note(figure, text[0].upper() + text[1:])
 
 
 def _leaky_packing(facts: Facts) -> Iterator[Note]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -43,6 +44,11 @@ class Accounting:
     dropped_tokens: int = 0  # tokens of dropped documents
     train: SplitAccount = field(default_factory=SplitAccount)
     validation: SplitAccount = field(default_factory=SplitAccount)
+    # Documents by their length before any is cut: bin edges in tokens, and counts.
+    lengths: dict[str, list[int]] = field(default_factory=dict)
+    # What repeats.Repeated counts, and how many examples have a text of a kind of sensitive.KINDS.
+    repeated: dict[str, int] = field(default_factory=dict)
+    sensitive: dict[str, int] = field(default_factory=dict)
     # Not counts: one document's text, chosen by the seed, and some of the held-out conversations.
     sample: str = ""
     held_out: list[Conversation] = field(default_factory=list)
@@ -136,3 +142,33 @@ class Accounting:
             ("  validation", validation.rows, f"{validation.padded:,} tokens of padding"),
         ]
         return "\n".join(f"{name:<32}{count:>16,}  {note}".rstrip() for name, count, note in lines)
+
+
+def data_notes(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What repeats and what looks like a secret or an address in the data, by `Accounting.figures`:
+    a figure, and a sentence that has it too."""
+    r = figures.get("repeated", {})
+    if count := r.get("near"):
+        yield (
+            f"{count:,}",
+            f"{count:,} of {r['compared']:,} different documents nearly equal an earlier one, and "
+            "were kept.",
+        )
+    if count := r.get("near_training"):
+        of = f"{count:,} of {r['held_out']:,}"
+        text = "nearly equal one that is trained on, so that the loss on them says little."
+        yield of, f"{of} held-out documents {text}"
+    if count := r.get("asked_in_training"):
+        of = f"{count:,} of {r['held_out']:,}"
+        yield of, f"{of} held-out documents ask what a document asks that is trained on."
+    if count := r.get("prompts_in_training"):
+        of = f"{count:,} of {r['prompts']:,}"
+        yield of, f"{of} questions in PROMPTS are trained on."
+    if count := r.get("not_compared"):
+        yield f"{count:,}", f"{count:,} documents after the first were not compared with others."
+    if found := figures.get("sensitive"):
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(found.items()))
+        yield (
+            f"{sum(found.values()):,}",
+            f"examples with what looks like a secret or an address: {kinds}.",
+        )
