@@ -79,7 +79,7 @@ ifneq (,$(findstring B,$(flags)))
   $(error make -B is not for stages, which know what has changed. To make one again, remove $(out)/STAGE)
 endif
 uses_run := $(filter all demo chat push rehearse serve serve-check outputs/% $(STAGES),$(MAKECMDGOALS))
-ifneq (,$(or $(uses_run),$(filter status verify clean report,$(MAKECMDGOALS))))
+ifneq (,$(or $(uses_run),$(filter status verify clean report watch,$(MAKECMDGOALS))))
   stale := $(shell $(plan) $(if $(uses_run),$(if $(answering),--answer,$(if $(dry_run),--dry-run)),--check-run))
   ifneq (0,$(.SHELLSTATUS))
     $(error nothing was run$(if $(filter-out 2,$(.SHELLSTATUS)),: plan.py ended with status $(.SHELLSTATUS)))
@@ -101,7 +101,7 @@ tested := $(if $(VENV),$(VENV)/tests-requirements.txt)
 # AWS's own package index: what PyPI has under the names of its wheels is empty.
 export NEURON_PIP_INDEX ?= https://pip.repos.neuron.amazonaws.com
 
-.PHONY: help all demo chat push rehearse serve serve-check status verify doctor report
+.PHONY: help all demo chat push rehearse serve serve-check status verify doctor report watch
 .PHONY: cache-status cache-lookup cache-synchronize
 .PHONY: check test torture audit lint types clean FORCE $(STAGES)
 
@@ -118,7 +118,10 @@ verify: ## Read every published file and compare it with its digest
 	@$(PYTHON) -I -S stages/make/verify.py $(out) $(STAGES)
 
 report: | $(installed) $(makes) ## outputs/RUN/report.html: what was trained, whether it got better, what it cost
-	@$(python) -m stages.report --run $(out)
+	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.report --run $(out)
+
+watch: | $(installed) ## The same page on 127.0.0.1, updated while a training runs, until Ctrl-C
+	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.watch --run $(out)
 
 doctor: $(installed) ## Can every stage run here? A line per requirement: OK, or what to do
 	@$(python) -m stages.doctor

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import http.client
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
 from stages.page.facts import facts_of
 from stages.page.render import MOST_CHARACTERS, render
+from stages.page.serve import Page, server_of
+from stages.run.errors import InputError
 from stages.run.settings import Settings
-from tests.conftest import Project
+from tests.conftest import ROOT, Project, clean_environment
 from tests.page.run_folder import DATA, EVAL, compare, log_steps, publish
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -144,3 +152,94 @@ def test_text_stands_out_from_its_ground_in_both_themes(
     ) == tab.locator(".key").first.evaluate(
         "one => getComputedStyle(one, '::before').backgroundColor"
     )
+
+
+@pytest.fixture
+def port(tmp_path: Path) -> Iterator[int]:
+    """The port of a server of the page about `tmp_path`."""
+    with server_of(Page(tmp_path, Settings()), 0) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+@pytest.fixture
+def watching(browser: Any, port: int) -> Iterator[Any]:
+    """A tab that shows the served page; fails the test for a request to anywhere else."""
+    context = browser.new_context()
+    context.set_default_timeout(15000)
+    tab, wrong = context.new_page(), list[str]()
+    here = f"http://127.0.0.1:{port}/"
+    context.on("request", lambda one: one.url in (here, "data:,") or wrong.append(one.url))
+    tab.on("console", lambda message: wrong.append(message.text))
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.goto(here)
+    yield tab
+    context.close()
+    assert not wrong
+
+
+def test_a_served_page_follows_the_training_without_loading_again(
+    tmp_path: Path, watching: Any
+) -> None:
+    tab = watching
+    publish(tmp_path, "data", DATA, {"SEED": 42})
+    tab.wait_for_selector("#data table")
+    tab.locator("summary").first.click()
+    tab.evaluate("window.same = document.getElementById('data')")
+    log_steps(tmp_path / ".work" / "train-abc", [3.0, 2.5, 2.0], {})
+    tab.wait_for_selector("#loss-training")
+    assert vertices(tab, "loss-training") == 3
+    log_steps(tmp_path / ".work" / "train-abc", [3.0, 2.5, 2.0, 1.9], {})
+    tab.locator("#summary .lead", has_text="4 steps").wait_for()
+    assert vertices(tab, "loss-training") == 4
+    # What has not changed is not replaced: nothing flickers, and what was opened stays open.
+    assert tab.evaluate("window.same === document.getElementById('data')")
+    publish(tmp_path, "train", {}, {"SEED": 43})
+    tab.locator("#record", has_text="43").wait_for()
+    assert tab.locator("details").first.get_attribute("open") is not None
+
+
+def test_a_served_page_runs_no_script_of_a_text(tmp_path: Path, watching: Any) -> None:
+    publish(tmp_path, "eval", EVAL)
+    compare(tmp_path, (HOSTILE, HOSTILE, HOSTILE, HOSTILE))
+    watching.wait_for_selector("#answers article")
+    assert watching.evaluate("window.ran") is None
+    assert watching.locator("script").count() == 1  # its own, which the nonce allows
+
+
+@pytest.mark.parametrize(
+    ("host", "path", "status"),
+    [
+        ("127.0.0.1:1", "/", 200),
+        ("localhost:1", "/", 200),
+        ("evil.example:1", "/", 403),
+        ("127.0.0.1:1", "/data/manifest.json", 404),
+    ],
+)
+def test_only_the_page_is_served_and_only_to_this_machine(
+    port: int, host: str, path: str, status: int
+) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection.request("GET", path, headers={"Host": host})
+    assert connection.getresponse().status == status
+    connection.close()
+
+
+def test_a_port_that_is_taken_is_said(tmp_path: Path, port: int) -> None:
+    with pytest.raises(InputError, match=f"WATCH_PORT={port} of 127.0.0.1 cannot be listened on"):
+        server_of(Page(tmp_path, Settings()), port)
+
+
+def test_watching_ends_with_ctrl_c(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "stages.watch", "--run", str(tmp_path), "--watch-port", port]
+    watch = subprocess.Popen(
+        command, cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert watch.stdout is not None and f"127.0.0.1:{port} shows" in watch.stdout.readline()
+    watch.send_signal(signal.SIGINT)
+    assert watch.communicate(timeout=10)[0].strip() == "watch: ended"
+    assert watch.returncode == 0
+    assert not [*tmp_path.iterdir()]  # nothing is written

@@ -79,7 +79,7 @@ def test_held_out_documents_that_are_trained_on_are_counted(tmp_path: Path) -> N
         leaks += (texts_of(first) in held_out) != (texts_of(twin) in held_out)
     assert account.repeated["held_out"] == 40 and leaks > 20
     assert account.repeated["asked_in_training"] == leaks
-    assert leaks - 2 <= account.repeated["near_training"] <= leaks
+    assert 0.8 * leaks <= account.repeated["near_training"] <= leaks
 
 
 @pytest.mark.parametrize("trained", [0, 3])
