@@ -95,7 +95,7 @@ def print_account(account: Accounting, notes: list[str]) -> None:
         f"{account.table()}",
         flush=True,
     )
-    for line in (*(text for _, text in data_notes(account.figures())), *notes):
+    for line in (*(" ".join(note) for note in data_notes(account.figures())), *notes):
         print(f"note: {printable(line)}", flush=True)
 
 

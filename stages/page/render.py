@@ -20,7 +20,7 @@ from stages.page.plots import MOST_POINTS, curves, histogram
 from stages.run.progress import duration, printable, show_size
 
 TEMPLATE = "page.html.j2"
-MOST_CHARACTERS = 1200  # of one text on the page
+MOST_CHARACTERS = 700  # of one text on the page
 
 
 def render(facts: Facts, nonce: str = "") -> str:
