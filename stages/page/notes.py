@@ -52,7 +52,7 @@ def _no_better(measured: dict[str, Any]) -> Iterator[Note]:
     base, tuned = (measured.get(name, {}).get("loss") for name in ("base", "fine_tuned"))
     if base and tuned and tuned >= base:
         yield Note(
-            f"+{tuned - base:.4f}",
+            f"+{tuned - base:.3f}",
             f"The fine-tuned model's loss on held-out sequences ({tuned:.4f}) is not below the "
             f"base model's ({base:.4f}).",
         )

@@ -50,7 +50,7 @@ def test_packing_leaks_on_optimum_neuron_only(
 
 def test_a_model_that_got_no_better_is_said(tmp_path: Path) -> None:
     publish(tmp_path, "eval", {**EVAL, "fine_tuned": {"loss": 3.25, "perplexity": 25.8}})
-    assert figures(tmp_path, "not below the base model's (3.0000)") == ["+0.2500"]
+    assert figures(tmp_path, "not below the base model's (3.0000)") == ["+0.250"]
 
 
 def test_a_stage_that_was_made_from_another_output_is_said(tmp_path: Path) -> None:
