@@ -88,7 +88,7 @@ def pack(settings: Settings, work: Path) -> StageResult:
 
 def print_account(account: Accounting, notes: list[str]) -> None:
     """Show a sample, the accounts, and what is to be known of the data."""
-    from stages.text.accounting import data_notes
+    from stages.text.data_notes import data_notes
 
     print(
         f"a sample of {account.tokens_in:,} tokens:\n\n{printable(account.sample)}\n\n"

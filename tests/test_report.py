@@ -86,6 +86,10 @@ def test_make_report_writes_the_page_of_a_run(built: Project, tab: Any) -> None:
     assert tab.locator("#answers article").count() >= 2
     assert tab.locator("#stages tbody").first.locator("tr").count() == 6
     assert_fits(tab)
+    found = built.manifest("data")["metrics"]
+    assert found["repeated"]["compared"] == sum(found["lengths"]["counts"]) == 20
+    assert found["repeated"]["prompts"] == 2
+    assert "20 different documents were compared" in tab.inner_text("#data")
 
 
 def test_a_curve_has_one_point_for_each_step(tmp_path: Path, tab: Any) -> None:

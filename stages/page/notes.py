@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from stages.page.facts import Facts
-from stages.text.accounting import data_notes
+from stages.text.data_notes import data_notes
 
 RISE = 0.01  # of the validation loss over its lowest: less is noise
 

@@ -9,7 +9,8 @@ import pytest
 
 from stages.run.digests import content_digest
 from stages.text import repeats
-from stages.text.accounting import Accounting, data_notes
+from stages.text.accounting import Accounting
+from stages.text.data_notes import data_notes
 from stages.text.dataset import Layout, build
 from stages.text.examples import Example
 from stages.text.prompt import TextFormat
