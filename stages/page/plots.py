@@ -6,15 +6,18 @@ A curve's group has an id (`loss-training`), and one vertex for each logged step
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable
 from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Steps = list[dict[str, Any]]
+FONT_CACHE = Path("outputs/.cache/matplotlib")
 MOST_POINTS = 1000  # of a curve; of more steps every second, third, ... is drawn
 _INCHES = (4.6, 2.5)  # an SVG's point is 4/3 of the page's pixel: 442 x 240 pixels
 # Colours that nothing else in the SVG has, and the variables of the page that take their place.
@@ -50,8 +53,6 @@ def curves(steps: Steps, names: dict[str, str], label: str) -> str:
     if not drawn:
         return ""
 
-    from matplotlib.ticker import MaxNLocator
-
     def draw(axes: Axes) -> None:
         for (id, points), colour in zip(drawn.items(), (_FIRST, _SECOND), strict=False):
             few = len(points) <= 40
@@ -59,7 +60,7 @@ def curves(steps: Steps, names: dict[str, str], label: str) -> str:
                 *zip(*points, strict=True), color=colour, gid=id, lw=1.6, marker="o" * few, ms=3
             )
         axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        axes.locator_params(axis="x", integer=True, nbins=6, steps=[1, 2, 5, 10])
         axes.ticklabel_format(axis="y", scilimits=(-3, 5))
         axes.margins(x=0.02)
 
@@ -91,6 +92,8 @@ def _points(steps: Steps, metric: str) -> list[tuple[int, float]]:
 
 
 def _svg(draw: Callable[[Axes], None], label: str) -> str:
+    # A home may not be writable, as in a container, and a user's matplotlibrc is for other plots.
+    os.environ.setdefault("MPLCONFIGDIR", str(FONT_CACHE))
     import matplotlib
     from matplotlib.figure import Figure
 
