@@ -66,8 +66,7 @@ def pack(settings: Settings, work: Path) -> StageResult:
         layout=layout,
         validation_fraction=s.validation_fraction,
         seed=s.seed,
-        repeats=Repeats(),
-        prompts=prompts,
+        repeats=Repeats(prompts),
     )
     account.sensitive = dict(sensitive)
     set_chat_template(tokenizer, prompt_format.chat_template())

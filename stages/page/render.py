@@ -108,7 +108,7 @@ def _planned(facts: Facts) -> Iterator[tuple[str, str, str, str, str]]:
         forecasts = [(name, made.get("forecast", {}).get(name) or {}, "") for name in forms]
         if stage == "train" and expected:
             pair = {"planned": expected, "measured": made["seconds"]}
-            forecasts.append(("seconds", pair, ", by precompile's steps"))
+            forecasts.append(("seconds", pair, ", by precompile"))
         for name, pair, basis in forecasts:
             planned, measured = pair.get("planned"), pair.get("measured")
             if planned is None and measured is None:

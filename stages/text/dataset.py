@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,14 +55,13 @@ def build(
     validation_fraction: float = 0.0,
     seed: int = 0,
     repeats: Repeats | None = None,
-    prompts: Sequence[Sequence[int]] = (),
 ) -> Accounting:
     """Write `output`/train and, when documents are held out, `output`/validation;
     `datasets.load_from_disk` reads both.
 
     Documents are held out before packing, by their text and `seed`. Examples with an empty
     message are left out. Memory grows only by some 200 bytes per document. `repeats` compares the
-    documents with each other and with `prompts`, the ids of those of PROMPTS. Raises
+    documents. Raises
     InputError for examples that cannot be used and when no document remains to train on.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -73,8 +72,7 @@ def build(
         kept = _fit(documents, layout, account)
         for_validation = held_out(documents.digests[kept], validation_fraction)
         if repeats:
-            repeated = repeats.compare(documents.digests, kept, for_validation, prompts)
-            account.repeated = asdict(repeated)
+            account.repeated = asdict(repeats.compare(documents.digests, kept, for_validation))
         chosen_digests = {*documents.digests[kept[for_validation]].tolist()}
         account.held_out = [smallest[one] for one in sorted(smallest) if one in chosen_digests]
         chosen = {"train": kept[~for_validation], "validation": kept[for_validation]}

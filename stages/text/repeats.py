@@ -42,9 +42,11 @@ class Repeated:
 
 
 class Repeats:
-    """What is remembered of the documents of a dataset, batch by batch."""
+    """What is remembered of the documents of a dataset, batch by batch. `prompts`: the ids of each
+    question of PROMPTS."""
 
-    def __init__(self) -> None:
+    def __init__(self, prompts: Sequence[Sequence[int]] = ()) -> None:
+        self._prompts = prompts
         self._bands, self._questions = list[np.ndarray](), list[np.ndarray]()
         self._count = 0
 
@@ -54,20 +56,21 @@ class Repeats:
             ids, lengths = encoded.ids & ~ANSWER, encoded.prompt_lengths
             starts = np.cumsum(encoded.lengths) - encoded.lengths
             places = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            asked = ids[np.repeat(starts, lengths) + places]
-            self._questions.append(_ordered(asked, lengths, places))
+            asked = np.repeat(starts, lengths) + places
+            # A text without a prompt asks nothing: only the template's tokens are before it.
+            document = np.repeat(np.arange(len(lengths)), lengths)
+            asks = np.bincount(document, encoded.of_messages[asked], len(lengths)) > 0
+            self._questions.append(
+                np.where(asks, _ordered(ids[asked], lengths, places), np.uint64(0))
+            )
         self._count += len(encoded.lengths)
 
     def compare(
-        self,
-        digests: np.ndarray,
-        kept: np.ndarray,
-        for_validation: np.ndarray,
-        prompts: Sequence[Sequence[int]] = (),
+        self, digests: np.ndarray, kept: np.ndarray, for_validation: np.ndarray
     ) -> Repeated:
         """`digests`: uint64 [documents], in the order in which they were added. `kept`: int64,
         numbers of the documents that were not dropped, and `for_validation`: bool, which of them
-        are held out. `prompts`: the ids of each question of PROMPTS."""
+        are held out."""
         inside = kept < sum(map(len, self._bands))
         kept, for_validation = kept[inside], for_validation[inside]
         # A conversation has one digest, also where each of its answers has a document of its own:
@@ -83,16 +86,16 @@ class Repeats:
             in_training |= held_out & np.isin(band, band[~held_out])
         questions = np.concatenate(self._questions)[kept]
         trained = questions[~for_validation & (questions != 0)]
-        lengths = np.array([len(ids) for ids in prompts], np.int64)
-        flat = np.array([id for ids in prompts for id in ids], np.int32)
-        places = np.array([place for ids in prompts for place in range(len(ids))], np.int64)
+        lengths = np.array([len(ids) for ids in self._prompts], np.int64)
+        flat = np.array([id for ids in self._prompts for id in ids], np.int32)
+        places = np.array([place for ids in self._prompts for place in range(len(ids))], np.int64)
         return Repeated(
             compared=len(first),
             near=int(near.sum()),
             held_out=int(held_out.sum()),
             near_training=int(in_training.sum()),
             asked_in_training=int(np.isin(questions[first][held_out], trained).sum()),
-            prompts=len(prompts),
+            prompts=len(self._prompts),
             prompts_in_training=int(np.isin(_ordered(flat, lengths, places), trained).sum()),
             not_compared=int((~inside).sum()),
         )

@@ -13,10 +13,6 @@ from stages.run.settings import Settings
 from tests.page.run_folder import DATA, EVAL, compare, log_steps, publish
 
 
-def notes(run: Path) -> dict[str, str]:
-    return {note.text.split(":")[0]: note.figure for note in notes_of(facts_of(run, Settings()))}
-
-
 def figures(run: Path, word: str) -> list[str]:
     return [note.figure for note in notes_of(facts_of(run, Settings())) if word in note.text]
 
@@ -99,3 +95,15 @@ def test_a_damaged_file_is_said_and_hides_nothing_else(tmp_path: Path) -> None:
         file.write('{"cut')
     page = render(facts_of(tmp_path, Settings()))
     assert "data: manifest.json is damaged" in page and "7.39" in page
+
+
+def test_what_repeats_and_what_looks_like_a_secret_is_said(tmp_path: Path) -> None:
+    repeated = {"compared": 95, "near": 7, "held_out": 10, "near_training": 2, "not_compared": 0}
+    repeated |= {"asked_in_training": 3, "prompts": 5, "prompts_in_training": 4}
+    found = {"e-mail address": 6, "AWS access key": 1}
+    publish(tmp_path, "data", {**DATA, "repeated": repeated, "sensitive": found})
+    assert figures(tmp_path, "nearly equal an earlier one") == ["7 of 95"]
+    assert figures(tmp_path, "nearly equal one that is trained on") == ["2 of 10"]
+    assert figures(tmp_path, "ask what a document asks that is trained on") == ["3 of 10"]
+    assert figures(tmp_path, "Questions in PROMPTS are trained on") == ["4 of 5"]
+    assert figures(tmp_path, "AWS access key 1, e-mail address 6") == ["7"]

@@ -10,11 +10,13 @@ import pytest
 from stages.run.digests import content_digest
 from stages.text import repeats
 from stages.text.accounting import Accounting
+from stages.text.conversation import Message
 from stages.text.data_notes import data_notes
 from stages.text.dataset import Layout, build
 from stages.text.examples import Example
 from stages.text.prompt import TextFormat
 from stages.text.repeats import Repeats
+from stages.text.text_template import PLAIN
 from stages.text.tokens import TextTokenizer
 from tests.conftest import ROOT
 from tests.text.conversations import example, prompt_ids, texts_of
@@ -38,8 +40,7 @@ def compared(
         output=folder,
         layout=Layout(400),
         validation_fraction=fraction,
-        repeats=Repeats(),
-        prompts=[prompt_ids(TOKENIZER, question) for question in asked or []],
+        repeats=Repeats([prompt_ids(TOKENIZER, question) for question in asked or []]),
     )
 
 
@@ -81,6 +82,21 @@ def test_held_out_documents_that_are_trained_on_are_counted(tmp_path: Path) -> N
     assert account.repeated["held_out"] == 40 and leaks > 20
     assert account.repeated["asked_in_training"] == leaks
     assert 0.8 * leaks <= account.repeated["near_training"] <= leaks
+
+
+def test_texts_without_a_prompt_ask_nothing(tmp_path: Path) -> None:
+    texts = [Example(f"{n}", (Message("assistant", sentence(n)),)) for n in range(40)]
+    account = build(
+        [texts],
+        TOKENIZER,
+        TextFormat(TOKENIZER, PLAIN),
+        output=tmp_path,
+        layout=Layout(400),
+        validation_fraction=0.2,
+        repeats=Repeats(),
+    )
+    assert account.repeated["held_out"] == 8
+    assert account.repeated["asked_in_training"] == account.repeated["near_training"] == 0
 
 
 @pytest.mark.parametrize("trained", [0, 3])
