@@ -61,7 +61,7 @@ def build(
 
     Documents are held out before packing, by their text and `seed`. Examples with an empty
     message are left out. Memory grows only by some 200 bytes per document. `repeats` compares the
-    documents. Raises
+    documents, and keeps 72 bytes of each of the first million. Raises
     InputError for examples that cannot be used and when no document remains to train on.
     """
     output.mkdir(parents=True, exist_ok=True)
