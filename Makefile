@@ -79,7 +79,7 @@ ifneq (,$(findstring B,$(flags)))
   $(error make -B is not for stages, which know what has changed. To make one again, remove $(out)/STAGE)
 endif
 uses_run := $(filter all demo chat push rehearse serve serve-check outputs/% $(STAGES),$(MAKECMDGOALS))
-ifneq (,$(or $(uses_run),$(filter status why adopt history verify clean,$(MAKECMDGOALS))))
+ifneq (,$(or $(uses_run),$(filter status why adopt history report watch verify clean,$(MAKECMDGOALS))))
   stale := $(shell $(plan) $(if $(uses_run),$(if $(answering),--answer,$(if $(dry_run),--dry-run)),--check-run))
   ifneq (0,$(.SHELLSTATUS))
     $(error nothing was run$(if $(filter-out 2,$(.SHELLSTATUS)),: stale.py ended with status $(.SHELLSTATUS)))
@@ -101,7 +101,8 @@ tested := $(if $(VENV),$(VENV)/tests-requirements.txt)
 # AWS's own package index: what PyPI has under the names of its wheels is empty.
 export NEURON_PIP_INDEX ?= https://pip.repos.neuron.amazonaws.com
 
-.PHONY: help all demo chat push rehearse serve serve-check status why adopt history compare verify doctor
+.PHONY: help all demo chat push rehearse serve serve-check verify doctor
+.PHONY: status why adopt history compare report watch
 .PHONY: cache-status cache-lookup cache-synchronize
 .PHONY: check test torture audit lint types clean FORCE $(STAGES)
 
@@ -128,6 +129,12 @@ compare: ## Settings that differ, and results, side by side: RUNS="one another"
 
 verify: ## Read every published file and compare it with its digest
 	@$(PYTHON) -I -S stages/make/verify.py $(out) $(STAGES)
+
+report: | $(installed) $(makes) ## outputs/RUN/report.html: what was trained, whether it got better, what it cost
+	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.report --run $(out)
+
+watch: | $(installed) ## The same page on 127.0.0.1, updated while a training runs, until Ctrl-C
+	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.watch --run $(out)
 
 doctor: $(installed) ## Can every stage run here? A line per requirement: OK, or what to do
 	@$(python) -m stages.doctor

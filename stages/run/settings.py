@@ -471,6 +471,9 @@ class Settings:
         check=check_host,
     )
     serve_port: int = setting(8000, "Port that `make serve` listens on.", least=1, most=65535)
+    watch_port: int = setting(
+        8001, "Port of 127.0.0.1 that `make watch` listens on.", least=1, most=65535
+    )
     serve_url: str = setting(
         "",
         "Server that `make serve-check` asks, such as http://HOST:8000; empty: SERVE_PORT here.",

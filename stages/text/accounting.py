@@ -43,6 +43,11 @@ class Accounting:
     dropped_tokens: int = 0  # tokens of dropped documents
     train: SplitAccount = field(default_factory=SplitAccount)
     validation: SplitAccount = field(default_factory=SplitAccount)
+    # Documents by their length before any is cut: bin edges in tokens, and counts.
+    lengths: dict[str, list[int]] = field(default_factory=dict)
+    # What repeats.Repeated counts, and how many examples have a text of a kind of sensitive.KINDS.
+    repeated: dict[str, int] = field(default_factory=dict)
+    sensitive: dict[str, int] = field(default_factory=dict)
     # Not counts: one document's text, chosen by the seed, and some of the held-out conversations.
     sample: str = ""
     held_out: list[Conversation] = field(default_factory=list)

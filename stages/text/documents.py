@@ -32,7 +32,8 @@ QUESTIONS = 100  # held-out examples that are kept as questions, at most
 @dataclass(frozen=True)
 class Encoded:
     """The documents of one batch of examples. `ids`: int32, all documents end to end, those of
-    answers with the bit ANSWER; per document `lengths` and `prompt_lengths` (tokens before the
+    answers with the bit ANSWER; `of_messages`: bool, which are a message's and not the template's;
+    per document `lengths` and `prompt_lengths` (tokens before the
     first answer), int64, and `digests`, uint64: equal for the documents of one conversation.
 
     `roles`: tokens per role of ROLES. `per_answer`: documents beyond one per example. `sample`: the
@@ -41,6 +42,7 @@ class Encoded:
     """
 
     ids: np.ndarray
+    of_messages: np.ndarray
     lengths: np.ndarray
     prompt_lengths: np.ndarray
     digests: np.ndarray
@@ -117,6 +119,7 @@ def _joined(
     greatest = max(range(len(digests)), key=digests.__getitem__)
     return Encoded(
         np.where(np.repeat(answers, sizes), ids | ANSWER, ids),
+        np.repeat(roles != ROLES.index("template"), sizes),
         lengths,
         prompts,
         np.array(digests, np.uint64),

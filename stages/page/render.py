@@ -1,0 +1,150 @@
+"""Render what is known of a run as one HTML file that asks nothing of the network.
+
+Every text of a dataset, a model or a path is escaped: by Jinja2 for HTML, and before by
+`printable` for characters that change the direction of what follows them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import ChainableUndefined, Environment, FileSystemLoader
+from markupsafe import Markup
+
+from stages.page.facts import ANSWERS_SHOWN, STAGES, Facts
+from stages.page.notes import notes_of
+from stages.page.plots import MOST_POINTS, curves, histogram
+from stages.run.progress import duration, printable, show_size
+
+TEMPLATE = "page.html.j2"
+MOST_CHARACTERS = 700  # of one text on the page
+
+
+def render(facts: Facts, nonce: str = "") -> str:
+    """The page. `nonce`: of the script that updates it, for a page that is served."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(text=_text, number=_number, time=duration)
+    data = facts.metrics("data")
+    return environment.get_template(TEMPLATE).render(
+        facts=facts,
+        nonce=nonce,
+        stages=STAGES,
+        notes=notes_of(facts),
+        plots=[(title, Markup(svg)) for title, svg in _plots(facts) if svg],
+        lengths=_histogram(data),
+        data=data,
+        evaluated=facts.metrics("eval"),
+        size=_size(facts),
+        planned=[*_planned(facts)],
+        settings=_grouped((stage, facts.settings(stage)) for stage in _shaped(facts)),
+        versions=_grouped((stage, made["versions"]) for stage, made in facts.manifests.items()),
+        seconds=sum(made["seconds"] for made in facts.manifests.values()),
+        dollars=_dollars(facts),
+        most_points=MOST_POINTS,
+        most_answers=ANSWERS_SHOWN,
+    )
+
+
+def _text(value: object, most: int = MOST_CHARACTERS) -> str:
+    text = printable(str(value))
+    more = len(text) - most
+    return f"{text[:most]} … and {more:,} more characters" if more > 0 else text
+
+
+def _number(value: Any, digits: int = 0) -> str:
+    if not isinstance(value, int | float):
+        return "not measured"
+    return f"{value:,.{digits}f}" if math.isfinite(value) else "infinite"
+
+
+def _plots(facts: Facts) -> Iterator[tuple[str, str]]:
+    steps = facts.steps
+    rate, norm = {"learning_rate": "learning-rate"}, {"grad_norm": "gradient-norm"}
+    both = {"loss": "loss-training", "validation_loss": "loss-validation"}
+    yield "Loss, nats per token", curves(steps, both, "loss by step")
+    yield (
+        "Learning rate",
+        curves(steps, rate, "learning rate by step"),
+    )
+    yield "Gradient norm", curves(steps, norm, "gradient norm by step")
+    speed = {"tokens_per_second": "throughput"}
+    yield "Tokens per second", curves(steps, speed, "tokens per second by step")
+
+
+def _histogram(data: dict[str, Any]) -> Markup:
+    lengths = data.get("lengths")
+    drawn = lengths and histogram(lengths["edges"], lengths["counts"], data["max_length"])
+    return Markup(drawn or "")
+
+
+def _size(facts: Facts) -> str:
+    """What was trained of the model, in words; "" where that is not known yet."""
+    parameters = facts.metrics("consolidate").get("parameters")
+    made = facts.settings("train")
+    if not made:
+        return ""
+    count = f"{parameters / 1e6:,.1f} million parameters" if parameters else "its parameters"
+    if made.get("LORA_R"):
+        return f"LoRA of rank {made['LORA_R']} on {count}"
+    random = ", from random weights" if made.get("INIT_WEIGHTS") == "random" else ""
+    return f"All {count}{random}"
+
+
+def _planned(facts: Facts) -> Iterator[tuple[str, str, str, str, str]]:
+    """Stage, what, planned, measured, deviation: of the manifests' forecasts, and of the seconds
+    that precompile expected of train's steps."""
+    forms = {"seconds": ("time", duration), "peak_memory_bytes": ("peak memory", show_size)}
+    expected = facts.metrics("precompile").get("train_seconds_expected")
+    for stage, made in facts.manifests.items():
+        forecasts = [(name, made.get("forecast", {}).get(name) or {}, "") for name in forms]
+        if stage == "train" and expected:
+            pair = {"planned": expected, "measured": made["seconds"]}
+            forecasts.append(("seconds", pair, ", by precompile"))
+        for name, pair, basis in forecasts:
+            planned, measured = pair.get("planned"), pair.get("measured")
+            if planned is None and measured is None:
+                continue
+            what, form = forms[name]
+            yield (
+                stage,
+                f"{what}{basis}",
+                "unknown" if planned is None else form(planned),
+                "not measured" if measured is None else form(measured),
+                f"{measured / planned - 1:+.1%}" if planned and measured is not None else "",
+            )
+
+
+def _dollars(facts: Facts) -> str:
+    """What the stages cost together, as far as their price was known."""
+    paid = [made["usd"] for made in facts.manifests.values() if made["usd"] is not None]
+    if not paid:
+        return ""
+    unknown = len(facts.manifests) - len(paid)
+    return f"{sum(paid):,.2f} USD" + (f", and {unknown} stages of unknown price" * bool(unknown))
+
+
+def _shaped(facts: Facts) -> list[str]:
+    """The stages whose settings are listed: precompile's are train's."""
+    return [stage for stage in facts.manifests if stage != "precompile"]
+
+
+def _grouped(tables: Any) -> list[tuple[str, str, str]]:
+    """Name, value, stages: stages with the same value share a row."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for stage, values in tables:
+        for name, value in values.items():
+            rows.setdefault((name, str(value)), []).append(stage)
+    everywhere = {stage for stages in rows.values() for stage in stages}
+    return [
+        (name, value, "all" if len(stages) == len(everywhere) else ", ".join(stages))
+        for (name, value), stages in sorted(rows.items())
+    ]
