@@ -26,6 +26,7 @@ def notes_of(facts: Facts) -> list[Note]:
         *_repeated(facts.metrics("data")),
         *_leaky_packing(facts),
         *_of_another_run(facts),
+        *_adopted(facts),
     ]
 
 
@@ -122,3 +123,13 @@ def _of_another_run(facts: Facts) -> Iterator[Note]:
         others = "; all other figures are of the training before" * ("train" in facts.manifests)
         last = facts.steps[-1]["step"] if facts.steps else 0
         yield Note(f"step {last:,}", f"The curves are of a training that has not finished{others}.")
+
+
+def _adopted(facts: Facts) -> Iterator[Note]:
+    for stage, made in facts.manifests.items():
+        for one in made.get("adopted", []):
+            yield Note(
+                str(one.get("at", ""))[:10],
+                f"{stage} was adopted in spite of {'; '.join(map(str, one['in_spite_of']))}. Its "
+                "settings below are those that it was made with.",
+            )

@@ -107,3 +107,10 @@ def test_what_repeats_and_what_looks_like_a_secret_is_said(tmp_path: Path) -> No
     assert figures(tmp_path, "ask what a document asks that is trained on") == ["3 of 10"]
     assert figures(tmp_path, "Questions in PROMPTS are trained on") == ["4 of 5"]
     assert figures(tmp_path, "AWS access key 1, e-mail address 6") == ["7"]
+
+
+def test_an_adopted_output_is_named_with_what_it_was_adopted_in_spite_of(tmp_path: Path) -> None:
+    adopted = {"at": "2026-11-28T15:00:00Z", "in_spite_of": ["SEED 42 -> 7"]}
+    adopted["provenance"] = {"settings": {}, "versions": {}, "code": {}, "inputs": {}}  # type: ignore[assignment]
+    publish(tmp_path, "train", {}, adopted=[adopted])
+    assert figures(tmp_path, "train was adopted in spite of SEED 42 -> 7.") == ["2026-11-28"]
