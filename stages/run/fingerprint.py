@@ -58,6 +58,7 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.run.guard",
         "stages.run.harness",
         "stages.run.launch",
+        "stages.run.machines",
         "stages.run.progress",
         "stages.model.notes",
         "stages.track.check",
