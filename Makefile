@@ -79,7 +79,7 @@ ifneq (,$(findstring B,$(flags)))
   $(error make -B is not for stages, which know what has changed. To make one again, remove $(out)/STAGE)
 endif
 uses_run := $(filter all demo chat push rehearse serve serve-check outputs/% $(STAGES),$(MAKECMDGOALS))
-ifneq (,$(or $(uses_run),$(filter status verify clean,$(MAKECMDGOALS))))
+ifneq (,$(or $(uses_run),$(filter plan status verify clean,$(MAKECMDGOALS))))
   stale := $(shell $(plan) $(if $(uses_run),$(if $(answering),--answer,$(if $(dry_run),--dry-run)),--check-run))
   ifneq (0,$(.SHELLSTATUS))
     $(error nothing was run$(if $(filter-out 2,$(.SHELLSTATUS)),: plan.py ended with status $(.SHELLSTATUS)))
@@ -101,7 +101,7 @@ tested := $(if $(VENV),$(VENV)/tests-requirements.txt)
 # AWS's own package index: what PyPI has under the names of its wheels is empty.
 export NEURON_PIP_INDEX ?= https://pip.repos.neuron.amazonaws.com
 
-.PHONY: help all demo chat push rehearse serve serve-check status verify doctor
+.PHONY: help all demo chat push rehearse serve serve-check plan status verify doctor
 .PHONY: cache-status cache-lookup cache-synchronize
 .PHONY: check test torture audit lint types clean FORCE $(STAGES)
 
@@ -113,6 +113,9 @@ all: eval ## Every stage that is stale
 
 status: ## Which stages would run, and why
 	@$(plan) --show
+
+plan: $(installed) ## What would run, its memory, time and price, before it starts; INSTANCE= COMPARE=
+	@$(python) -m stages.plan $(out) $(graph) --given $(call quoted,$(given))
 
 verify: ## Read every published file and compare it with its digest
 	@$(PYTHON) -I -S stages/make/verify.py $(out) $(STAGES)
