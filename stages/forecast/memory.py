@@ -109,12 +109,15 @@ def _gradients(shape: Shape, settings: Settings) -> Part:
 
 
 def _buffers(shape: Shape, settings: Settings) -> Iterator[Part]:
-    """What FSDP exchanges gradients through: those of the largest group, twice."""
+    """What FSDP exchanges gradients through: those of the largest group, and a float32 copy.
+
+    With data parallelism two copies more: fitted to two runs on a CPU, their cause was not found.
+    """
     if settings.lora_r:
         return
     tensor = settings.tensor_parallel_size
     largest = max(shape.layer, shape.embedding * (1 if shape.tied else 2)) // tensor
-    size = (2 if settings.bf16 else 4) + 4
+    size = (2 if settings.bf16 else 4) + (4 if data_parallel_size(settings) == 1 else 12)
     yield Part("buffers", size * largest, f"{largest:,} x {size}, of the largest group")
 
 
@@ -135,9 +138,10 @@ def layer_bytes(shape: Shape, settings: Settings) -> int:
     """Bytes per token that one layer keeps for the backward pass, without checkpointing.
 
     As traced on transformers' models (tests/forecast/test_trace.py): a norm keeps its input in
-    float32 and its result, or three tensors where all is float32; attention keeps queries, keys and values (repeated for the query heads)
-    and its result; the MLP four tensors of the intermediate size. Tensor parallelism divides all
-    but the inputs of the two halves of a layer, which are gathered from the sequence's parts.
+    float32 and its result, or three tensors where all is float32; attention keeps queries, keys and
+    values (repeated for the query heads) and its result; the MLP four tensors of the intermediate
+    size. Tensor parallelism divides all but the inputs of the two halves of a layer, which are
+    gathered from the sequence's parts.
     """
     size, tensor = (2 if settings.bf16 else 4), settings.tensor_parallel_size
     norms = 4 if shape.kind in ("gemma3_text", "olmo2") else 2
