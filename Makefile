@@ -115,7 +115,7 @@ status: ## Which stages would run, and why
 	@$(plan) --show
 
 plan: $(installed) ## What would run, its memory, time and price, before it starts; INSTANCE= COMPARE=
-	@$(python) -m stages.plan $(out) $(graph) --given $(call quoted,$(given))
+	@MAKELEVEL=$(MAKELEVEL) $(python) -m stages.plan $(out) $(graph) --given $(call quoted,$(given))
 
 verify: ## Read every published file and compare it with its digest
 	@$(PYTHON) -I -S stages/make/verify.py $(out) $(STAGES)

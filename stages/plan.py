@@ -3,7 +3,8 @@
     python -m stages.plan outputs/RUN STAGE:INPUTS:AFTER ...
 
 Arithmetic on config.json, the settings and the manifests on this machine. Nothing is downloaded,
-computed on a device or written. Each figure has its basis; what is not known is said to be unknown.
+computed on a device or written, but for the trace of TRACE=1. Each figure has its basis; what is
+not known is said to be unknown.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from stages.forecast.minutes import (
     training_seconds,
 )
 from stages.forecast.parameters import Shape, trainable
-from stages.forecast.planned import rows_of, shape_here, tokens_of
+from stages.forecast.planned import config_here, rows_of, shape_here, tokens_of
+from stages.forecast.traced import traced_bytes
 from stages.make.plan import Graph, parse_graph, stale_stages, typed_problems
 from stages.model.size import bytes_written
 from stages.run.cli import with_exit_status
@@ -185,7 +187,10 @@ def _model(settings: Settings, shape: Shape | None) -> Iterator[str]:
 
 
 def _memory(settings: Settings, shape: Shape, place: Place) -> Iterator[str]:
-    need = need_of(shape, settings, place)
+    traced = traced_bytes(settings, config_here(settings), place, make=settings.trace)
+    if settings.trace and traced is None:
+        yield "TRACE=1: no trace holds here (LoRA, optimum-neuron, or a peak at another moment)"
+    need = need_of(shape, settings, place, traced)
     for part in need.parts:
         yield f"{part.name:<22} {show_size(part.bytes):>8}  {part.basis}"
     total = in_all(need, settings, place)
@@ -193,8 +198,8 @@ def _memory(settings: Settings, shape: Shape, place: Place) -> Iterator[str]:
     yield f"{'in all' + ranks:<22} {show_size(total):>8}  {need.moment}"
     yield _verdict(settings, shape, place, total)
     yield (
-        f"one with GRADIENT_CHECKPOINTING={int(not settings.gradient_checkpointing)}: "
-        f"{show_size(need_of(shape, _other(settings), place).bytes)}"
+        f"with GRADIENT_CHECKPOINTING={int(not settings.gradient_checkpointing)} a rank has "
+        f"{show_size(need_of(shape, _other(settings), place).bytes)} (arithmetic)"
     )
     if place.backend == "neuron" and shape.parameters > COMPILER_PARAMETERS:
         enough = place.host_memory is None or place.host_memory > COMPILER_HOST

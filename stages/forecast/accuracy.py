@@ -48,6 +48,5 @@ def _pairs(outputs: Path, quantity: str, stages: tuple[str, ...]) -> Iterator[tu
             if not isinstance(pair, dict):
                 continue
             planned, measured = pair.get("planned"), pair.get("measured")
-            both = isinstance(planned, int | float) and isinstance(measured, int | float)
-            if both and measured > 0:
-                yield float(planned), float(measured)
+            if isinstance(planned, int | float) and isinstance(measured, int | float):
+                yield from [(float(planned), float(measured))] if measured > 0 else []

@@ -72,7 +72,7 @@ def _shape_beside(folder: Path) -> Shape | None:
             return shape_of(
                 raw_config(json.loads((folder.parent / name / CONFIG_FILE).read_bytes()))
             )
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             continue
     return None
 

@@ -19,6 +19,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 128},
     "smollm3": {"tie_word_embeddings": True},
 }
+_MOST = 2**32  # a config.json of anybody: no size of a model is that large
 # Whether attention_bias and mlp_bias mean anything, by architecture.
 _ATTENTION_BIAS = ("gemma3_text", "granite", "llama", "olmo2", "qwen3", "smollm3")
 _MLP_BIAS = ("granite", "llama", "smollm3")
@@ -94,8 +95,10 @@ def shape_of(config: SimpleNamespace) -> Shape | None:
         head_size = int(values.get("head_dim") or hidden // heads)
         sizes = (hidden, int(values["intermediate_size"]), heads, key_value, head_size)
         layers, vocabulary = int(values["num_hidden_layers"]), int(values["vocab_size"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
         return None
+    if not all(0 < size < _MOST for size in (*sizes, layers, vocabulary)):
+        return None  # what a stage refuses when it reads the model
     return Shape(
         *(kind, layers, *sizes, vocabulary),
         tied=bool(values.get("tie_word_embeddings", False)),

@@ -1,6 +1,7 @@
 """What a stage's manifest says was planned, beside what was measured. Standard library only.
 
-Arithmetic and manifests: nothing is traced or downloaded, so that no stage gets slower by it.
+Arithmetic and manifests: nothing is traced here, so that no stage gets slower by it. A trace that
+`make plan TRACE=1` left is used.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from stages.forecast.machine import place_of
 from stages.forecast.memory import training_memory
 from stages.forecast.minutes import stage_seconds, training_seconds
 from stages.forecast.parameters import Shape, shape_of
+from stages.forecast.traced import traced_bytes
 from stages.model.fit import raw_config
 from stages.model.size import bytes_written
 from stages.run.layout import CONFIG_FILE, TRAIN_SPLIT
@@ -24,15 +26,18 @@ from stages.run.settings import Settings
 QUANTITIES = ("seconds", "peak_memory_bytes", "bytes")
 
 
-def shape_here(settings: Settings) -> Shape | None:
-    """The shape of MODEL_ID where its config.json is on this machine, in a folder or in the Hub's
-    cache; else None."""
+def config_here(settings: Settings) -> Path:
+    """The folder of MODEL_ID's config.json on this machine: its own, or that in the Hub's cache,
+    which may not exist."""
     folder = Path(settings.model_id)
-    if not folder.is_dir():
-        folder = _cached(settings.model_id, settings.model_revision)
+    return folder if folder.is_dir() else _cached(settings.model_id, settings.model_revision)
+
+
+def shape_here(settings: Settings) -> Shape | None:
+    """The shape of MODEL_ID where its config.json is on this machine; else None."""
     try:
-        return shape_of(raw_config(json.loads((folder / CONFIG_FILE).read_bytes())))
-    except (OSError, ValueError, TypeError):
+        return shape_of(raw_config(json.loads((config_here(settings) / CONFIG_FILE).read_bytes())))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -73,7 +78,8 @@ def planned(stage: str, settings: Settings, run_folder: Path) -> dict[str, float
     memory = written = None
     if shape is not None:
         if stage in ("train", "precompile") and place.backend == "torch":
-            memory = training_memory(shape, settings, place.device).bytes
+            traced = traced_bytes(settings, config_here(settings), place)
+            memory = training_memory(shape, settings, place.device, traced).bytes
         written = bytes_written(settings, shape.parameters, place.backend).get(stage) or None
     if stage == "train":
         time = training_seconds(shape, settings, tokens_of(settings, run_folder), place, outputs)

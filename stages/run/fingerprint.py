@@ -64,6 +64,7 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.forecast.parameters",
         "stages.forecast.planned",
         "stages.forecast.trace",
+        "stages.forecast.traced",
         "stages.plan",
         "stages.run.guard",
         "stages.run.harness",

@@ -81,6 +81,10 @@ class Settings:
     compare: str = setting(
         "", "EC2 types that `make plan` puts side by side, with spaces.", check=check_machines
     )
+    trace: bool = setting(
+        False,
+        "Let `make plan` trace a step of the real worker for its activations; some ten seconds.",
+    )
     verify: bool = setting(
         False,
         "Compare the digest of every published file, not only its size; re-run damaged stages.",

@@ -83,6 +83,12 @@ def test_a_model_that_no_backend_trains_is_not_counted() -> None:
     assert shape_of(SimpleNamespace(**json.loads('{"hidden_size": 8}'))) is None
 
 
+@pytest.mark.parametrize("size", [0, -8, 10**400, float("inf"), "many", None, [8]])
+def test_a_size_that_no_model_has_is_not_counted(size: object) -> None:
+    values = {"model_type": "llama", **SIZES, "hidden_size": size}
+    assert shape_of(raw_config(values)) is None
+
+
 @given(st.integers(1, 80), st.integers(1, 64), st.booleans())
 @settings(max_examples=50)
 def test_a_layer_more_adds_a_layers_weights(layers: int, width: int, tied: bool) -> None:
