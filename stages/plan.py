@@ -46,6 +46,9 @@ HOST_STAGES = {
     "torch": ("data", "consolidate"),
     "neuron": ("data", "consolidate", "compile-inference"),
 }
+# Of a memory, what a forecast may take and be said to fit: the benchmark's worst was 16% too low
+# (tests/benchmarks/results/2026-11-28-forecasts.md).
+EDGE = 0.84
 # neuronx-cc on an 8B was killed with the 32 GB of a trn1.2xlarge (aws-neuron-sdk, issue 1222).
 COMPILER_HOST, COMPILER_PARAMETERS = 32 * 2**30, 7_000_000_000
 
@@ -220,8 +223,8 @@ def _verdict(settings: Settings, shape: Shape, place: Place, total: int) -> str:
     if place.machine and settings.nproc_per_node > place.machine.cores and place.device != "cpu":
         return f"NPROC_PER_NODE={settings.nproc_per_node} is above its {place.machine.cores} cores"
     if total <= place.device_memory:
-        near = " (near the edge: forecasts were off by up to 5%)"
-        return f"fits {of}{near if total > 0.95 * place.device_memory else ''}"
+        near = f"MAY NOT FIT {of}: forecasts were up to {1 - EDGE:.0%} too low"
+        return near if total > EDGE * place.device_memory else f"fits {of}"
     change = smallest_change(shape, settings, place)
     return f"DOES NOT FIT {of}. " + (
         f"The smallest change: {change}" if change else "No change of the settings makes it fit."

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from stages.plan import lines
+from stages.forecast.fits import need_of
+from stages.forecast.machine import place_of
+from stages.forecast.planned import shape_here
+from stages.plan import _verdict, lines
 from stages.run.publish import work_folder
 from stages.run.setting import STAGES
 from stages.run.settings import Settings
@@ -64,6 +68,16 @@ def test_machines_are_put_side_by_side(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_said_with_what_would(tmp_path: Path) -> None:
     said = plan(tmp_path, instance="g5.xlarge", per_device_train_batch_size=512, max_length=2048)
     assert "DOES NOT FIT" in said and "The smallest change: GRADIENT_CHECKPOINTING=1" in said
+
+
+def test_near_the_edge_it_does_not_say_that_it_fits() -> None:
+    run = Settings(device="cpu", backend="torch", nproc_per_node=1)
+    shape = shape_here(run)
+    assert shape is not None
+    total = need_of(shape, run, place_of(run)).bytes
+    for share, said in ((0.8, "fits "), (0.9, "MAY NOT FIT "), (1.1, "DOES NOT FIT ")):
+        place = replace(place_of(run), device_memory=int(total / share))
+        assert _verdict(run, shape, place, total).startswith(said)
 
 
 def test_a_misspelt_setting_is_refused_and_nothing_is_written(project: Project) -> None:
