@@ -57,7 +57,7 @@ comma := ,
 empty :=
 # data::  train:data:precompile  eval:data,consolidate,compile-inference:  ...
 graph := $(foreach s,$(STAGES),$s:$(subst $(empty) ,$(comma),$($s.from)):$($s.after))
-plan = env $(foreach v,$(unasked),-u $v) MAKELEVEL=$(MAKELEVEL) \
+ask = env $(foreach v,$(unasked),-u $v) MAKELEVEL=$(MAKELEVEL) \
   $(foreach v,RECIPE RUN $(given),$(call quoted,$v=$(value $v))) $(PYTHON) -I -S stages/make/stale.py \
   $(call quoted,$(out)) $(graph) --given $(call quoted,$(given)) --goals $(call quoted,$(foreach g,$(MAKECMDGOALS),$g $($g.uses)))
 # Goals that use what a stage published, as it is, whatever is stale; they make it only where it is
@@ -79,8 +79,8 @@ ifneq (,$(findstring B,$(flags)))
   $(error make -B is not for stages, which know what has changed. To make one again, remove $(out)/STAGE)
 endif
 uses_run := $(filter all demo chat push rehearse serve serve-check outputs/% $(STAGES),$(MAKECMDGOALS))
-ifneq (,$(or $(uses_run),$(filter status why adopt history report watch verify clean,$(MAKECMDGOALS))))
-  stale := $(shell $(plan) $(if $(uses_run),$(if $(answering),--answer,$(if $(dry_run),--dry-run)),--check-run))
+ifneq (,$(or $(uses_run),$(filter plan status why adopt history report watch verify clean,$(MAKECMDGOALS))))
+  stale := $(shell $(ask) $(if $(uses_run),$(if $(answering),--answer,$(if $(dry_run),--dry-run)),--check-run))
   ifneq (0,$(.SHELLSTATUS))
     $(error nothing was run$(if $(filter-out 2,$(.SHELLSTATUS)),: stale.py ended with status $(.SHELLSTATUS)))
   endif
@@ -102,7 +102,7 @@ tested := $(if $(VENV),$(VENV)/tests-requirements.txt)
 export NEURON_PIP_INDEX ?= https://pip.repos.neuron.amazonaws.com
 
 .PHONY: help all demo chat push rehearse serve serve-check verify doctor
-.PHONY: status why adopt history compare report watch
+.PHONY: plan status why adopt history compare report watch
 .PHONY: cache-status cache-lookup cache-synchronize
 .PHONY: check test torture audit lint types clean FORCE $(STAGES)
 
@@ -112,20 +112,23 @@ help: ## Targets, and settings with their values
 demo: eval ## All stages on this machine: a tiny model learns data/demo by heart and answers
 all: eval ## Every stage that is stale
 
-status: ## Which stages would run, and why
-	@$(plan) --show
+status: ## Each stage: up to date or why not, when, how long, its result; and the other runs
+	@$(ask) --show
 
 why: ## Every reason for which STAGE would run: STAGE=train LEARNING_RATE=1e-4
-	@$(plan) --why
+	@$(ask) --why
 
 adopt: ## Take the published STAGE for up to date after a harmless change; its manifest says so
-	@$(plan) --adopt
+	@$(ask) --adopt
 
 history: ## Earlier results of this run, stage by stage
 	@$(PYTHON) -I -S stages/make/history.py $(out) $(STAGES)
 
 compare: ## Settings that differ, and results, side by side: RUNS="one another"
 	@$(PYTHON) -I -S stages/make/history.py --compare $(STAGES)
+
+plan: $(installed) ## What would run, its memory, time and price, before it starts; INSTANCE= COMPARE=
+	@MAKELEVEL=$(MAKELEVEL) $(python) -m stages.plan $(out) $(graph) --given $(call quoted,$(given))
 
 verify: ## Read every published file and compare it with its digest
 	@$(PYTHON) -I -S stages/make/verify.py $(out) $(STAGES)

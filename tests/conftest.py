@@ -50,7 +50,7 @@ SLOW_FILES = (
     *("test_hub.py", "test_hub_cache.py", "test_base.py", "test_from_pickles.py"),
     *("test_remote_sources.py", "test_sources.py", "test_fuzz.py", "test_dataset.py"),
     *("test_chat_format.py", "test_render.py", "test_push.py", "test_serve_check.py"),
-    *("test_rehearse.py", "test_report.py"),
+    *("test_rehearse.py", "test_report.py", "test_plan.py", "test_trace.py"),
     *("test_follow.py", "test_tracked_stage.py"),
 )
 

@@ -21,6 +21,7 @@ from stages.backends.neuron import hardware
 from stages.backends.torch.check import device_problem, native_problem
 from stages.run.backend import choose
 from stages.run.errors import InputError
+from stages.run.host import peak_resident
 from stages.run.settings import Settings
 
 # The kernels of a compiled training: precompile fills it, train reads it, all runs share it.
@@ -90,6 +91,11 @@ class Device:
         """Bytes of memory of one rank's device; None for the host's."""
         return None
 
+    def peak_memory(self) -> int | None:
+        """Bytes that this process had at its peak on its device, on a CPU all of its memory; None
+        where that is not known."""
+        return peak_resident()
+
     def release_memory(self) -> None:
         """Give the memory of freed tensors back, for another process."""
 
@@ -131,6 +137,9 @@ class Cuda(Device):
             torch.cuda.get_device_properties(index).total_memory
             for index in range(torch.cuda.device_count())
         )
+
+    def peak_memory(self) -> int | None:
+        return torch.cuda.max_memory_allocated()
 
     def release_memory(self) -> None:
         torch.cuda.empty_cache()
@@ -194,6 +203,9 @@ class Neuron(Device):
 
     def memory(self) -> int | None:
         return hardware.core_memory()
+
+    def peak_memory(self) -> int | None:
+        return None  # AWS does not document how to ask
 
     def instructions(self) -> InstructionSet:
         return InstructionSet(hardware.find_hardware().target, ())

@@ -1,7 +1,8 @@
 """metrics.jsonl: one line of metrics per logged step, the same on every backend.
 
 `step` (from 1), `epoch`, `loss` (nats per supervised token), `learning_rate`, `grad_norm`,
-`tokens_per_second` (of all ranks together) and, where a backend computes it, `validation_loss`.
+`tokens_per_second` (of all ranks together) and, where a backend computes it, `validation_loss`; on
+torch the last line has `peak_memory_bytes`, of the rank with the most.
 On torch `loss` is the loss of that step, over all tokens of its global batch. On Neuron it is the
 mean over the steps since the last line, and over the means of the data-parallel ranks.
 """

@@ -5,20 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from stages.run.machines import MACHINES
 from stages.run.settings import Settings
 
 # On EC2 (Nitro) the hypervisor reports the vendor and the instance type here, also in containers.
 DMI = Path("/sys/devices/virtual/dmi/id")
 VENDOR = "Amazon EC2"
-
-# USD per hour, on demand, Linux, us-east-1 (https://aws.amazon.com/ec2/pricing/on-demand), rounded
-# as in optimum-neuron's tutorial of Llama 2 7B ("trn1.32xlarge, 21.50 $/h"). INSTANCE_PRICE is for
-# other regions, spot and reserved instances.
-PRICES = {
-    "trn1.2xlarge": 1.34,
-    "trn1.32xlarge": 21.50,
-    "trn1n.32xlarge": 24.78,
-}
 
 
 def instance_type() -> str | None:
@@ -33,7 +25,8 @@ def instance_type() -> str | None:
 
 def hourly_price(settings: Settings) -> float | None:
     """USD per hour: INSTANCE_PRICE where set, else the EC2 type's list price; None if unknown."""
-    return settings.instance_price or PRICES.get(instance_type() or "")
+    machine = MACHINES.get(instance_type() or "")
+    return settings.instance_price or (machine.price if machine else None)
 
 
 def dollars(seconds: float, price: float) -> float:

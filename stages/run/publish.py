@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import json
 import platform
+import resource
 import shutil
 import sys
 import time
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stages.forecast.planned import compared, planned
 from stages.model.location import own_output_problems
 from stages.run import provenance
 from stages.run.backend import choose
@@ -27,6 +29,7 @@ from stages.run.digests import combine, file_digest
 from stages.run.disk import disk_guard, require_writable
 from stages.run.errors import InputError
 from stages.run.fsync import flush, fsync_tree, make_durable_folder
+from stages.run.host import peak_resident
 from stages.run.json_file import write_json
 from stages.run.layout import HISTORY_FOLDER, MANIFEST_FILE
 from stages.run.lock import locked
@@ -92,13 +95,14 @@ def publish(
         if "BACKEND" in settings.affecting(stage):
             print("backend: {0.name} ({0.reason})".format(choose(settings)), flush=True)
         work = _work_folder(run_folder, stage, made_from, resumable)
+        plan = planned(stage, settings, run_folder)
         started = time.monotonic()
         try:
             with disk_guard(f"{stage}'s output", work):
                 facts = build(work)
                 seconds = time.monotonic() - started + facts.earlier_seconds
                 cost = cost_of(seconds, settings)
-                _write_manifest(stage, work, made_from, seen, facts, cost)
+                _write_manifest(stage, work, made_from, seen, facts, cost, plan)
                 _replace(output, work)
         except BaseException:
             if not resumable:
@@ -113,9 +117,14 @@ def _say_published(stage: str, output: Path, cost: dict[str, Any]) -> None:
     print(f"{stage}: published {output} in {duration(cost['seconds'])}{dollars}", flush=True)
 
 
+def work_folder(run_folder: Path, stage: str, made_from: dict[str, Any]) -> Path:
+    """Where `stage` works on what is made from `made_from`; a training's survives a kill."""
+    return run_folder / ".work" / f"{stage}-{_key(made_from)}"
+
+
 def _work_folder(run_folder: Path, stage: str, made_from: dict[str, Any], resumable: bool) -> Path:
     works = run_folder / ".work"
-    work = works / f"{stage}-{_key(made_from)}"
+    work = work_folder(run_folder, stage, made_from)
     for left in works.glob(f"{stage}-*"):  # of a run that was killed
         if not resumable or left.suffix == ".former" or _was_replaced(left):
             shutil.rmtree(left)
@@ -146,6 +155,7 @@ def _write_manifest(
     seen: dict[str, Any],
     facts: StageResult,
     cost: dict[str, Any],
+    plan: dict[str, float | None],
 ) -> None:
     (work / MANIFEST_FILE).unlink(
         missing_ok=True
@@ -168,6 +178,14 @@ def _write_manifest(
         if facts.tokens and cost["seconds"]
         else None,
         **cost,
+        "forecast": compared(
+            plan,
+            {
+                "seconds": cost["seconds"],
+                "peak_memory_bytes": facts.metrics.get("peak_memory_bytes") or _peak_memory(),
+                "bytes": sum(entry["bytes"] for entry in outputs.values()),
+            },
+        ),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": facts.device,
         "versions": _installed(stage, seen["backend"]),
@@ -177,6 +195,12 @@ def _write_manifest(
     }
     write_json(work / MANIFEST_FILE, with_checksum(manifest))
     fsync_tree(work)
+
+
+def _peak_memory() -> int:
+    """Bytes of the largest of this process and those that it waited for."""
+    of_children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return max(peak_resident() or 0, of_children)
 
 
 def remove_published(output: Path, part: str, because: str) -> None:

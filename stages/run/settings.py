@@ -23,6 +23,7 @@ from typing import Any
 from stages.run.cache_url import check_cache_url
 from stages.run.errors import InputError
 from stages.run.gates import parse_gates, unasked_answers, unnamed_tasks
+from stages.run.machines import check_machine, check_machines
 from stages.run.push_target import check_hub_repo, check_push_target, overwrites
 from stages.run.recipe import RECIPES, read_recipe
 from stages.run.server_address import check_host, check_url
@@ -83,6 +84,18 @@ class Settings:
         "How long a run may take up to the end of train, over all its starts, such as 2h or 90min; "
         "empty = no limit.",
         check=parse_duration,
+    )
+    instance: str = setting(
+        "",
+        "EC2 type that `make plan` plans for, such as trn1.32xlarge; empty for this machine.",
+        check=check_machine,
+    )
+    compare: str = setting(
+        "", "EC2 types that `make plan` puts side by side, with spaces.", check=check_machines
+    )
+    trace: bool = setting(
+        False,
+        "Let `make plan` trace a step of the real worker for its activations; some ten seconds.",
     )
     verify: bool = setting(
         False,

@@ -12,6 +12,7 @@ import pytest
 
 from stages.backends.neuron import hardware
 from stages.run import cost
+from stages.run.machines import NEURON_MACHINES
 
 # One device as neuron-ls reports it on a trn1.2xlarge.
 DEVICE = {
@@ -47,7 +48,7 @@ class FakeMachine:
         """An EC2 instance of that type with its device nodes, or `devices` of them."""
         (self.dmi / "sys_vendor").write_text("Amazon EC2\n")
         (self.dmi / "product_name").write_text(f"{instance_type}\n")
-        count = devices if devices is not None else hardware.INSTANCES[instance_type].devices
+        count = devices if devices is not None else NEURON_MACHINES[instance_type].devices
         for path in self.dev.iterdir():
             path.unlink()
         for number in range(count):

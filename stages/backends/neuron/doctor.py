@@ -13,6 +13,7 @@ from stages.backends.neuron import cache, hardware
 from stages.backends.neuron.arguments import own_path
 from stages.run.check_result import Check, CheckResult, fail, folder_result, note
 from stages.run.cost import instance_type
+from stages.run.machines import NEURON_MACHINES
 from stages.run.settings import Settings
 
 # The host's driver (a kernel module), and the versions that work with the image's runtime library
@@ -49,7 +50,7 @@ def devices(settings: Settings) -> Iterator[CheckResult]:
             "mode to 666.",
         )
     name = instance_type() or ""
-    instance = hardware.INSTANCES.get(name)
+    instance = NEURON_MACHINES.get(name)
     if instance and len(nodes) < instance.devices:
         yield note(
             "Neuron devices",

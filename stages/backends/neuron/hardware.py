@@ -17,35 +17,11 @@ from typing import Any
 
 from stages.run.cost import instance_type
 from stages.run.errors import InputError
+from stages.run.machines import NEURON_MACHINES
 
 DEVICE_NODES = Path("/dev")
 # On AWS's machine images only login shells have the tools' folder on the PATH.
 NEURON_LS = "/opt/aws/neuron/bin/neuron-ls"
-
-
-@dataclass(frozen=True)
-class Instance:
-    """What an EC2 type has: devices, cores of all devices together, memory of one device in GiB."""
-
-    devices: int
-    cores: int
-    device_memory: int
-
-
-# https://awsdocs-neuron.readthedocs-hosted.com/en/latest/about-neuron/arch/neuron-hardware/
-# (trn1-, trn2- and inf2-arch). Trainium2 has its cores in pairs, as the runtime configures them; it
-# is the only configuration that optimum-neuron supports.
-INSTANCES = {
-    "trn1.2xlarge": Instance(devices=1, cores=2, device_memory=32),
-    "trn1.32xlarge": Instance(devices=16, cores=32, device_memory=32),
-    "trn1n.32xlarge": Instance(devices=16, cores=32, device_memory=32),
-    "trn2.3xlarge": Instance(devices=1, cores=4, device_memory=96),
-    "trn2.48xlarge": Instance(devices=16, cores=64, device_memory=96),
-    "inf2.xlarge": Instance(devices=1, cores=2, device_memory=32),
-    "inf2.8xlarge": Instance(devices=1, cores=2, device_memory=32),
-    "inf2.24xlarge": Instance(devices=6, cores=12, device_memory=32),
-    "inf2.48xlarge": Instance(devices=12, cores=24, device_memory=32),
-}
 
 
 @dataclass(frozen=True)
@@ -93,10 +69,8 @@ def neuron_cores() -> tuple[int, str]:
 
 def core_memory() -> int | None:
     """Bytes of device memory of one core; None where this is no instance whose memory is known."""
-    instance = INSTANCES.get(instance_type() or "")
-    if instance is None:
-        return None
-    return instance.devices * instance.device_memory * 2**30 // instance.cores
+    instance = NEURON_MACHINES.get(instance_type() or "")
+    return instance.core_memory if instance else None
 
 
 def device_name() -> str:

@@ -70,6 +70,7 @@ def precompile(settings: Settings, data: Path, work: Path) -> StageResult:
         "compile_cache_files_new": len(cached - before),
         "seconds_per_step": round(seconds, 4),
         "train_seconds_expected": round(seconds * steps, 1),
+        "peak_memory_bytes": lines[-1].get("peak_memory_bytes"),
     }
     write_json(work / PRECOMPILE_FILE, report)
     return StageResult(device=device_name(settings), metrics=report, unkeyed=(PRECOMPILE_FILE,))

@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from stages.backends.batches import PackedSequences, sequences_of_step
 from stages.backends.decoding import seed_of
+from stages.backends.device import device_of
 from stages.backends.loss import loss_sum, supervised
 from stages.backends.metrics import Metrics, require_finite
 from stages.backends.record import Record
@@ -128,6 +129,7 @@ def train(
                         "step": done,
                         "epoch": round(done * sequences_per_step(settings) / len(state.train), 4),
                         **figures,
+                        **(_peak_memory(settings) if last else {}),
                     }
                 )
             progress.update(
@@ -251,6 +253,17 @@ def _prepare(
         validation,
         Record(work),
     )
+
+
+def _peak_memory(settings: Settings) -> dict[str, int]:
+    """The largest peak of a rank's memory until now, in bytes, the same on every rank; empty where
+    the device does not say."""
+    peak = device_of(settings).peak_memory()
+    if peak is None:
+        return {}
+    largest = torch.tensor(peak)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return {"peak_memory_bytes": int(largest)}
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GraniteConfig, LlamaConfig, Qwen3Config
 
 from stages.backends.neuron.check import machine_problems
-from stages.backends.neuron.hardware import INSTANCES, Hardware, neuron_cores
+from stages.backends.neuron.hardware import Hardware, neuron_cores
 from stages.backends.neuron.parallel_sizes import (
     Sizes,
     nearest,
@@ -22,6 +22,7 @@ from stages.backends.neuron.parallel_sizes import (
     topology_problems,
 )
 from stages.run.errors import InputError
+from stages.run.machines import NEURON_MACHINES
 from stages.run.settings import Settings
 from tests.fakes.neuron_machine import FakeMachine
 
@@ -381,12 +382,12 @@ def trainings(draw: st.DrawFn) -> tuple[Settings, Any, Hardware]:
         nproc_per_node=tp * pp * draw(st.integers(1, 8)),
         max_length=tp * draw(st.sampled_from([5, 9, 64, 256])),
     )
-    name = draw(st.sampled_from(list(INSTANCES)))
+    name = draw(st.sampled_from(list(NEURON_MACHINES)))
     return (
         settings,
         config,
         Hardware(
-            draw(st.sampled_from([0, INSTANCES[name].cores])),
+            draw(st.sampled_from([0, NEURON_MACHINES[name].cores])),
             name,
             "trn2" if name.startswith("trn2") else "trn1",
         ),
@@ -458,13 +459,13 @@ def test_where_neuron_ls_fails_the_device_nodes_are_counted(
     assert "16 devices x 2 cores of a trn1.32xlarge" in source
 
 
-@pytest.mark.parametrize("name", list(INSTANCES))
+@pytest.mark.parametrize("name", list(NEURON_MACHINES))
 def test_every_instance_has_its_cores_by_its_device_nodes(
     fake_machine: FakeMachine, name: str
 ) -> None:
     fake_machine.is_a(name)
     (fake_machine.dev / "neuron_rdma").touch()
-    assert neuron_cores()[0] == INSTANCES[name].cores
+    assert neuron_cores()[0] == NEURON_MACHINES[name].cores
 
 
 @pytest.mark.parametrize(

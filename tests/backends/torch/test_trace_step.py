@@ -1,5 +1,5 @@
 """A step of Llama 3.1 8B and Qwen3 8B, in full width, on one of 64 pretended ranks of a
-trn2.48xlarge (trace_step.py): what a compiler with fixed shapes is asked for."""
+trn2.48xlarge (stages/forecast/trace.py): what a compiler with fixed shapes is asked for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def traced(folder: Path, recipe: str, *settings: str, layers: int = LAYERS) -> d
     (folder / "config.json").write_text(
         json.dumps({**config, "rms_norm_eps": 1e-5, "hidden_act": "silu"})
     )
-    command = [sys.executable, "-m", "tests.backends.torch.trace_step", str(folder)]
+    command = [sys.executable, "-m", "stages.forecast.trace", str(folder)]
     given = ("BACKEND=torch", "DEVICE=neuron", "NPROC_PER_NODE=64", "MAX_LENGTH=2048")
     done = subprocess.run(
         [*command, *given, *settings],

@@ -1,0 +1,1 @@
+"""What a run will need: memory, time, dollars and disk, before it starts."""

@@ -1,0 +1,152 @@
+"""How long a stage takes: from this machine's own manifests, else from utilisations that others
+measured, else unknown. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from stages.forecast.machine import Place
+from stages.forecast.parameters import Shape, shape_of
+from stages.model.fit import raw_config
+from stages.run.layout import CONFIG_FILE
+from stages.run.manifest import manifest_of
+from stages.run.settings import Settings
+
+# Model FLOP utilisation in bfloat16 that others measured: device -> share of the peak, source, and
+# what else was reached there. None of it was measured with this project.
+UTILISATIONS = {
+    "Trainium": (
+        *(0.071, "Hugging Face's tutorial: Llama 2 7B on a trn1.32xlarge, TP 8, checkpointing"),
+        "AWS pre-trains Llama 2 7B at 0.38 to 0.40 on 16 of them",
+    ),
+    "A100-40": (0.509, "llm-foundry: MPT-7B on 8, 2,048, checkpointing", "nothing else known"),
+    "A100-80": (0.642, "llm-foundry: MPT-7B on 8, 2,048", "nothing else known"),
+    "H100": (
+        *(0.464, "llm-foundry: MPT-7B on 8, 2,048"),
+        "torchtitan trains Llama 3.1 8B at 0.33 to 0.39",
+    ),
+}
+# Stages whose time grows with the model; the others' with the data.
+_BY_WEIGHTS = ("consolidate", "compile-inference")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds, None where unknown, and where they come from."""
+
+    seconds: float | None
+    basis: str
+
+
+@dataclass(frozen=True)
+class Past:
+    """A stage that ran on this machine: its run's name, its manifest, and its model's shape."""
+
+    run: str
+    manifest: dict[str, Any]
+    shape: Shape | None
+
+
+def past_of(stage: str, outputs: Path, place: Place) -> list[Past]:
+    """What `stage` published below `outputs` on the device of `place`, the latest first."""
+    found = []
+    for folder in sorted(outputs.glob(f"*/{stage}")):
+        manifest = manifest_of(folder)
+        if manifest is None or not _is_number(manifest.get("seconds")):
+            continue
+        same = str(manifest.get("device", "")).startswith("cpu") == (place.device == "cpu")
+        if same or stage in ("data", "consolidate"):
+            found.append(Past(folder.parent.name, manifest, _shape_beside(folder)))
+    return sorted(found, key=lambda past: str(past.manifest.get("finished")), reverse=True)
+
+
+def _shape_beside(folder: Path) -> Shape | None:
+    """The shape of the model in a run's folder."""
+    for name in ("train", "consolidate"):
+        try:
+            return shape_of(
+                raw_config(json.loads((folder.parent / name / CONFIG_FILE).read_bytes()))
+            )
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            continue
+    return None
+
+
+def training_seconds(
+    shape: Shape | None, settings: Settings, tokens: int | None, place: Place, outputs: Path
+) -> Estimate:
+    """How long train takes for `tokens` on `place`."""
+    if tokens is None or shape is None:
+        what = "the number of tokens" if shape else "the shape of the model"
+        return Estimate(None, f"{what} is not known yet")
+    flop = tokens * shape.flop_per_token(settings.max_length, not settings.lora_r)
+    if place.here:
+        for rate, start, run in _rates(settings, place, outputs, shape):
+            return Estimate(start + flop / rate, f"measured on this machine in run {run}")
+    if place.machine is None or place.machine.device not in UTILISATIONS:
+        device = place.machine.device if place.machine else place.device
+        return Estimate(None, f"no run here, and no utilisation of {device} is known")
+    share, source, _ = UTILISATIONS[place.machine.device]
+    used = min(settings.nproc_per_node, place.machine.cores) / place.machine.cores
+    rate = share * place.machine.peak * 1e12 * place.machine.devices * used
+    return Estimate(flop / rate, f"{share:.1%} of the peak, measured elsewhere ({source})")
+
+
+def _rates(
+    settings: Settings, place: Place, outputs: Path, shape: Shape
+) -> Iterator[tuple[float, float, str]]:
+    """FLOP per second of a step, seconds beside the steps, and the run, the likest run first."""
+    rates = []
+    for past in past_of("train", outputs, place):
+        made = past.manifest["provenance"]["settings"]
+        metrics, tokens = past.manifest.get("metrics"), past.manifest.get("tokens")
+        speed = metrics.get("tokens_per_second") if isinstance(metrics, dict) else None
+        length = made.get("MAX_LENGTH")
+        if past.shape is None or not (
+            _is_number(speed) and _is_number(tokens) and _is_number(length)
+        ):
+            continue
+        lora = bool(made.get("LORA_R"))
+        each = past.shape.flop_per_token(int(length), not lora)
+        apart = abs(math.log(past.shape.parameters / shape.parameters))
+        apart += sum(
+            made.get(name) != getattr(settings, name.lower())
+            for name in ("BF16", "NPROC_PER_NODE", "GRADIENT_CHECKPOINTING", "TORCH_COMPILE")
+        )
+        apart += lora != bool(settings.lora_r)
+        start = max(0.0, past.manifest["seconds"] - tokens / speed)
+        rates.append((apart, (speed * each, start, past.run)))
+    yield from (rate for _, rate in sorted(rates, key=lambda pair: pair[0]))
+
+
+def stage_seconds(
+    stage: str, run: str, shape: Shape | None, place: Place, outputs: Path
+) -> Estimate:
+    """How long a stage other than train takes: as long as it did in this run, else in another."""
+    past = past_of(stage, outputs, place) if place.here else []
+    own = [one for one in past if one.run == run]
+    if own:
+        return Estimate(own[0].manifest["seconds"], f"measured on this machine in run {run}")
+    if not past:
+        where = (
+            "it has not run on this machine" if place.here else f"nobody measured a {place.name}"
+        )
+        return Estimate(None, f"{where}")
+    other = past[0]
+    seconds = float(other.manifest["seconds"])
+    if stage in _BY_WEIGHTS:
+        if shape is None or other.shape is None:
+            return Estimate(None, "the model's size is not known")
+        ratio = shape.parameters / other.shape.parameters
+        basis = f"run {other.run} on this machine x {ratio:.3g}, the ratio of the weights"
+        return Estimate(seconds * ratio, basis)
+    return Estimate(seconds, f"as run {other.run} on this machine, with its own model and data")
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

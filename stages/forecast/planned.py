@@ -1,0 +1,95 @@
+"""What a stage's manifest says was planned, beside what was measured. Standard library only.
+
+Arithmetic and manifests: nothing is traced here, so that no stage gets slower by it. A trace that
+`make plan TRACE=1` left is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from stages.backends.schedule import sequences_per_step, total_steps
+from stages.forecast.machine import place_of
+from stages.forecast.memory import training_memory
+from stages.forecast.minutes import stage_seconds, training_seconds
+from stages.forecast.parameters import Shape, shape_of
+from stages.forecast.traced import traced_bytes
+from stages.model.fit import raw_config
+from stages.model.size import bytes_written
+from stages.run.layout import CONFIG_FILE, TRAIN_SPLIT
+from stages.run.manifest import manifest_of
+from stages.run.settings import Settings
+
+QUANTITIES = ("seconds", "peak_memory_bytes", "bytes")
+
+
+def config_here(settings: Settings) -> Path:
+    """The folder of MODEL_ID's config.json on this machine: its own, or that in the Hub's cache,
+    which may not exist."""
+    folder = Path(settings.model_id)
+    return folder if folder.is_dir() else _cached(settings.model_id, settings.model_revision)
+
+
+def shape_here(settings: Settings) -> Shape | None:
+    """The shape of MODEL_ID where its config.json is on this machine; else None."""
+    try:
+        return shape_of(raw_config(json.loads((config_here(settings) / CONFIG_FILE).read_bytes())))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _cached(model: str, revision: str) -> Path:
+    """The folder of a Hub's model in huggingface_hub's cache, which may not exist; without the
+    library, whose import takes longer than a plan."""
+    home = os.environ.get("HF_HOME") or str(Path.home() / ".cache/huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")
+    repository = hub / f"models--{model.replace('/', '--')}"
+    try:
+        commit = (repository / "refs" / revision).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        commit = revision
+    return repository / "snapshots" / commit
+
+
+def rows_of(run_folder: Path) -> int | None:
+    """The training sequences that the data stage published; None where it has not."""
+    metrics = (manifest_of(run_folder / "data") or {}).get("metrics")
+    split = metrics.get(TRAIN_SPLIT) if isinstance(metrics, dict) else None
+    rows = split.get("rows") if isinstance(split, dict) else None
+    return rows if isinstance(rows, int) and rows > 0 else None
+
+
+def tokens_of(settings: Settings, run_folder: Path) -> int | None:
+    """The tokens that train reads; None where the data stage has not published."""
+    rows = rows_of(run_folder)
+    if rows is None:
+        return None
+    return total_steps(settings, rows) * sequences_per_step(settings) * settings.max_length
+
+
+def planned(stage: str, settings: Settings, run_folder: Path) -> dict[str, float | None]:
+    """Seconds, peak memory of the largest rank and published bytes of `stage`; None for what is not
+    known."""
+    shape, place = shape_here(settings), place_of(settings)
+    outputs = run_folder.parent
+    memory = written = None
+    if shape is not None:
+        if stage in ("train", "precompile") and place.backend == "torch":
+            traced = traced_bytes(settings, config_here(settings), place)
+            memory = training_memory(shape, settings, place.device, traced).bytes
+        written = bytes_written(settings, shape.parameters, place.backend).get(stage) or None
+    if stage == "train":
+        time = training_seconds(shape, settings, tokens_of(settings, run_folder), place, outputs)
+    else:
+        time = stage_seconds(stage, run_folder.name, shape, place, outputs)
+    return {"seconds": time.seconds, "peak_memory_bytes": memory, "bytes": written}
+
+
+def compared(plan: dict[str, float | None], measured: dict[str, Any]) -> dict[str, Any]:
+    """A manifest's entry "forecast"."""
+    return {
+        name: {"planned": plan.get(name), "measured": measured.get(name)} for name in QUANTITIES
+    }

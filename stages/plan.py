@@ -1,0 +1,296 @@
+"""Say what would run, what it needs and what it costs, before it starts.
+
+    python -m stages.plan outputs/RUN STAGE:INPUTS:AFTER ...
+
+Arithmetic on config.json, the settings and the manifests on this machine. Nothing is downloaded,
+computed on a device or written, but for the trace of TRACE=1. Each figure has its basis; what is
+not known is said to be unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from stages.backends.schedule import data_parallel_size, sequences_per_step, total_steps
+from stages.forecast.accuracy import accuracy
+from stages.forecast.fits import in_all, need_of, smallest_change
+from stages.forecast.machine import Place, place_of
+from stages.forecast.minutes import (
+    UTILISATIONS,
+    Estimate,
+    stage_seconds,
+    training_seconds,
+)
+from stages.forecast.parameters import Shape, trainable
+from stages.forecast.planned import config_here, rows_of, shape_here, tokens_of
+from stages.forecast.traced import traced_bytes
+from stages.make.stale import Graph, parse_graph, stale_stages, typed_problems
+from stages.model.size import bytes_written
+from stages.run.cli import with_exit_status
+from stages.run.cost import dollars
+from stages.run.disk import free_space
+from stages.run.errors import refuse
+from stages.run.machines import MACHINES, PRICES_OF, REGION
+from stages.run.manifest import manifest_of
+from stages.run.progress import duration, show_size
+from stages.run.provenance import provenance_now
+from stages.run.publish import work_folder
+from stages.run.settings import Settings
+
+# Stages that use no accelerator: always, and on Neuron, whose compiler runs on the host.
+HOST_STAGES = {
+    "torch": ("data", "consolidate"),
+    "neuron": ("data", "consolidate", "compile-inference"),
+}
+# Of a memory, what a forecast may take and be said to fit: the benchmark's worst was 16% too low
+# (tests/benchmarks/results/2026-11-28-forecasts.md).
+EDGE = 0.84
+# neuronx-cc on an 8B was killed with the 32 GB of a trn1.2xlarge (aws-neuron-sdk, issue 1222).
+COMPILER_HOST, COMPILER_PARAMETERS = 32 * 2**30, 7_000_000_000
+
+
+@click.command(help=__doc__)
+@click.argument("run_folder", type=click.Path(path_type=Path))
+@click.argument("graph", nargs=-1)
+@click.option("--given", default="", help="Names of the settings on make's command line.")
+def main(run_folder: Path, graph: tuple[str, ...], given: str) -> None:
+    def work() -> None:
+        refuse(typed_problems(given.split(), []))
+        for line in lines(Settings.read(), run_folder, parse_graph(list(graph))[0]):
+            print(line)
+
+    with_exit_status(work, run_folder)
+
+
+def lines(settings: Settings, run_folder: Path, graph: Graph) -> Iterator[str]:
+    """The plan, line by line."""
+    place, shape = place_of(settings), shape_here(settings)
+    stale = stale_stages(graph, run_folder, settings)
+    known = "data" not in stale
+    yield f"plan of {run_folder} on {place.name} ({place.device}, {place.backend} backend)"
+    yield from _section("stages", _stages(settings, run_folder, graph, stale, place, shape))
+    yield from _section("tokens", _tokens(settings, run_folder, known))
+    yield from _section("model", _model(settings, shape))
+    if shape is not None:
+        yield from _section("memory", _memory(settings, shape, place))
+        yield from _section("disk", _disk(settings, shape, place, run_folder))
+    yield from _section("price", _price(settings, place, run_folder, stale, shape))
+    if settings.compare:
+        yield from _section("compare", _compare(settings, run_folder, shape, known))
+    yield from _section("so far", accuracy(run_folder.parent, place))
+
+
+def _section(name: str, body: Iterator[str]) -> Iterator[str]:
+    for index, line in enumerate(body):
+        yield f"{name if index == 0 else '':<9}{line}"
+
+
+def estimate(
+    stage: str, settings: Settings, run_folder: Path, place: Place, shape: Shape | None, known: bool
+) -> Estimate:
+    """How long `stage` takes; `known`: whether the data stage's output is that of the settings."""
+    if stage == "train":
+        tokens = tokens_of(settings, run_folder) if known else None
+        return training_seconds(shape, settings, tokens, place, run_folder.parent)
+    return stage_seconds(stage, run_folder.name, shape, place, run_folder.parent)
+
+
+def _stages(
+    settings: Settings,
+    run_folder: Path,
+    graph: Graph,
+    stale: dict[str, list[str]],
+    place: Place,
+    shape: Shape | None,
+) -> Iterator[str]:
+    total, unknown = 0.0, []
+    for stage in graph:
+        if stage not in stale:
+            yield f"{stage:<18} fresh"
+            continue
+        state = "missing" if manifest_of(run_folder / stage) is None else "stale"
+        time = estimate(stage, settings, run_folder, place, shape, "data" not in stale)
+        total += time.seconds or 0
+        unknown += [stage] if time.seconds is None else []
+        reason = "" if state == "missing" else f": {'; '.join(stale[stage])}"
+        if stage == "train" and not stale.keys() & set(graph["train"]):
+            reason += _partly_done(settings, run_folder, graph)
+        yield f"{stage:<18} {state}{reason}"
+        yield f"{'':<18}   {_cost(time.seconds, place)} ({time.basis})"
+    if stale and total:
+        but = f", without {', '.join(unknown)}" if unknown else ""
+        yield f"{'to run, in all':<18} {_cost(total, place)}{but}"
+
+
+def _cost(seconds: float | None, place: Place) -> str:
+    if seconds is None:
+        return "unknown"
+    price = f", {dollars(seconds, place.price):.2f} USD" if place.price else ", price unknown"
+    return f"{duration(seconds)}{price}"
+
+
+def _partly_done(settings: Settings, run_folder: Path, graph: Graph) -> str:
+    """Where a training that was interrupted goes on; empty where none was."""
+    inputs = {name: run_folder / name for name in graph["train"]}
+    made_from, _ = provenance_now("train", settings, inputs, manifest_of(run_folder / "train"))
+    folder = work_folder(run_folder, "train", made_from) / "checkpoints"
+    steps = [int(path.name[5:]) for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    rows = rows_of(run_folder)
+    if not steps or rows is None:
+        return ""
+    return f"; goes on at step {max(steps):,} of {total_steps(settings, rows):,}"
+
+
+def _tokens(settings: Settings, run_folder: Path, known: bool) -> Iterator[str]:
+    batch = sequences_per_step(settings)
+    yield (
+        f"global batch {batch:,} sequences = {settings.per_device_train_batch_size} per rank x "
+        f"{settings.gradient_accumulation_steps} accumulation x {data_parallel_size(settings)} DP"
+    )
+    rows = rows_of(run_folder) if known else None
+    if rows is None:
+        yield "documents, tokens, sequences, steps: unknown until `make data` has run"
+        return
+    metrics = (manifest_of(run_folder / "data") or {})["metrics"]
+    steps = total_steps(settings, rows)
+    yield (
+        f"{metrics['train']['documents']:,} documents, {metrics['train']['packed']:,} tokens in "
+        f"{rows:,} sequences of {settings.max_length:,} (run {run_folder.name}'s data)"
+    )
+    how = (
+        f"ceil({rows:,} x {settings.num_train_epochs:g} epochs / {batch:,})"
+        if settings.max_steps < 0
+        else "MAX_STEPS"
+    )
+    yield f"{steps:,} steps = {how}; {steps * batch * settings.max_length:,} tokens trained on"
+
+
+def _model(settings: Settings, shape: Shape | None) -> Iterator[str]:
+    if shape is None:
+        yield (
+            f"unknown: the config.json of MODEL_ID={settings.model_id} is not on this machine "
+            "(`make data` fetches it), or of no architecture that is trained"
+        )
+        return
+    embeddings = 1 if shape.tied else 2
+    yield (
+        f"{shape.parameters:,} parameters = {shape.layers} layers x {shape.layer:,} + {embeddings} "
+        f"x {shape.embedding:,} embeddings + {shape.hidden:,}"
+    )
+    yield (
+        f"{trainable(shape, settings):,} are trained"
+        f"{f': LORA_R={settings.lora_r}' if settings.lora_r else ''}"
+    )
+    flop = shape.flop_per_token(settings.max_length, not settings.lora_r)
+    yield f"{flop / 1e9:,.2f} GFLOP a token at MAX_LENGTH={settings.max_length} (arithmetic)"
+
+
+def _memory(settings: Settings, shape: Shape, place: Place) -> Iterator[str]:
+    traced = traced_bytes(settings, config_here(settings), place, make=settings.trace)
+    if settings.trace and traced is None:
+        yield "TRACE=1: no trace holds here (LoRA, optimum-neuron, or a peak at another moment)"
+    need = need_of(shape, settings, place, traced)
+    for part in need.parts:
+        yield f"{part.name:<22} {show_size(part.bytes):>8}  {part.basis}"
+    total = in_all(need, settings, place)
+    ranks = f" x {settings.nproc_per_node} ranks" if place.device == "cpu" else " of a rank"
+    yield f"{'in all' + ranks:<22} {show_size(total):>8}  {need.moment}"
+    yield _verdict(settings, shape, place, total)
+    yield (
+        f"with GRADIENT_CHECKPOINTING={int(not settings.gradient_checkpointing)} a rank has "
+        f"{show_size(need_of(shape, _other(settings), place).bytes)} (arithmetic)"
+    )
+    if place.backend == "neuron" and shape.parameters > COMPILER_PARAMETERS:
+        enough = place.host_memory is None or place.host_memory > COMPILER_HOST
+        yield (
+            f"host: {show_size(place.host_memory or 0)}; the compiler of an 8B was killed with 32 "
+            f"GB (aws-neuron-sdk, issue 1222){'' if enough else ': compile on a larger machine'}"
+        )
+
+
+def _other(settings: Settings) -> Settings:
+    return replace(settings, gradient_checkpointing=not settings.gradient_checkpointing)
+
+
+def _verdict(settings: Settings, shape: Shape, place: Place, total: int) -> str:
+    if place.device_memory is None:
+        return "whether that fits is unknown: so is this device's memory"
+    of = f"{show_size(place.device_memory)} of {place.name}'s {place.device}"
+    if place.machine and settings.nproc_per_node > place.machine.cores and place.device != "cpu":
+        return f"NPROC_PER_NODE={settings.nproc_per_node} is above its {place.machine.cores} cores"
+    if total <= place.device_memory:
+        near = f"MAY NOT FIT {of}: forecasts were up to {1 - EDGE:.0%} too low"
+        return near if total > EDGE * place.device_memory else f"fits {of}"
+    change = smallest_change(shape, settings, place)
+    return f"DOES NOT FIT {of}. " + (
+        f"The smallest change: {change}" if change else "No change of the settings makes it fit."
+    )
+
+
+def _disk(settings: Settings, shape: Shape, place: Place, run_folder: Path) -> Iterator[str]:
+    sizes = bytes_written(settings, shape.parameters, place.backend)
+    parts = ", ".join(f"{name} {show_size(size)}" for name, size in sizes.items() if size)
+    free = show_size(free_space(run_folder))
+    yield f"{show_size(sum(sizes.values()))} at most ({parts}); {free} free"
+
+
+def _price(
+    settings: Settings,
+    place: Place,
+    run_folder: Path,
+    stale: dict[str, list[str]],
+    shape: Shape | None,
+) -> Iterator[str]:
+    price = f"{place.price:g} USD/h" if place.price else "USD/h"
+    yield f"{price}: {place.price_basis} ({REGION}, read {PRICES_OF})"
+    if place.machine and place.machine.spot:
+        low, high = place.machine.spot
+        yield f"spot was seen from {low} to {high} USD/h; nothing here rests on it"
+    if place.device == "cpu":
+        return
+    on_host = HOST_STAGES[place.backend]
+    times = [
+        estimate(stage, settings, run_folder, place, shape, "data" not in stale).seconds
+        for stage in on_host
+        if stage in stale
+    ]
+    seconds = [time for time in times if time is not None]
+    saved = (
+        f"; their {duration(sum(seconds))} here cost {dollars(sum(seconds), place.price):.2f} USD"
+        if place.price and seconds
+        else "; how long they take here is unknown"
+    )
+    yield f"{', '.join(on_host)} need no accelerator: run them on a cheap machine{saved}"
+
+
+def _compare(
+    settings: Settings, run_folder: Path, shape: Shape | None, known: bool
+) -> Iterator[str]:
+    yield f"{'':<16}{'memory of a rank':<22}{'tokens/s':>9}{'USD/h':>8}{'USD/M tokens':>14}  basis"
+    for name in settings.compare.split():
+        place = place_of(settings, name)
+        memory = "unknown"
+        if shape is not None:
+            need = need_of(shape, settings, place).bytes
+            fits = place.device_memory is None or need <= place.device_memory
+            has = show_size(place.device_memory or 0)
+            memory = f"{show_size(need)} {'fits' if fits else 'NOT in'} {has}"
+        time = training_seconds(shape, settings, 10**6, place, run_folder.parent)
+        speed = f"{1e6 / time.seconds:,.0f}" if time.seconds else "unknown"
+        each = dollars(time.seconds, place.price) if time.seconds and place.price else None
+        price = f"{place.price:g}" if place.price else "unknown"
+        yield (
+            f"{name:<16}{memory:<22}{speed:>9}{price:>8}"
+            f"{f'{each:.2f}' if each is not None else 'unknown':>14}  {time.basis}"
+        )
+        device = MACHINES[name].device
+        if device in UTILISATIONS:
+            yield f"{'':<16}others there: {UTILISATIONS[device][2]}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Times come from this machine's manifests, else from what others measured, else are unknown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from stages.forecast.accuracy import accuracy
+from stages.forecast.machine import place_of
+from stages.forecast.minutes import UTILISATIONS, stage_seconds, training_seconds
+from stages.forecast.planned import compared
+from stages.run.cost import dollars
+from stages.run.machines import MACHINES
+from stages.run.manifest import with_checksum
+from stages.run.settings import Settings
+from tests.forecast.test_memory import model
+from tests.run.test_recipes import KEYS, MODELS
+
+HERE = place_of(Settings(device="cpu", backend="torch"))
+
+
+def ran(outputs: Path, run: str, stage: str, seconds: float, **more: Any) -> None:
+    """A stage that another run here published, with SmolLM2 135M."""
+    folder = outputs / run / stage
+    folder.mkdir(parents=True)
+    settings = {"MAX_LENGTH": 512, "LORA_R": 0, "BF16": True, "NPROC_PER_NODE": 1}
+    manifest = {
+        "provenance": {"settings": settings, "versions": {}, "code": {}, "inputs": {}},
+        "seen": {"code": {}, "files": {}, "backend": "torch"},
+        "outputs": {},
+        "content": "",
+        "device": "cpu, 2 cores",
+        "seconds": seconds,
+        "finished": "2026-11-28T00:00:00Z",
+        **more,
+    }
+    (folder / "manifest.json").write_text(json.dumps(with_checksum(manifest)))
+    config = dict(zip(KEYS, MODELS["smollm2-135m"][0], strict=True))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_training_is_as_fast_as_the_last_one_and_takes_as_long_to_start(tmp_path: Path) -> None:
+    ran(tmp_path, "one", "train", 110, tokens=20_000, metrics={"tokens_per_second": 200})
+    shape, run = model("smollm2-135m"), Settings(max_length=512)
+    same = training_seconds(shape, run, 20_000, HERE, tmp_path)
+    assert same.seconds == pytest.approx(110) and "in run one" in same.basis
+    longer = training_seconds(shape, run, 40_000, HERE, tmp_path)
+    assert longer.seconds == pytest.approx(210)
+    larger = model("qwen3-0.6b")
+    ratio = larger.flop_per_token(512) / shape.flop_per_token(512)
+    scaled = training_seconds(larger, run, 20_000, HERE, tmp_path)
+    assert scaled.seconds == pytest.approx(10 + 100 * ratio)
+
+
+def test_what_has_never_run_here_is_unknown(tmp_path: Path) -> None:
+    shape = model("smollm2-135m")
+    assert training_seconds(shape, Settings(), 1000, HERE, tmp_path).seconds is None
+    assert training_seconds(shape, Settings(), None, HERE, tmp_path).seconds is None
+    assert stage_seconds("data", "demo", shape, HERE, tmp_path).seconds is None
+
+
+def test_a_stage_takes_as_long_as_in_this_run_else_as_its_weights(tmp_path: Path) -> None:
+    ran(tmp_path, "one", "consolidate", 10)
+    own = stage_seconds("consolidate", "one", model("smollm2-135m"), HERE, tmp_path)
+    assert own.seconds == 10
+    other = stage_seconds("consolidate", "two", model("qwen3-0.6b"), HERE, tmp_path)
+    assert other.seconds == pytest.approx(10 * 596_049_920 / 134_515_008)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_another_machine_has_the_speed_that_was_measured_there_or_none(
+    name: str, tmp_path: Path
+) -> None:
+    run = Settings(instance=name, nproc_per_node=MACHINES[name].cores)
+    time = training_seconds(model("llama2-7b"), run, 10**6, place_of(run), tmp_path)
+    assert (time.seconds is not None) == (MACHINES[name].device in UTILISATIONS)
+    assert "measured elsewhere" in time.basis or "no utilisation" in time.basis
+
+
+def test_the_tutorials_training_takes_what_the_tutorial_took(tmp_path: Path) -> None:
+    """72 steps of 64 x 2,048 tokens in 31:46; the utilisation is rounded to 7.1%."""
+    run = Settings(instance="trn1.32xlarge", nproc_per_node=32, tensor_parallel_size=8)
+    tokens = 72 * 64 * 2048
+    time = training_seconds(model("llama2-7b"), run, tokens, place_of(run), tmp_path)
+    assert time.seconds == pytest.approx(31 * 60 + 46, rel=0.05)
+
+
+@given(st.floats(0, 10**6), st.floats(0.01, 100))
+@hypothesis_settings(max_examples=50)
+def test_dollars_are_price_times_time(seconds: float, price: float) -> None:
+    assert dollars(seconds, price) == pytest.approx(seconds * price / 3600, abs=1e-4)
+
+
+def test_past_forecasts_are_told_with_their_errors(tmp_path: Path) -> None:
+    assert next(accuracy(tmp_path, HERE)) == "no memory forecasts on this machine yet"
+    for run, planned, measured in (("a", 98, 100), ("b", 106, 100), ("c", None, 100)):
+        forecast = compared({"peak_memory_bytes": planned}, {"peak_memory_bytes": measured})
+        ran(tmp_path, run, "train", 1, forecast=forecast)
+    memory, time = accuracy(tmp_path, HERE)
+    assert memory == (
+        "2 memory forecasts on this machine: mean 4.0%, worst 6.0%, no wrong fit among those that "
+        "ended"
+    )
+    assert time == "no time forecasts on this machine yet"
