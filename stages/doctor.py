@@ -158,6 +158,7 @@ CHECKS: list[Check] = [
     machine.disk,
     machine.disk_speed,
     machine.memory,
+    machine.training_memory,
 ]
 
 

@@ -14,6 +14,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from stages.forecast.fits import in_all, need_of, smallest_change
+from stages.forecast.machine import place_of
+from stages.forecast.planned import shape_here
 from stages.model.size import bytes_written, parameters
 from stages.run.backend import choose
 from stages.run.check_result import CheckResult, fail, folder_result, note
@@ -161,6 +164,28 @@ def memory(settings: Settings) -> Iterator[CheckResult]:
             "host memory",
             f"{text}. A stage that loads all of it would be killed. Use a larger machine or a "
             "smaller model.",
+        )
+
+
+def training_memory(settings: Settings) -> Iterator[CheckResult]:
+    """Compare what a rank of the training needs, as `make plan` forecasts it, with its device's
+    memory."""
+    shape, place = shape_here(settings), place_of(settings)
+    if shape is None:
+        return  # config.json is not on this machine yet
+    need = in_all(need_of(shape, settings, place), settings, place)
+    text = f"{show_size(need)} planned"
+    if place.device_memory is None:
+        yield CheckResult("training memory", f"{text}; this device's memory is not known")
+    elif need <= place.device_memory:
+        yield CheckResult("training memory", f"{text}, of {show_size(place.device_memory)}")
+    else:
+        change = smallest_change(shape, settings, place)
+        remedy = f"The smallest change: {change}." if change else "No setting makes it fit."
+        yield note(
+            "training memory",
+            f"{text}, above the {show_size(place.device_memory)} of {place.name}. {remedy} `make "
+            "plan` has the parts.",
         )
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from stages.checks import require
+from stages.forecast.planned import planned
 from stages.run.backend import backend_module
 from stages.run.cli import stage_command
 from stages.run.layout import STOP_FILE
-from stages.run.limits import SPENT_FILE, Spent, limited, require_within, spent
+from stages.run.limits import SPENT_FILE, limited, require_within, spent
 from stages.run.manifest import manifest_of
 from stages.run.provenance import reasons
 from stages.run.publish import StageResult, publish
@@ -29,7 +30,10 @@ def main(settings: Settings, data: Path, precompile: Path, output: Path) -> None
     def build(work: Path) -> StageResult:
         require(settings, "train")
         before = spent(work, output.parent)
-        require_within(settings, before, planned_seconds(precompile, before))
+        if settings.budget or settings.deadline:
+            expected = expected_seconds(settings, precompile, output.parent)
+            left = None if expected is None else max(0.0, expected - before.training)
+            require_within(settings, before, left)
         if settings.rehearse:
             from stages.rehearse import rehearse
 
@@ -53,12 +57,12 @@ def main(settings: Settings, data: Path, precompile: Path, output: Path) -> None
     )
 
 
-def planned_seconds(precompile: Path, before: Spent) -> float | None:
-    """What the training still takes, as precompile measured its first steps; None where it did
-    not."""
+def expected_seconds(settings: Settings, precompile: Path, run: Path) -> float | None:
+    """How long the training takes: as precompile measured its first steps, else as `make plan`
+    says; None where neither knows."""
     metrics = (manifest_of(precompile) or {}).get("metrics") or {}
-    expected = metrics.get("train_seconds_expected")
-    return None if expected is None else max(0.0, float(expected) - before.training)
+    measured: float | None = metrics.get("train_seconds_expected")
+    return planned("train", settings, run)["seconds"] if measured is None else measured
 
 
 def shards_needed(settings: Settings, output: Path) -> str:

@@ -168,3 +168,15 @@ def test_the_price_of_the_machine_is_said(
     assert "trn1.32xlarge, 21.5 USD/h" in only(machine.backend_choice(Settings())).text
     monkeypatch.setattr(cost, "DMI", fake_machine.dev)
     assert "not an EC2 instance" in only(machine.backend_choice(Settings())).text
+
+
+def test_a_training_that_does_not_fit_is_a_note_with_the_smallest_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(llama_7b(tmp_path), backend="torch", device="cpu")
+    monkeypatch.setattr("stages.forecast.machine.host_memory", lambda: 2**40)
+    assert only(machine.training_memory(settings)).state == "OK"
+    monkeypatch.setattr("stages.forecast.machine.host_memory", lambda: 40 * 10**9)
+    found = only(machine.training_memory(settings))
+    assert found.state == "NOTE" and "The smallest change: " in found.text
+    assert list(machine.training_memory(Settings(model_id="someone/nothing-here"))) == []

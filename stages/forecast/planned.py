@@ -72,7 +72,15 @@ def tokens_of(settings: Settings, run_folder: Path) -> int | None:
 
 def planned(stage: str, settings: Settings, run_folder: Path) -> dict[str, float | None]:
     """Seconds, peak memory of the largest rank and published bytes of `stage`; None for what is not
-    known."""
+    known. A forecast that fails ends no stage."""
+    try:
+        return _planned(stage, settings, run_folder)
+    except Exception as error:
+        print(f"note: {stage} has no forecast: {type(error).__name__}: {error}", flush=True)
+        return dict.fromkeys(QUANTITIES)
+
+
+def _planned(stage: str, settings: Settings, run_folder: Path) -> dict[str, float | None]:
     shape, place = shape_here(settings), place_of(settings)
     outputs = run_folder.parent
     memory = written = None
