@@ -178,5 +178,5 @@ def test_a_training_that_does_not_fit_is_a_note_with_the_smallest_change(
     assert only(machine.training_memory(settings)).state == "OK"
     monkeypatch.setattr("stages.forecast.machine.host_memory", lambda: 40 * 10**9)
     found = only(machine.training_memory(settings))
-    assert found.state == "NOTE" and "The smallest change: " in found.text
+    assert found.state == "note" and "The smallest change: " in found.text
     assert list(machine.training_memory(Settings(model_id="someone/nothing-here"))) == []
