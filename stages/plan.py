@@ -19,14 +19,9 @@ from stages.backends.schedule import data_parallel_size, sequences_per_step, tot
 from stages.forecast.accuracy import accuracy
 from stages.forecast.fits import in_all, need_of, smallest_change
 from stages.forecast.machine import Place, place_of
-from stages.forecast.minutes import (
-    UTILISATIONS,
-    Estimate,
-    stage_seconds,
-    training_seconds,
-)
 from stages.forecast.parameters import Shape, trainable
-from stages.forecast.planned import config_here, rows_of, shape_here, tokens_of
+from stages.forecast.planned import by_precompile, config_here, estimate, rows_of, shape_here
+from stages.forecast.prices import compare_lines, price_lines
 from stages.forecast.traced import traced_bytes
 from stages.make.stale import Graph, parse_graph, stale_stages, typed_problems
 from stages.model.size import bytes_written
@@ -34,23 +29,17 @@ from stages.run.cli import with_exit_status
 from stages.run.cost import dollars
 from stages.run.disk import free_space
 from stages.run.errors import refuse
-from stages.run.machines import MACHINES, PRICES_OF, REGION
 from stages.run.manifest import manifest_of
 from stages.run.progress import duration, show_size
 from stages.run.provenance import provenance_now
 from stages.run.publish import work_folder
 from stages.run.settings import Settings
 
-# Stages that use no accelerator: always, and on Neuron, whose compiler runs on the host.
-HOST_STAGES = {
-    "torch": ("data", "consolidate"),
-    "neuron": ("data", "consolidate", "compile-inference"),
-}
+# neuronx-cc on an 8B was killed with the 32 GB of a trn1.2xlarge (aws-neuron-sdk, issue 1222).
+COMPILER_HOST, COMPILER_PARAMETERS = 32 * 2**30, 7_000_000_000
 # Of a memory, what a forecast may take and be said to fit: the benchmark's worst was 16% too low
 # (tests/benchmarks/results/2026-11-28-forecasts.md).
 EDGE = 0.84
-# neuronx-cc on an 8B was killed with the 32 GB of a trn1.2xlarge (aws-neuron-sdk, issue 1222).
-COMPILER_HOST, COMPILER_PARAMETERS = 32 * 2**30, 7_000_000_000
 
 
 @click.command(help=__doc__)
@@ -76,27 +65,19 @@ def lines(settings: Settings, run_folder: Path, graph: Graph) -> Iterator[str]:
     yield from _section("tokens", _tokens(settings, run_folder, known))
     yield from _section("model", _model(settings, shape))
     if shape is not None:
-        yield from _section("memory", _memory(settings, shape, place))
+        measured = by_precompile(run_folder).peak_memory
+        measured = measured if place.here and "precompile" not in stale else None
+        yield from _section("memory", _memory(settings, shape, place, measured))
         yield from _section("disk", _disk(settings, shape, place, run_folder))
-    yield from _section("price", _price(settings, place, run_folder, stale, shape))
+    yield from _section("price", price_lines(settings, place, run_folder, stale, shape))
     if settings.compare:
-        yield from _section("compare", _compare(settings, run_folder, shape, known))
+        yield from _section("compare", compare_lines(settings, run_folder, shape, known))
     yield from _section("so far", accuracy(run_folder.parent, place))
 
 
 def _section(name: str, body: Iterator[str]) -> Iterator[str]:
     for index, line in enumerate(body):
         yield f"{name if index == 0 else '':<9}{line}"
-
-
-def estimate(
-    stage: str, settings: Settings, run_folder: Path, place: Place, shape: Shape | None, known: bool
-) -> Estimate:
-    """How long `stage` takes; `known`: whether the data stage's output is that of the settings."""
-    if stage == "train":
-        tokens = tokens_of(settings, run_folder) if known else None
-        return training_seconds(shape, settings, tokens, place, run_folder.parent)
-    return stage_seconds(stage, run_folder.name, shape, place, run_folder.parent)
 
 
 def _stages(
@@ -113,7 +94,7 @@ def _stages(
             yield f"{stage:<18} fresh"
             continue
         state = "missing" if manifest_of(run_folder / stage) is None else "stale"
-        time = estimate(stage, settings, run_folder, place, shape, "data" not in stale)
+        time = estimate(stage, settings, run_folder, place, shape, stale)
         total += time.seconds or 0
         unknown += [stage] if time.seconds is None else []
         reason = "" if state == "missing" else f": {'; '.join(stale[stage])}"
@@ -189,7 +170,7 @@ def _model(settings: Settings, shape: Shape | None) -> Iterator[str]:
     yield f"{flop / 1e9:,.2f} GFLOP a token at MAX_LENGTH={settings.max_length} (arithmetic)"
 
 
-def _memory(settings: Settings, shape: Shape, place: Place) -> Iterator[str]:
+def _memory(settings: Settings, shape: Shape, place: Place, measured: int | None) -> Iterator[str]:
     traced = traced_bytes(settings, config_here(settings), place, make=settings.trace)
     if settings.trace and traced is None:
         yield "TRACE=1: no trace holds here (LoRA, optimum-neuron, or a peak at another moment)"
@@ -199,6 +180,9 @@ def _memory(settings: Settings, shape: Shape, place: Place) -> Iterator[str]:
     total = in_all(need, settings, place)
     ranks = f" x {settings.nproc_per_node} ranks" if place.device == "cpu" else " of a rank"
     yield f"{'in all' + ranks:<22} {show_size(total):>8}  {need.moment}"
+    if measured is not None:
+        total = round(total * measured / need.bytes)
+        yield f"{'':<22} {show_size(total):>8}  measured by precompile in this run"
     yield _verdict(settings, shape, place, total)
     yield (
         f"with GRADIENT_CHECKPOINTING={int(not settings.gradient_checkpointing)} a rank has "
@@ -236,60 +220,6 @@ def _disk(settings: Settings, shape: Shape, place: Place, run_folder: Path) -> I
     parts = ", ".join(f"{name} {show_size(size)}" for name, size in sizes.items() if size)
     free = show_size(free_space(run_folder))
     yield f"{show_size(sum(sizes.values()))} at most ({parts}); {free} free"
-
-
-def _price(
-    settings: Settings,
-    place: Place,
-    run_folder: Path,
-    stale: dict[str, list[str]],
-    shape: Shape | None,
-) -> Iterator[str]:
-    price = f"{place.price:g} USD/h" if place.price else "USD/h"
-    yield f"{price}: {place.price_basis} ({REGION}, read {PRICES_OF})"
-    if place.machine and place.machine.spot:
-        low, high = place.machine.spot
-        yield f"spot was seen from {low} to {high} USD/h; nothing here rests on it"
-    if place.device == "cpu":
-        return
-    on_host = HOST_STAGES[place.backend]
-    times = [
-        estimate(stage, settings, run_folder, place, shape, "data" not in stale).seconds
-        for stage in on_host
-        if stage in stale
-    ]
-    seconds = [time for time in times if time is not None]
-    saved = (
-        f"; their {duration(sum(seconds))} here cost {dollars(sum(seconds), place.price):.2f} USD"
-        if place.price and seconds
-        else "; how long they take here is unknown"
-    )
-    yield f"{', '.join(on_host)} need no accelerator: run them on a cheap machine{saved}"
-
-
-def _compare(
-    settings: Settings, run_folder: Path, shape: Shape | None, known: bool
-) -> Iterator[str]:
-    yield f"{'':<16}{'memory of a rank':<22}{'tokens/s':>9}{'USD/h':>8}{'USD/M tokens':>14}  basis"
-    for name in settings.compare.split():
-        place = place_of(settings, name)
-        memory = "unknown"
-        if shape is not None:
-            need = need_of(shape, settings, place).bytes
-            fits = place.device_memory is None or need <= place.device_memory
-            has = show_size(place.device_memory or 0)
-            memory = f"{show_size(need)} {'fits' if fits else 'NOT in'} {has}"
-        time = training_seconds(shape, settings, 10**6, place, run_folder.parent)
-        speed = f"{1e6 / time.seconds:,.0f}" if time.seconds else "unknown"
-        each = dollars(time.seconds, place.price) if time.seconds and place.price else None
-        price = f"{place.price:g}" if place.price else "unknown"
-        yield (
-            f"{name:<16}{memory:<22}{speed:>9}{price:>8}"
-            f"{f'{each:.2f}' if each is not None else 'unknown':>14}  {time.basis}"
-        )
-        device = MACHINES[name].device
-        if device in UTILISATIONS:
-            yield f"{'':<16}others there: {UTILISATIONS[device][2]}"
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def main(settings: Settings, data: Path, precompile: Path, output: Path) -> None
         require(settings, "train")
         before = spent(work, output.parent)
         if settings.budget or settings.deadline:
-            expected = expected_seconds(settings, precompile, output.parent)
+            expected = planned("train", settings, output.parent)["seconds"]
             left = None if expected is None else max(0.0, expected - before.training)
             require_within(settings, before, left)
         if settings.rehearse:
@@ -55,14 +55,6 @@ def main(settings: Settings, data: Path, precompile: Path, output: Path) -> None
         resumable=True,
         needed=lambda: shards_needed(settings, output),
     )
-
-
-def expected_seconds(settings: Settings, precompile: Path, run: Path) -> float | None:
-    """How long the training takes: as precompile measured its first steps, else as `make plan`
-    says; None where neither knows."""
-    metrics = (manifest_of(precompile) or {}).get("metrics") or {}
-    measured: float | None = metrics.get("train_seconds_expected")
-    return planned("train", settings, run)["seconds"] if measured is None else measured
 
 
 def shards_needed(settings: Settings, output: Path) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.backends.schedule import sequences_per_step, total_steps
-from stages.forecast.machine import place_of
+from stages.forecast.machine import Place, place_of
 from stages.forecast.memory import training_memory
-from stages.forecast.minutes import stage_seconds, training_seconds
+from stages.forecast.minutes import Estimate, stage_seconds, training_seconds
 from stages.forecast.parameters import Shape, shape_of
 from stages.forecast.traced import traced_bytes
 from stages.model.fit import raw_config
@@ -81,8 +83,8 @@ def planned(stage: str, settings: Settings, run_folder: Path) -> dict[str, float
 
 
 def _planned(stage: str, settings: Settings, run_folder: Path) -> dict[str, float | None]:
-    shape, place = shape_here(settings), place_of(settings)
-    outputs = run_folder.parent
+    here = replace(settings, instance="")  # a stage runs on this machine, whatever is planned for
+    shape, place = shape_here(settings), place_of(here)
     memory = written = None
     if shape is not None:
         if stage in ("train", "precompile") and place.backend == "torch":
@@ -90,10 +92,42 @@ def _planned(stage: str, settings: Settings, run_folder: Path) -> dict[str, floa
             memory = training_memory(shape, settings, place.device, traced).bytes
         written = bytes_written(settings, shape.parameters, place.backend).get(stage) or None
     if stage == "train":
-        time = training_seconds(shape, settings, tokens_of(settings, run_folder), place, outputs)
-    else:
-        time = stage_seconds(stage, run_folder.name, shape, place, outputs)
-    return {"seconds": time.seconds, "peak_memory_bytes": memory, "bytes": written}
+        memory = by_precompile(run_folder).peak_memory or memory
+    seconds = estimate(stage, settings, run_folder, place, shape, stale=()).seconds
+    return {"seconds": seconds, "peak_memory_bytes": memory, "bytes": written}
+
+
+def estimate(
+    stage: str,
+    settings: Settings,
+    run_folder: Path,
+    place: Place,
+    shape: Shape | None,
+    stale: Collection[str],
+) -> Estimate:
+    """How long `stage` takes. A stage that is not `stale` has the output of these settings."""
+    if stage == "train":
+        measured = by_precompile(run_folder).seconds
+        if measured is not None and place.here and not {"data", "precompile"} & set(stale):
+            return Estimate(measured, "as precompile measured its first steps in this run")
+        tokens = tokens_of(settings, run_folder) if "data" not in stale else None
+        return training_seconds(shape, settings, tokens, place, run_folder.parent)
+    return stage_seconds(stage, run_folder.name, shape, place, run_folder.parent)
+
+
+class ByPrecompile(NamedTuple):
+    """What precompile measured of this run's training in its few steps: the seconds of all steps,
+    and a rank's peak in bytes. None for what it did not."""
+
+    seconds: float | None
+    peak_memory: int | None
+
+
+def by_precompile(run_folder: Path) -> ByPrecompile:
+    """Holds where precompile is up to date, as it is before train."""
+    metrics = (manifest_of(run_folder / "precompile") or {}).get("metrics")
+    known = metrics if isinstance(metrics, dict) else {}
+    return ByPrecompile(known.get("train_seconds_expected"), known.get("peak_memory_bytes"))
 
 
 def compared(plan: dict[str, float | None], measured: dict[str, Any]) -> dict[str, Any]:

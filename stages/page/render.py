@@ -100,23 +100,17 @@ def _size(facts: Facts) -> str:
 
 
 def _planned(facts: Facts) -> Iterator[tuple[str, str, str, str, str]]:
-    """Stage, what, planned, measured, deviation: of the manifests' forecasts, and of the seconds
-    that precompile expected of train's steps."""
+    """Stage, what, planned, measured, deviation: of the manifests' forecasts."""
     forms = {"seconds": ("time", duration), "peak_memory_bytes": ("peak memory", show_size)}
-    expected = facts.metrics("precompile").get("train_seconds_expected")
     for stage, made in facts.manifests.items():
-        forecasts = [(name, made.get("forecast", {}).get(name) or {}, "") for name in forms]
-        if stage == "train" and expected:
-            pair = {"planned": expected, "measured": made["seconds"]}
-            forecasts.append(("seconds", pair, ", by precompile"))
-        for name, pair, basis in forecasts:
+        for name, (what, form) in forms.items():
+            pair = made.get("forecast", {}).get(name) or {}
             planned, measured = pair.get("planned"), pair.get("measured")
             if planned is None and measured is None:
                 continue
-            what, form = forms[name]
             yield (
                 stage,
-                f"{what}{basis}",
+                what,
                 "unknown" if planned is None else form(planned),
                 "not measured" if measured is None else form(measured),
                 f"{measured / planned - 1:+.1%}" if planned and measured is not None else "",

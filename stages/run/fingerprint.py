@@ -63,6 +63,7 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.forecast.minutes",
         "stages.forecast.parameters",
         "stages.forecast.planned",
+        "stages.forecast.prices",
         "stages.forecast.trace",
         "stages.forecast.traced",
         "stages.plan",

@@ -1,0 +1,77 @@
+"""What `make plan` says of prices: of this run, and of machines side by side. Standard library
+only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from stages.forecast.fits import need_of
+from stages.forecast.machine import Place, place_of
+from stages.forecast.minutes import UTILISATIONS, training_seconds
+from stages.forecast.parameters import Shape
+from stages.forecast.planned import estimate
+from stages.run.cost import dollars
+from stages.run.machines import MACHINES, PRICES_OF, REGION
+from stages.run.progress import duration, show_size
+from stages.run.settings import Settings
+
+# Stages that use no accelerator: always, and on Neuron, whose compiler runs on the host.
+HOST_STAGES = {
+    "torch": ("data", "consolidate"),
+    "neuron": ("data", "consolidate", "compile-inference"),
+}
+
+
+def price_lines(
+    settings: Settings,
+    place: Place,
+    run_folder: Path,
+    stale: dict[str, list[str]],
+    shape: Shape | None,
+) -> Iterator[str]:
+    price = f"{place.price:g} USD/h" if place.price else "USD/h"
+    yield f"{price}: {place.price_basis} ({REGION}, read {PRICES_OF})"
+    if place.machine and place.machine.spot:
+        low, high = place.machine.spot
+        yield f"spot was seen from {low} to {high} USD/h; nothing here rests on it"
+    if place.device == "cpu":
+        return
+    on_host = HOST_STAGES[place.backend]
+    times = [
+        estimate(stage, settings, run_folder, place, shape, stale).seconds
+        for stage in on_host
+        if stage in stale
+    ]
+    seconds = [time for time in times if time is not None]
+    saved = (
+        f"; their {duration(sum(seconds))} here cost {dollars(sum(seconds), place.price):.2f} USD"
+        if place.price and seconds
+        else "; how long they take here is unknown"
+    )
+    yield f"{', '.join(on_host)} need no accelerator: run them on a cheap machine{saved}"
+
+
+def compare_lines(
+    settings: Settings, run_folder: Path, shape: Shape | None, known: bool
+) -> Iterator[str]:
+    yield f"{'':<16}{'memory of a rank':<22}{'tokens/s':>9}{'USD/h':>8}{'USD/M tokens':>14}  basis"
+    for name in settings.compare.split():
+        place = place_of(settings, name)
+        memory = "unknown"
+        if shape is not None:
+            need = need_of(shape, settings, place).bytes
+            fits = place.device_memory is None or need <= place.device_memory
+            has = show_size(place.device_memory or 0)
+            memory = f"{show_size(need)} {'fits' if fits else 'NOT in'} {has}"
+        time = training_seconds(shape, settings, 10**6, place, run_folder.parent)
+        speed = f"{1e6 / time.seconds:,.0f}" if time.seconds else "unknown"
+        each = dollars(time.seconds, place.price) if time.seconds and place.price else None
+        price = f"{place.price:g}" if place.price else "unknown"
+        yield (
+            f"{name:<16}{memory:<22}{speed:>9}{price:>8}"
+            f"{f'{each:.2f}' if each is not None else 'unknown':>14}  {time.basis}"
+        )
+        device = MACHINES[name].device
+        if device in UTILISATIONS:
+            yield f"{'':<16}others there: {UTILISATIONS[device][2]}"
