@@ -52,18 +52,20 @@ def place_of(settings: Settings, name: str = "") -> Place:
 
 
 def _of_table(settings: Settings, name: str, machine: Machine, here: bool) -> Place:
+    # INSTANCE_PRICE is of one machine: this one, or the one that is planned for.
+    priced = name == settings.instance or (here and not settings.instance)
     native = machine.device == "Trainium2"
     backend = "neuron" if machine.is_neuron and not native else "torch"
     return Place(
         *(name, here, "neuron" if machine.is_neuron else "cuda", backend, machine),
         *(machine.core_memory, machine.host_memory * 2**30),
-        settings.instance_price or machine.price,
-        _price_basis(settings, machine),
+        (priced and settings.instance_price) or machine.price,
+        _price_basis(settings, machine, priced),
     )
 
 
-def _price_basis(settings: Settings, machine: Machine | None) -> str:
-    if settings.instance_price:
+def _price_basis(settings: Settings, machine: Machine | None, priced: bool = True) -> str:
+    if priced and settings.instance_price:
         return "INSTANCE_PRICE"
     if machine is None:
         return "unknown: no EC2 type of the table; set INSTANCE_PRICE"

@@ -64,6 +64,9 @@ def training_memory(
         if traced is not None
         else [*_activations(shape, settings), _logits(shape, settings)]
     )
+    if settings.gradient_accumulation_steps > 1:  # those of the micro-batches before are there
+        trained = _trained(shape, settings)
+        begins.append(Part("gradients", 4 * trained, f"{trained:,} x 4, of micro-batches before"))
     ends = [_gradients(shape, settings), *_buffers(shape, settings)]
     first = Need((*constant, *begins), "when the backward pass begins")
     last = Need((*constant, *ends), "when the backward pass ends")
@@ -95,13 +98,15 @@ def _states(shape: Shape, settings: Settings) -> Iterator[Part]:
     yield Part("optimizer", 8 * trained // data, f"{trained:,} x 2 moments x 4 / {data} DP")
 
 
+def _trained(shape: Shape, settings: Settings) -> int:
+    """Trained weights of one tensor-parallel rank."""
+    if settings.lora_r:
+        return trainable(shape, settings) // settings.tensor_parallel_size
+    return _per_rank(shape, settings)
+
+
 def _gradients(shape: Shape, settings: Settings) -> Part:
-    data = data_parallel_size(settings)
-    trained = (
-        trainable(shape, settings) // settings.tensor_parallel_size
-        if settings.lora_r
-        else _per_rank(shape, settings)
-    )
+    data, trained = data_parallel_size(settings), _trained(shape, settings)
     if settings.gradient_accumulation_steps > 1:  # FSDP keeps whole ones, and exchanges the last
         size = 4 * trained + 4 * trained // data
         return Part("gradients", size, f"{trained:,} x 4, and as much / {data} DP")

@@ -31,6 +31,9 @@ UTILISATIONS = {
         "torchtitan trains Llama 3.1 8B at 0.33 to 0.39",
     ),
 }
+# Parameters of the models that those utilisations may be taken for: they are of 7B and 8B. A small
+# one does not fill a device.
+LEAST, MOST = 3 * 10**9, 20 * 10**9
 # Stages whose time grows with the model; the others' with the data.
 _BY_WEIGHTS = ("consolidate", "compile-inference")
 
@@ -91,6 +94,8 @@ def training_seconds(
     if place.machine is None or place.machine.device not in UTILISATIONS:
         device = place.machine.device if place.machine else place.device
         return Estimate(None, f"no run here, and no utilisation of {device} is known")
+    if not LEAST <= shape.parameters <= MOST:
+        return Estimate(None, f"no utilisation by a model of {shape.parameters:,} is known")
     share, source, _ = UTILISATIONS[place.machine.device]
     used = min(settings.nproc_per_node, place.machine.cores) / place.machine.cores
     rate = share * place.machine.peak * 1e12 * place.machine.devices * used

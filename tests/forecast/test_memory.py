@@ -128,3 +128,12 @@ def test_where_nothing_makes_it_fit_no_change_is_named() -> None:
     shape = shape_of(raw_config({**huge, "num_hidden_layers": 320}))
     assert shape is not None
     assert smallest_change(shape, Settings(instance="g5.xlarge"), place) == ""
+
+
+def test_the_gradients_of_the_micro_batches_before_are_there_when_the_next_begins() -> None:
+    one = Settings(per_device_train_batch_size=2, max_length=512, bf16=True)
+    shape = model("smollm2-135m")
+    difference = peak(replace(one, gradient_accumulation_steps=2), "cpu", "smollm2-135m") - peak(
+        one, "cpu", "smollm2-135m"
+    )
+    assert difference == 4 * shape.parameters

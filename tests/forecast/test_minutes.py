@@ -108,3 +108,16 @@ def test_past_forecasts_are_told_with_their_errors(tmp_path: Path) -> None:
         "ended"
     )
     assert time == "no time forecasts on this machine yet"
+
+
+def test_the_utilisation_of_a_7b_says_nothing_of_a_small_model(tmp_path: Path) -> None:
+    run = Settings(instance="p5.48xlarge", nproc_per_node=8)
+    small = training_seconds(model("smollm2-135m"), run, 10**6, place_of(run), tmp_path)
+    assert small.seconds is None and "by a model of 134,515,008" in small.basis
+    assert training_seconds(model("llama2-7b"), run, 10**6, place_of(run), tmp_path).seconds
+
+
+def test_instance_price_is_of_the_machine_that_is_planned_for_and_of_no_other() -> None:
+    run = Settings(instance="trn1.2xlarge", instance_price=9.0, compare="trn1.32xlarge")
+    assert (place_of(run).price, place_of(run).price_basis) == (9.0, "INSTANCE_PRICE")
+    assert place_of(run, "trn1.32xlarge").price == MACHINES["trn1.32xlarge"].price
