@@ -2,9 +2,9 @@
 
     python -m stages.plan outputs/RUN STAGE:INPUTS:AFTER ...
 
-Arithmetic on config.json, the settings and the manifests on this machine. Nothing is downloaded,
-computed on a device or written, but for the trace of TRACE=1. Each figure has its basis; what is
-not known is said to be unknown.
+Arithmetic on config.json, the settings and the manifests on this machine. Nothing is started or
+written, and nothing but the config.json of a model on the Hub is fetched; TRACE=1 traces a step.
+Each figure has its basis; what is not known is said to be unknown.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from stages.model.size import bytes_written
 from stages.run.cli import with_exit_status
 from stages.run.cost import dollars
 from stages.run.disk import free_space
-from stages.run.errors import refuse
+from stages.run.errors import InputError, refuse
 from stages.run.manifest import manifest_of
 from stages.run.progress import duration, show_size
 from stages.run.provenance import provenance_now
@@ -58,12 +58,16 @@ def main(run_folder: Path, graph: tuple[str, ...], given: str) -> None:
 def lines(settings: Settings, run_folder: Path, graph: Graph) -> Iterator[str]:
     """The plan, line by line."""
     place, shape = place_of(settings), shape_here(settings)
+    problem = ""
+    if shape is None:
+        problem = _fetch_config(settings)
+        shape = shape_here(settings)
     stale = stale_stages(graph, run_folder, settings)
     known = "data" not in stale
     yield f"plan of {run_folder} on {place.name} ({place.device}, {place.backend} backend)"
     yield from _section("stages", _stages(settings, run_folder, graph, stale, place, shape))
     yield from _section("tokens", _tokens(settings, run_folder, known))
-    yield from _section("model", _model(settings, shape))
+    yield from _section("model", _model(settings, shape, problem))
     if shape is not None:
         measured = by_precompile(run_folder).peak_memory
         measured = measured if place.here and "precompile" not in stale else None
@@ -73,6 +77,17 @@ def lines(settings: Settings, run_folder: Path, graph: Graph) -> Iterator[str]:
     if settings.compare:
         yield from _section("compare", compare_lines(settings, run_folder, shape, known))
     yield from _section("so far", accuracy(run_folder.parent, place))
+
+
+def _fetch_config(settings: Settings) -> str:
+    """Fetch config.json of a model on the Hub, a few kB; returns why that failed, else nothing."""
+    from stages.model.base import config_folder
+
+    try:
+        config_folder(settings.model_id, settings.model_revision)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def _section(name: str, body: Iterator[str]) -> Iterator[str]:
@@ -150,12 +165,12 @@ def _tokens(settings: Settings, run_folder: Path, known: bool) -> Iterator[str]:
     yield f"{steps:,} steps = {how}; {steps * batch * settings.max_length:,} tokens trained on"
 
 
-def _model(settings: Settings, shape: Shape | None) -> Iterator[str]:
+def _model(settings: Settings, shape: Shape | None, problem: str) -> Iterator[str]:
     if shape is None:
-        yield (
-            f"unknown: the config.json of MODEL_ID={settings.model_id} is not on this machine "
-            "(`make data` fetches it), or of no architecture that is trained"
+        kind = (
+            f"MODEL_ID={settings.model_id}: its config.json is of no architecture that is trained"
         )
+        yield f"unknown, and with it memory and disk. {problem or kind}"
         return
     embeddings = 1 if shape.tied else 2
     yield (

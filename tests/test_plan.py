@@ -17,6 +17,7 @@ from stages.run.publish import work_folder
 from stages.run.setting import STAGES
 from stages.run.settings import Settings
 from tests.conftest import ROOT, Project
+from tests.doctor_checks import llama_7b
 
 GRAPH = {
     **{"data": [], "precompile": [], "train": ["data"], "consolidate": ["train"]},
@@ -54,6 +55,7 @@ def test_a_price_that_is_not_known_is_said_to_be_unknown(tmp_path: Path) -> None
 def test_machines_are_put_side_by_side(tmp_path: Path) -> None:
     said = plan(
         tmp_path,
+        model_id=llama_7b(tmp_path).model_id,
         compare="trn1.32xlarge p5.48xlarge trn2.48xlarge",
         backend="neuron",
         max_length=256,
@@ -61,7 +63,7 @@ def test_machines_are_put_side_by_side(tmp_path: Path) -> None:
     trainium, others, h100, _, trainium2, *_ = said.split("compare ")[1].splitlines()[1:]
     assert "21.5" in trainium and "7.1% of the peak, measured elsewhere" in trainium
     assert "AWS pre-trains" in others
-    assert "55.04" in h100 and "fits" in h100
+    assert "55.04" in h100 and "123 GB NOT in 85.5 GB" in h100
     assert trainium2.count("unknown") == 3 and "no utilisation of Trainium2 is known" in trainium2
 
 
@@ -121,3 +123,11 @@ def test_an_interrupted_training_goes_on_where_it_was(built: Project) -> None:
     shutil.rmtree(run / "train")
     (work_folder(run, "train", made_from) / "checkpoints" / "step-00000003").mkdir(parents=True)
     assert "missing; goes on at step 3 of " in built.make("plan", "RECIPE=tiny").stdout
+
+
+def test_a_model_whose_config_cannot_be_fetched_is_unknown_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    said = plan(tmp_path, model_id="someone/nothing", max_steps=10)
+    assert "unknown, and with it memory and disk. MODEL_ID=someone/nothing: " in said

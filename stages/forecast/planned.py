@@ -65,11 +65,11 @@ def rows_of(run_folder: Path) -> int | None:
 
 
 def tokens_of(settings: Settings, run_folder: Path) -> int | None:
-    """The tokens that train reads; None where the data stage has not published."""
+    """The tokens that train reads; None where they depend on data that are not published."""
     rows = rows_of(run_folder)
-    if rows is None:
+    if rows is None and settings.max_steps < 0:
         return None
-    return total_steps(settings, rows) * sequences_per_step(settings) * settings.max_length
+    return total_steps(settings, rows or 0) * sequences_per_step(settings) * settings.max_length
 
 
 def planned(stage: str, settings: Settings, run_folder: Path) -> dict[str, float | None]:
@@ -110,7 +110,8 @@ def estimate(
         measured = by_precompile(run_folder).seconds
         if measured is not None and place.here and not {"data", "precompile"} & set(stale):
             return Estimate(measured, "as precompile measured its first steps in this run")
-        tokens = tokens_of(settings, run_folder) if "data" not in stale else None
+        known = "data" not in stale or settings.max_steps > 0
+        tokens = tokens_of(settings, run_folder) if known else None
         return training_seconds(shape, settings, tokens, place, run_folder.parent)
     return stage_seconds(stage, run_folder.name, shape, place, run_folder.parent)
 
