@@ -18,8 +18,7 @@ from threading import Event, Thread
 
 from stages.run.cost import dollars, hourly_price, instance_type
 from stages.run.errors import InputError, StageFailure, Stopped
-from stages.run.json_file import write_json
-from stages.run.layout import STOP_FILE
+from stages.run.layout import REHEARSAL_FOLDER, REHEARSAL_REPORT, STOP_FILE
 from stages.run.manifest import manifest_of
 from stages.run.progress import duration
 from stages.run.settings import Settings
@@ -45,13 +44,19 @@ class Spent:
 
 
 def spent(work: Path, run_folder: Path) -> Spent:
-    """What the run in `run_folder` took up to now, with all starts of the training in `work`."""
+    """What the run in `run_folder` took up to now, with its last rehearsal and all starts of the
+    training in `work`."""
     manifests = [manifest_of(run_folder / stage) or {} for stage in BEFORE_TRAIN]
+    before = sum(float(one.get("seconds") or 0.0) for one in manifests)
+    rehearsed = _seconds_in(run_folder / REHEARSAL_FOLDER / REHEARSAL_REPORT)
+    return Spent(before + rehearsed, _seconds_in(work / SPENT_FILE))
+
+
+def _seconds_in(file: Path) -> float:
     try:
-        training = float(json.loads((work / SPENT_FILE).read_bytes())["seconds"])
+        return float(json.loads(file.read_bytes())["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
-        training = 0.0
-    return Spent(sum(float(one.get("seconds") or 0.0) for one in manifests), training)
+        return 0.0
 
 
 def limit_problems(settings: Settings) -> Iterator[str]:
@@ -79,6 +84,12 @@ def require_within(settings: Settings, so_far: Spent, planned: float | None) -> 
     remedy = "Raise it, or train fewer steps (MAX_STEPS, NUM_TRAIN_EPOCHS)."
     if limit := reached(settings, so_far):
         raise InputError(f"{limit}: it is used up before this start. {remedy}")
+    if planned is None and (settings.budget or settings.deadline):
+        print(
+            "note: how long the training takes is not known, as precompile measured no step: it is "
+            "ended when it gets to its limit.",
+            flush=True,
+        )
     after = Spent(so_far.before, so_far.training + (planned or 0.0))
     if limit := reached(settings, after):
         raise InputError(
@@ -90,7 +101,8 @@ def require_within(settings: Settings, so_far: Spent, planned: float | None) -> 
 @contextmanager
 def limited(settings: Settings, work: Path, run_folder: Path) -> Iterator[None]:
     """Within it the training in `work` is counted, and ended at a limit or at EC2's notice."""
-    (work / STOP_FILE).unlink(missing_ok=True)
+    for left in (STOP_FILE, f"{STOP_FILE}.writing"):  # by a former start
+        (work / left).unlink(missing_ok=True)
     watch = _Watch(settings, work, spent(work, run_folder))
     thread = Thread(target=watch.until_ended, name="limits", daemon=True)
     thread.start()
@@ -142,13 +154,20 @@ class _Watch:
         return Spent(self._before.before, self._before.training + seconds)
 
     def _write(self) -> None:
-        if self._work.is_dir():  # else it is published
-            write_json(self._work / SPENT_FILE, {"seconds": round(self._so_far().training, 3)})
+        text = json.dumps({"seconds": round(self._so_far().training, 3)})
+        self._put(SPENT_FILE, text)
 
     def _stop(self, error: StageFailure) -> None:
-        beside = self._work / f"{STOP_FILE}.writing"
-        beside.write_text(f"{type(error).__name__}\n{error}", encoding="utf-8")
-        beside.replace(self._work / STOP_FILE)
+        self._put(STOP_FILE, f"{type(error).__name__}\n{error}")
+
+    def _put(self, name: str, text: str) -> None:
+        """Write a file of the work folder in one step: a kill leaves the former whole."""
+        beside = self._work / f"{name}.writing"
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(self._work / name)
+        except OSError:  # a full disk: the next turn of the watch tries again
+            beside.unlink(missing_ok=True)
 
 
 def _metadata_address() -> str:
