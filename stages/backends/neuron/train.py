@@ -92,7 +92,8 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Stag
         "first_step": first,
         "graphs_compiled": compiled,
     }
-    tokens = (steps - first) * settings.max_length * sequences_per_step(settings)
+    # Of all starts, as the seconds that publish counts.
+    tokens = steps * settings.max_length * sequences_per_step(settings)
     return StageResult(
         device=device_name(), tokens=tokens, metrics=metrics, unkeyed=(METRICS_FILE,)
     )
