@@ -5,12 +5,13 @@ Standard library only, and nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from stages.run.manifest import manifest_of
 from stages.run.progress import duration, show_size
+from stages.run.provenance import accepted
 
 
 def outcome(manifest: dict[str, Any]) -> str:
@@ -49,6 +50,18 @@ def published(run: Path, stages: Iterable[str]) -> dict[str, dict[str, Any]]:
     """The manifests of a run by stage."""
     found = {stage: manifest_of(run / stage) for stage in stages}
     return {stage: manifest for stage, manifest in found.items() if manifest is not None}
+
+
+def of_other_inputs(
+    manifests: dict[str, dict[str, Any]],
+) -> Iterator[tuple[str, str, str, str]]:
+    """Stage, input, and the input's content then and now, of each stage that was made from another
+    output than its input has now, and was not adopted since."""
+    for stage, manifest in manifests.items():
+        for name, content in accepted(manifest)["inputs"].items():
+            now = manifests.get(name, {}).get("content")
+            if now and now != content:
+                yield stage, name, content, now
 
 
 def runs_of(outputs: Path, stages: Iterable[str]) -> list[Path]:

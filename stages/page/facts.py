@@ -41,7 +41,7 @@ class Facts:
     answers: list[dict[str, Any]]
 
     def metrics(self, stage: str) -> dict[str, Any]:
-        return self.manifests.get(stage, {}).get("metrics", {})
+        return self.manifests.get(stage, {}).get("metrics") or {}
 
     def settings(self, stage: str) -> dict[str, Any]:
         """The settings that the stage's output was made from."""

@@ -46,8 +46,10 @@ def render(facts: Facts, nonce: str = "") -> str:
         size=_size(facts),
         planned=[*_planned(facts)],
         settings=_grouped((stage, facts.settings(stage)) for stage in _shaped(facts)),
-        versions=_grouped((stage, made["versions"]) for stage, made in facts.manifests.items()),
-        seconds=sum(made["seconds"] for made in facts.manifests.values()),
+        versions=_grouped(
+            (stage, made.get("versions") or {}) for stage, made in facts.manifests.items()
+        ),
+        seconds=sum(made.get("seconds") or 0.0 for made in facts.manifests.values()),
         dollars=_dollars(facts),
         most_points=MOST_POINTS,
         most_answers=ANSWERS_SHOWN,
@@ -105,9 +107,9 @@ def _planned(facts: Facts) -> Iterator[tuple[str, str, str, str, str]]:
     forms = {"seconds": ("time", duration), "peak_memory_bytes": ("peak memory", show_size)}
     expected = facts.metrics("precompile").get("train_seconds_expected")
     for stage, made in facts.manifests.items():
-        forecasts = [(name, made.get("forecast", {}).get(name) or {}, "") for name in forms]
+        forecasts = [(name, (made.get("forecast") or {}).get(name) or {}, "") for name in forms]
         if stage == "train" and expected:
-            pair = {"planned": expected, "measured": made["seconds"]}
+            pair = {"planned": expected, "measured": made.get("seconds")}
             forecasts.append(("seconds", pair, ", by precompile"))
         for name, pair, basis in forecasts:
             planned, measured = pair.get("planned"), pair.get("measured")
@@ -125,7 +127,7 @@ def _planned(facts: Facts) -> Iterator[tuple[str, str, str, str, str]]:
 
 def _dollars(facts: Facts) -> str:
     """What the stages cost together, as far as their price was known."""
-    paid = [made["usd"] for made in facts.manifests.values() if made["usd"] is not None]
+    paid = [usd for made in facts.manifests.values() if (usd := made.get("usd")) is not None]
     if not paid:
         return ""
     unknown = len(facts.manifests) - len(paid)
