@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import click
 
 from stages.backends.schedule import data_parallel_size, sequences_per_step, total_steps
 from stages.forecast.accuracy import accuracy
-from stages.forecast.fits import in_all, need_of, smallest_change
+from stages.forecast.fits import EDGE, in_all, need_of, verdict
 from stages.forecast.machine import Place, place_of
 from stages.forecast.minutes import (
     UTILISATIONS,
@@ -34,7 +35,7 @@ from stages.run.cli import with_exit_status
 from stages.run.cost import dollars
 from stages.run.disk import free_space
 from stages.run.errors import refuse
-from stages.run.machines import MACHINES, PRICES_OF, REGION
+from stages.run.machines import MACHINES, OLDEST_DAYS, PRICES_OF, REGION
 from stages.run.manifest import manifest_of
 from stages.run.progress import duration, show_size
 from stages.run.provenance import provenance_now
@@ -46,9 +47,6 @@ HOST_STAGES = {
     "torch": ("data", "consolidate"),
     "neuron": ("data", "consolidate", "compile-inference"),
 }
-# Of a memory, what a forecast may take and be said to fit: the benchmark's worst was 16% too low
-# (tests/benchmarks/results/2026-11-28-forecasts.md).
-EDGE = 0.84
 # neuronx-cc on an 8B was killed with the 32 GB of a trn1.2xlarge (aws-neuron-sdk, issue 1222).
 COMPILER_HOST, COMPILER_PARAMETERS = 32 * 2**30, 7_000_000_000
 
@@ -114,11 +112,17 @@ def _stages(
             continue
         state = "missing" if manifest_of(run_folder / stage) is None else "stale"
         time = estimate(stage, settings, run_folder, place, shape, "data" not in stale)
+        rest = None
+        if stage == "train" and not stale.keys() & set(graph["train"]):
+            rest = _partly_done(settings, run_folder, graph)
+        if rest and time.seconds is not None:
+            left = time.seconds * (1 - rest[0] / rest[1])
+            time = Estimate(left, f"{time.basis}, of the steps that remain")
         total += time.seconds or 0
         unknown += [stage] if time.seconds is None else []
         reason = "" if state == "missing" else f": {'; '.join(stale[stage])}"
-        if stage == "train" and not stale.keys() & set(graph["train"]):
-            reason += _partly_done(settings, run_folder, graph)
+        if rest:
+            reason += "; goes on at step {:,} of {:,}".format(*rest)
         yield f"{stage:<18} {state}{reason}"
         yield f"{'':<18}   {_cost(time.seconds, place)} ({time.basis})"
     if stale and total:
@@ -133,16 +137,17 @@ def _cost(seconds: float | None, place: Place) -> str:
     return f"{duration(seconds)}{price}"
 
 
-def _partly_done(settings: Settings, run_folder: Path, graph: Graph) -> str:
-    """Where a training that was interrupted goes on; empty where none was."""
+def _partly_done(settings: Settings, run_folder: Path, graph: Graph) -> tuple[int, int] | None:
+    """The step at which a training that was interrupted goes on, and its last; None where none
+    was."""
     inputs = {name: run_folder / name for name in graph["train"]}
     made_from, _ = provenance_now("train", settings, inputs, manifest_of(run_folder / "train"))
     folder = work_folder(run_folder, "train", made_from) / "checkpoints"
     steps = [int(path.name[5:]) for path in folder.glob("step-*") if path.name[5:].isdigit()]
     rows = rows_of(run_folder)
     if not steps or rows is None:
-        return ""
-    return f"; goes on at step {max(steps):,} of {total_steps(settings, rows):,}"
+        return None
+    return max(steps), total_steps(settings, rows)
 
 
 def _tokens(settings: Settings, run_folder: Path, known: bool) -> Iterator[str]:
@@ -199,7 +204,7 @@ def _memory(settings: Settings, shape: Shape, place: Place) -> Iterator[str]:
     total = in_all(need, settings, place)
     ranks = f" x {settings.nproc_per_node} ranks" if place.device == "cpu" else " of a rank"
     yield f"{'in all' + ranks:<22} {show_size(total):>8}  {need.moment}"
-    yield _verdict(settings, shape, place, total)
+    yield verdict(settings, shape, place, total)
     yield (
         f"with GRADIENT_CHECKPOINTING={int(not settings.gradient_checkpointing)} a rank has "
         f"{show_size(need_of(shape, _other(settings), place).bytes)} (arithmetic)"
@@ -214,21 +219,6 @@ def _memory(settings: Settings, shape: Shape, place: Place) -> Iterator[str]:
 
 def _other(settings: Settings) -> Settings:
     return replace(settings, gradient_checkpointing=not settings.gradient_checkpointing)
-
-
-def _verdict(settings: Settings, shape: Shape, place: Place, total: int) -> str:
-    if place.device_memory is None:
-        return "whether that fits is unknown: so is this device's memory"
-    of = f"{show_size(place.device_memory)} of {place.name}'s {place.device}"
-    if place.machine and settings.nproc_per_node > place.machine.cores and place.device != "cpu":
-        return f"NPROC_PER_NODE={settings.nproc_per_node} is above its {place.machine.cores} cores"
-    if total <= place.device_memory:
-        near = f"MAY NOT FIT {of}: forecasts were up to {1 - EDGE:.0%} too low"
-        return near if total > EDGE * place.device_memory else f"fits {of}"
-    change = smallest_change(shape, settings, place)
-    return f"DOES NOT FIT {of}. " + (
-        f"The smallest change: {change}" if change else "No change of the settings makes it fit."
-    )
 
 
 def _disk(settings: Settings, shape: Shape, place: Place, run_folder: Path) -> Iterator[str]:
@@ -247,6 +237,8 @@ def _price(
 ) -> Iterator[str]:
     price = f"{place.price:g} USD/h" if place.price else "USD/h"
     yield f"{price}: {place.price_basis} ({REGION}, read {PRICES_OF})"
+    if (date.today() - date.fromisoformat(PRICES_OF)).days > OLDEST_DAYS:
+        yield f"that is more than {OLDEST_DAYS} days ago: set INSTANCE_PRICE to what it is now"
     if place.machine and place.machine.spot:
         low, high = place.machine.spot
         yield f"spot was seen from {low} to {high} USD/h; nothing here rests on it"
@@ -270,22 +262,22 @@ def _price(
 def _compare(
     settings: Settings, run_folder: Path, shape: Shape | None, known: bool
 ) -> Iterator[str]:
-    yield f"{'':<16}{'memory of a rank':<22}{'tokens/s':>9}{'USD/h':>8}{'USD/M tokens':>14}  basis"
+    yield f"{'':<16}{'memory of a rank':<29}{'tokens/s':>9}{'USD/h':>8}{'USD/M tokens':>14}  basis"
     for name in settings.compare.split():
         place = place_of(settings, name)
         memory = "unknown"
         if shape is not None:
             need = need_of(shape, settings, place).bytes
-            fits = place.device_memory is None or need <= place.device_memory
-            has = show_size(place.device_memory or 0)
-            memory = f"{show_size(need)} {'fits' if fits else 'NOT in'} {has}"
-        time = training_seconds(shape, settings, 10**6, place, run_folder.parent)
-        speed = f"{1e6 / time.seconds:,.0f}" if time.seconds else "unknown"
-        each = dollars(time.seconds, place.price) if time.seconds and place.price else None
+            has = place.device_memory or 0
+            near = "MAY NOT fit" if need <= has else "NOT in"
+            memory = f"{show_size(need)} {'fits' if need <= EDGE * has else near} {show_size(has)}"
+        time = training_seconds(shape, settings, 10**9, place, run_folder.parent)
+        speed = f"{1e9 / time.seconds:,.0f}" if time.seconds else "unknown"
+        each = dollars(time.seconds, place.price) / 1000 if time.seconds and place.price else None
         price = f"{place.price:g}" if place.price else "unknown"
         yield (
-            f"{name:<16}{memory:<22}{speed:>9}{price:>8}"
-            f"{f'{each:.2f}' if each is not None else 'unknown':>14}  {time.basis}"
+            f"{name:<16}{memory:<29}{speed:>9}{price:>8}"
+            f"{f'{each:.3g}' if each is not None else 'unknown':>14}  {time.basis}"
         )
         device = MACHINES[name].device
         if device in UTILISATIONS:

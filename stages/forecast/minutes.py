@@ -92,9 +92,11 @@ def training_seconds(
         device = place.machine.device if place.machine else place.device
         return Estimate(None, f"no run here, and no utilisation of {device} is known")
     share, source, _ = UTILISATIONS[place.machine.device]
-    used = min(settings.nproc_per_node, place.machine.cores) / place.machine.cores
-    rate = share * place.machine.peak * 1e12 * place.machine.devices * used
-    return Estimate(flop / rate, f"{share:.1%} of the peak, measured elsewhere ({source})")
+    cores = place.machine.cores
+    used = min(settings.nproc_per_node, cores)
+    rate = share * place.machine.peak * 1e12 * place.machine.devices * used / cores
+    of = f"{share:.1%} of the peak of {used} of {cores} cores"
+    return Estimate(flop / rate, f"{of}, measured elsewhere ({source})")
 
 
 def _rates(
