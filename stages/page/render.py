@@ -32,7 +32,7 @@ def render(facts: Facts, nonce: str = "") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(text=_text, number=_number, time=duration)
+    environment.filters.update(text=_text, number=_number, time=_time)
     data = facts.metrics("data")
     return environment.get_template(TEMPLATE).render(
         facts=facts,
@@ -66,6 +66,10 @@ def _number(value: Any, digits: int = 0) -> str:
     if not isinstance(value, int | float):
         return "not measured"
     return f"{value:,.{digits}f}" if math.isfinite(value) else "infinite"
+
+
+def _time(value: Any) -> str:
+    return duration(value) if isinstance(value, int | float) else "not measured"
 
 
 def _plots(facts: Facts) -> Iterator[tuple[str, str]]:
