@@ -47,6 +47,7 @@ HOST_STAGES = {
     "torch": ("data", "consolidate"),
     "neuron": ("data", "consolidate", "compile-inference"),
 }
+REASONS = 5  # of a stale stage that are shown: another backend has dozens
 # neuronx-cc on an 8B was killed with the 32 GB of a trn1.2xlarge (aws-neuron-sdk, issue 1222).
 COMPILER_HOST, COMPILER_PARAMETERS = 32 * 2**30, 7_000_000_000
 
@@ -120,7 +121,9 @@ def _stages(
             time = Estimate(left, f"{time.basis}, of the steps that remain")
         total += time.seconds or 0
         unknown += [stage] if time.seconds is None else []
-        reason = "" if state == "missing" else f": {'; '.join(stale[stage])}"
+        more = f"; and {len(stale[stage]) - REASONS} more, see make why STAGE={stage}"
+        more = more if len(stale[stage]) > REASONS else ""
+        reason = "" if state == "missing" else f": {'; '.join(stale[stage][:REASONS])}{more}"
         if rest:
             reason += "; goes on at step {:,} of {:,}".format(*rest)
         yield f"{stage:<18} {state}{reason}"
