@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.forecast.fits import need_of, smallest_change, verdict
+from stages.forecast.fits import need_of, verdict
 from stages.forecast.machine import place_of
 from stages.forecast.planned import shape_here
 from stages.plan import lines
@@ -80,21 +80,6 @@ def test_near_the_edge_it_does_not_say_that_it_fits() -> None:
     for share, said in ((0.8, "fits "), (0.9, "MAY NOT FIT "), (1.1, "DOES NOT FIT ")):
         place = replace(place_of(run), device_memory=int(total / share))
         assert verdict(run, shape, place, total).startswith(said)
-
-
-def test_a_change_that_is_named_fits_for_sure() -> None:
-    run = Settings(device="cpu", backend="torch", nproc_per_node=1, max_length=2048)
-    run = replace(run, per_device_train_batch_size=16, gradient_checkpointing=False)
-    shape = shape_here(run)
-    assert shape is not None
-    gentle = need_of(shape, replace(run, gradient_checkpointing=True), place_of(run)).bytes
-    place = replace(place_of(run), device_memory=int(gentle / 0.9))  # checkpointing may not do
-    change = smallest_change(shape, run, place)
-    assert change.startswith("GRADIENT_CHECKPOINTING=1 PER_DEVICE_TRAIN_BATCH_SIZE=")
-    words = (word.split("=") for word in change.split())
-    changed = replace(run, **{name.lower(): int(value) for name, value in words})  # type: ignore[arg-type]
-    need = need_of(shape, changed, place).bytes
-    assert verdict(changed, shape, place, need).startswith("fits ")
 
 
 def test_a_misspelt_setting_is_refused_and_nothing_is_written(project: Project) -> None:
