@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from stages.run.layout import MANIFEST_FILE
 from stages.run.manifest import manifest_of
 from stages.run.progress import duration, show_size
 from stages.run.provenance import accepted
@@ -71,7 +72,7 @@ def runs_of(outputs: Path, stages: Iterable[str]) -> list[Path]:
         folder
         for folder in (outputs.iterdir() if outputs.is_dir() else ())
         if not folder.name.startswith(".")
-        and any((folder / name / "manifest.json").is_file() for name in names)
+        and any((folder / name / MANIFEST_FILE).is_file() for name in names)
     )
 
 
