@@ -79,7 +79,7 @@ def lines(settings: Settings, run_folder: Path, graph: Graph) -> Iterator[str]:
         yield from _section("disk", _disk(settings, shape, place, run_folder))
     yield from _section("price", _price(settings, place, run_folder, stale, shape))
     if settings.compare:
-        yield from _section("compare", _compare(settings, run_folder, shape, known))
+        yield from _section("compare", _compare(settings, run_folder, shape))
     yield from _section("so far", accuracy(run_folder.parent, place))
 
 
@@ -262,9 +262,7 @@ def _price(
     yield f"{', '.join(on_host)} need no accelerator: run them on a cheap machine{saved}"
 
 
-def _compare(
-    settings: Settings, run_folder: Path, shape: Shape | None, known: bool
-) -> Iterator[str]:
+def _compare(settings: Settings, run_folder: Path, shape: Shape | None) -> Iterator[str]:
     yield f"{'':<16}{'memory of a rank':<29}{'tokens/s':>9}{'USD/h':>8}{'USD/M tokens':>14}  basis"
     for name in settings.compare.split():
         place = place_of(settings, name)

@@ -138,7 +138,7 @@ def stage_seconds(
         where = (
             "it has not run on this machine" if place.here else f"nobody measured a {place.name}"
         )
-        return Estimate(None, f"{where}")
+        return Estimate(None, where)
     other = past[0]
     seconds = float(other.manifest["seconds"])
     if stage in _BY_WEIGHTS:

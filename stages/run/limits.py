@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ SPENT_FILE = "spent.json"  # in the work folder: {"seconds": of all starts of th
 POLL_SECONDS, WRITE_SECONDS, NOTICE_SECONDS = 0.5, 10.0, 5.0
 # The variable with which AWS's own libraries find another metadata service, as tests do.
 METADATA = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
+NOTICE = "/latest/meta-data/spot/instance-action"
 BEFORE_TRAIN = ("data", "precompile")
 
 
@@ -131,6 +133,13 @@ class _Watch:
     def until_ended(self) -> None:
         written = noticed = self._since
         address = _metadata_address()
+        if address and not answers(address):
+            print(
+                f"note: EC2's metadata service {address} does not answer: no notice that a spot "
+                "instance is taken away would be seen. In a container its hop limit must be 2.",
+                file=sys.stderr,
+                flush=True,
+            )
         while not self.ended.wait(POLL_SECONDS):
             now = time.monotonic()
             if now - written >= WRITE_SECONDS:
@@ -182,24 +191,36 @@ def spot_notice(address: str) -> str:
     """The time at which EC2 takes this instance away, as it says; empty where it does not.
 
     docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html: the document
-    is there from two minutes before. Its token is that of IMDSv2.
+    is there from two minutes before.
     """
-    import urllib.request  # 30 ms that only a training need spend
-
-    latest = f"{address}/latest"
-    ask = urllib.request.Request(
-        f"{latest}/api/token",
-        method="PUT",
-        headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"},
-    )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        token = opener.open(ask, timeout=2).read().decode()
-        notice = urllib.request.Request(
-            f"{latest}/meta-data/spot/instance-action",
-            headers={"X-aws-ec2-metadata-token": token},
-        )
-        said = json.loads(opener.open(notice, timeout=2).read())
-        return str(said["time"])
+        headers = {"X-aws-ec2-metadata-token": _token(address)}
+        return str(json.loads(_asked(f"{address}{NOTICE}", "GET", headers))["time"])
     except (OSError, ValueError, KeyError, TypeError):  # 404 until then
         return ""
+
+
+def answers(address: str) -> bool:
+    """Whether the metadata service gives a token, without which a notice is not seen."""
+    try:
+        return bool(_token(address))
+    except (OSError, ValueError):
+        return False
+
+
+def _token(address: str) -> str:
+    """The token of IMDSv2."""
+    seconds = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
+    return _asked(f"{address}/latest/api/token", "PUT", seconds)
+
+
+def _asked(url: str, method: str, headers: dict[str, str]) -> str:
+    import urllib.request  # 30 ms that only a training need spend
+    from http.client import HTTPException
+
+    request = urllib.request.Request(url, method=method, headers=headers)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        return str(opener.open(request, timeout=2).read().decode())
+    except HTTPException as error:  # an answer that is no HTTP
+        raise OSError(f"{url}: {error}") from error

@@ -127,6 +127,19 @@ def test_a_spot_instances_notice_ends_a_training_with_status_75(
     assert "at 2026-11-28T12:00:00Z" in str(error)
 
 
+def test_a_metadata_service_that_does_not_answer_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with metadata_service("") as address:
+        monkeypatch.setenv(METADATA, address)
+        with limited(Settings(), tmp_path, tmp_path):
+            pass
+    assert capsys.readouterr().err == ""
+    with limited(Settings(), tmp_path, tmp_path):  # nobody listens there any more
+        pass
+    assert f"{address} does not answer: no notice" in capsys.readouterr().err
+
+
 def test_no_notice_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with metadata_service("") as address:
         assert limits.spot_notice(address) == ""
