@@ -17,8 +17,9 @@ import click
 
 from stages.backends.schedule import data_parallel_size, sequences_per_step, total_steps
 from stages.forecast.accuracy import accuracy
-from stages.forecast.fits import in_all, need_of, smallest_change
+from stages.forecast.fits import in_all, need_of, verdict
 from stages.forecast.machine import Place, place_of
+from stages.forecast.minutes import Estimate
 from stages.forecast.parameters import Shape, trainable
 from stages.forecast.planned import by_precompile, config_here, estimate, rows_of, shape_here
 from stages.forecast.prices import compare_lines, price_lines
@@ -35,11 +36,9 @@ from stages.run.provenance import provenance_now
 from stages.run.publish import work_folder
 from stages.run.settings import Settings
 
+REASONS = 5  # of a stale stage that are shown: another backend has dozens
 # neuronx-cc on an 8B was killed with the 32 GB of a trn1.2xlarge (aws-neuron-sdk, issue 1222).
 COMPILER_HOST, COMPILER_PARAMETERS = 32 * 2**30, 7_000_000_000
-# Of a memory, what a forecast may take and be said to fit: the benchmark's worst was 16% too low
-# (tests/benchmarks/results/2026-11-28-forecasts.md).
-EDGE = 0.84
 
 
 @click.command(help=__doc__)
@@ -75,7 +74,7 @@ def lines(settings: Settings, run_folder: Path, graph: Graph) -> Iterator[str]:
         yield from _section("disk", _disk(settings, shape, place, run_folder))
     yield from _section("price", price_lines(settings, place, run_folder, stale, shape))
     if settings.compare:
-        yield from _section("compare", compare_lines(settings, run_folder, shape, known))
+        yield from _section("compare", compare_lines(settings, run_folder, shape))
     yield from _section("so far", accuracy(run_folder.parent, place))
 
 
@@ -110,11 +109,19 @@ def _stages(
             continue
         state = "missing" if manifest_of(run_folder / stage) is None else "stale"
         time = estimate(stage, settings, run_folder, place, shape, stale)
+        rest = None
+        if stage == "train" and not stale.keys() & set(graph["train"]):
+            rest = _partly_done(settings, run_folder, graph)
+        if rest and time.seconds is not None:
+            left = time.seconds * (1 - rest[0] / rest[1])
+            time = Estimate(left, f"{time.basis}, of the steps that remain")
         total += time.seconds or 0
         unknown += [stage] if time.seconds is None else []
-        reason = "" if state == "missing" else f": {'; '.join(stale[stage])}"
-        if stage == "train" and not stale.keys() & set(graph["train"]):
-            reason += _partly_done(settings, run_folder, graph)
+        more = f"; and {len(stale[stage]) - REASONS} more, see make why STAGE={stage}"
+        more = more if len(stale[stage]) > REASONS else ""
+        reason = "" if state == "missing" else f": {'; '.join(stale[stage][:REASONS])}{more}"
+        if rest:
+            reason += "; goes on at step {:,} of {:,}".format(*rest)
         yield f"{stage:<18} {state}{reason}"
         yield f"{'':<18}   {_cost(time.seconds, place)} ({time.basis})"
     if stale and total:
@@ -129,16 +136,17 @@ def _cost(seconds: float | None, place: Place) -> str:
     return f"{duration(seconds)}{price}"
 
 
-def _partly_done(settings: Settings, run_folder: Path, graph: Graph) -> str:
-    """Where a training that was interrupted goes on; empty where none was."""
+def _partly_done(settings: Settings, run_folder: Path, graph: Graph) -> tuple[int, int] | None:
+    """The step at which a training that was interrupted goes on, and its last; None where none
+    was."""
     inputs = {name: run_folder / name for name in graph["train"]}
     made_from, _ = provenance_now("train", settings, inputs, manifest_of(run_folder / "train"))
     folder = work_folder(run_folder, "train", made_from) / "checkpoints"
     steps = [int(path.name[5:]) for path in folder.glob("step-*") if path.name[5:].isdigit()]
     rows = rows_of(run_folder)
     if not steps or rows is None:
-        return ""
-    return f"; goes on at step {max(steps):,} of {total_steps(settings, rows):,}"
+        return None
+    return max(steps), total_steps(settings, rows)
 
 
 def _tokens(settings: Settings, run_folder: Path, known: bool) -> Iterator[str]:
@@ -198,7 +206,7 @@ def _memory(settings: Settings, shape: Shape, place: Place, measured: int | None
     if measured is not None:
         total = round(total * measured / need.bytes)
         yield f"{'':<22} {show_size(total):>8}  measured by precompile in this run"
-    yield _verdict(settings, shape, place, total)
+    yield verdict(settings, shape, place, total)
     yield (
         f"with GRADIENT_CHECKPOINTING={int(not settings.gradient_checkpointing)} a rank has "
         f"{show_size(need_of(shape, _other(settings), place).bytes)} (arithmetic)"
@@ -213,21 +221,6 @@ def _memory(settings: Settings, shape: Shape, place: Place, measured: int | None
 
 def _other(settings: Settings) -> Settings:
     return replace(settings, gradient_checkpointing=not settings.gradient_checkpointing)
-
-
-def _verdict(settings: Settings, shape: Shape, place: Place, total: int) -> str:
-    if place.device_memory is None:
-        return "whether that fits is unknown: so is this device's memory"
-    of = f"{show_size(place.device_memory)} of {place.name}'s {place.device}"
-    if place.machine and settings.nproc_per_node > place.machine.cores and place.device != "cpu":
-        return f"NPROC_PER_NODE={settings.nproc_per_node} is above its {place.machine.cores} cores"
-    if total <= place.device_memory:
-        near = f"MAY NOT FIT {of}: forecasts were up to {1 - EDGE:.0%} too low"
-        return near if total > EDGE * place.device_memory else f"fits {of}"
-    change = smallest_change(shape, settings, place)
-    return f"DOES NOT FIT {of}. " + (
-        f"The smallest change: {change}" if change else "No change of the settings makes it fit."
-    )
 
 
 def _disk(settings: Settings, shape: Shape, place: Place, run_folder: Path) -> Iterator[str]:

@@ -26,14 +26,13 @@ from stages.run.cli import stage_command
 from stages.run.cost import cost_of
 from stages.run.errors import InputError, StageFailure, refuse
 from stages.run.json_file import write_json
-from stages.run.layout import RECORD_FILE
+from stages.run.layout import RECORD_FILE, REHEARSAL_FOLDER, REHEARSAL_REPORT
 from stages.run.lock import locked
 from stages.run.settings import Settings
 
 if TYPE_CHECKING:
     from stages.backends.band import Deviation
 
-FOLDER = "rehearsal"  # in outputs/RUN
 QUESTION = "What is a rehearsal?"
 # What the reference has, whatever the run's layout.
 ALONE: dict[str, Any] = {
@@ -63,20 +62,20 @@ def rehearse(settings: Settings, data: Path) -> None:
 
     Raises StageFailure at the first step that is out of band, InputError where a stage refuses.
     """
-    folder, started = data.parent / FOLDER, time.monotonic()
+    folder, started = data.parent / REHEARSAL_FOLDER, time.monotonic()
     with locked(folder, "rehearse"):
         run = in_small(settings, folder)
         _require_all(run)
         # Of another device or machine it would be up to date too, and is what is rehearsed here.
         shutil.rmtree(folder / "run", ignore_errors=True)
-        (folder / "report.json").unlink(missing_ok=True)
+        (folder / REHEARSAL_REPORT).unlink(missing_ok=True)
         reference, facts, deviations = _compare(settings, run, data, folder)
         if not deviations:
             published = _consolidate(run, folder / "run")
             deviations = _compare_published(run, facts, reference, published)
         cost = cost_of(time.monotonic() - started, settings)
         out = [one._asdict() for one in deviations]
-        write_json(folder / "report.json", {**facts, "out_of_band": out, **cost})
+        write_json(folder / REHEARSAL_REPORT, {**facts, "out_of_band": out, **cost})
         if deviations:
             from stages.backends.band import told
 
@@ -113,7 +112,9 @@ def _compare(
     steps = min(map(len, records)) - 1
     if steps < settings.rehearsal_steps:
         print(f"rehearsal: {steps} steps in REHEARSAL_MINUTES={settings.rehearsal_minutes:g}")
-    facts = {"steps": steps, "tensors": len(records[-1][1]["gradients"])}
+    # Of the device's tensors, some may have no counterpart by name (optimum-neuron).
+    compared = records[0][1]["gradients"].keys() & records[-1][1]["gradients"].keys()
+    facts = {"steps": steps, "tensors": len(compared)}
     return folder / names[0], facts, out_of_band(*records)
 
 
@@ -200,6 +201,8 @@ def in_small(settings: Settings, folder: Path) -> Settings:
         rehearse=False,
         tracker="none",
         keep_shards=True,
+        budget=0.0,  # its own time is the run's, and counted there
+        deadline="",
     )
 
 

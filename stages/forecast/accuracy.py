@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from stages.forecast.fits import EDGE
 from stages.forecast.machine import Place
 from stages.run.manifest import manifest_of
 
@@ -33,9 +34,9 @@ def accuracy(outputs: Path, place: Place) -> Iterator[str]:
 
 
 def _wrong_fits(pairs: list[tuple[float, float]], memory: int) -> str:
-    """How many trainings ended although their forecast was above `memory` bytes. One that was
-    killed for want of it left no manifest."""
-    wrong = sum(planned > memory >= measured for planned, measured in pairs)
+    """How many were said to fit `memory` bytes and took more. One that was killed for want of it
+    left no manifest."""
+    wrong = sum(planned <= EDGE * memory and memory < measured for planned, measured in pairs)
     return f", {wrong or 'no'} wrong fit{'s' if wrong > 1 else ''} among those that ended"
 
 

@@ -9,7 +9,12 @@ from typing import Any
 from stages.forecast.machine import Place
 from stages.forecast.memory import Need, neuron_memory, training_memory
 from stages.forecast.parameters import Shape
+from stages.run.progress import show_size
 from stages.run.settings import Settings
+
+# Of a memory, what a forecast may take and be said to fit: the benchmark's worst was 16% too low
+# (tests/benchmarks/results/2026-11-28-forecasts.md).
+EDGE = 0.84
 
 
 def need_of(shape: Shape, settings: Settings, place: Place, traced: int | None = None) -> Need:
@@ -24,13 +29,30 @@ def in_all(need: Need, settings: Settings, place: Place) -> int:
     return need.bytes * (settings.nproc_per_node if place.device == "cpu" else 1)
 
 
+def verdict(settings: Settings, shape: Shape, place: Place, total: int) -> str:
+    """Whether `total` bytes fit the memory of `place`, and what would where they do not."""
+    if place.device_memory is None:
+        return "whether that fits is unknown: so is this device's memory"
+    of = f"{show_size(place.device_memory)} of {place.name}'s {place.device}"
+    if place.machine and settings.nproc_per_node > place.machine.cores and place.device != "cpu":
+        return f"NPROC_PER_NODE={settings.nproc_per_node} is above its {place.machine.cores} cores"
+    if total <= place.device_memory:
+        near = f"MAY NOT FIT {of}: forecasts were up to {1 - EDGE:.0%} too low"
+        return near if total > EDGE * place.device_memory else f"fits {of}"
+    change = smallest_change(shape, settings, place)
+    return f"DOES NOT FIT {of}. " + (
+        f"The smallest change: {change}" if change else "No change of the settings makes it fit."
+    )
+
+
 def smallest_change(shape: Shape, settings: Settings, place: Place) -> str:
     """The first of the changes below with which the training fits, as settings; empty for none."""
     if place.device_memory is None:
         return ""
     for change in _changes(shape, settings, place):
         changed = replace(settings, **change)
-        if in_all(need_of(shape, changed, place), changed, place) <= place.device_memory:
+        total = in_all(need_of(shape, changed, place), changed, place)
+        if changed.max_length and total <= EDGE * place.device_memory:
             return " ".join(f"{name.upper()}={int(value)}" for name, value in change.items())
     return ""
 

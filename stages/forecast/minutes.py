@@ -97,9 +97,11 @@ def training_seconds(
     if not LEAST <= shape.parameters <= MOST:
         return Estimate(None, f"no utilisation by a model of {shape.parameters:,} is known")
     share, source, _ = UTILISATIONS[place.machine.device]
-    used = min(settings.nproc_per_node, place.machine.cores) / place.machine.cores
-    rate = share * place.machine.peak * 1e12 * place.machine.devices * used
-    return Estimate(flop / rate, f"{share:.1%} of the peak, measured elsewhere ({source})")
+    cores = place.machine.cores
+    used = min(settings.nproc_per_node, cores)
+    rate = share * place.machine.peak * 1e12 * place.machine.devices * used / cores
+    of = f"{share:.1%} of the peak of {used} of {cores} cores"
+    return Estimate(flop / rate, f"{of}, measured elsewhere ({source})")
 
 
 def _rates(
@@ -141,7 +143,7 @@ def stage_seconds(
         where = (
             "it has not run on this machine" if place.here else f"nobody measured a {place.name}"
         )
-        return Estimate(None, f"{where}")
+        return Estimate(None, where)
     other = past[0]
     seconds = float(other.manifest["seconds"])
     if stage in _BY_WEIGHTS:

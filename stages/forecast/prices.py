@@ -3,16 +3,17 @@ only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from datetime import date
 from pathlib import Path
 
-from stages.forecast.fits import need_of
+from stages.forecast.fits import EDGE, need_of
 from stages.forecast.machine import Place, place_of
 from stages.forecast.minutes import UTILISATIONS, training_seconds
 from stages.forecast.parameters import Shape
 from stages.forecast.planned import estimate
 from stages.run.cost import dollars
-from stages.run.machines import MACHINES, PRICES_OF, REGION
+from stages.run.machines import MACHINES, OLDEST_DAYS, PRICES_OF, REGION
 from stages.run.progress import duration, show_size
 from stages.run.settings import Settings
 
@@ -27,11 +28,13 @@ def price_lines(
     settings: Settings,
     place: Place,
     run_folder: Path,
-    stale: dict[str, list[str]],
+    stale: Collection[str],
     shape: Shape | None,
 ) -> Iterator[str]:
     price = f"{place.price:g} USD/h" if place.price else "USD/h"
     yield f"{price}: {place.price_basis} ({REGION}, read {PRICES_OF})"
+    if (date.today() - date.fromisoformat(PRICES_OF)).days > OLDEST_DAYS:
+        yield f"that is more than {OLDEST_DAYS} days ago: set INSTANCE_PRICE to what it is now"
     if place.machine and place.machine.spot:
         low, high = place.machine.spot
         yield f"spot was seen from {low} to {high} USD/h; nothing here rests on it"
@@ -52,25 +55,23 @@ def price_lines(
     yield f"{', '.join(on_host)} need no accelerator: run them on a cheap machine{saved}"
 
 
-def compare_lines(
-    settings: Settings, run_folder: Path, shape: Shape | None, known: bool
-) -> Iterator[str]:
-    yield f"{'':<16}{'memory of a rank':<22}{'tokens/s':>9}{'USD/h':>8}{'USD/M tokens':>14}  basis"
+def compare_lines(settings: Settings, run_folder: Path, shape: Shape | None) -> Iterator[str]:
+    yield f"{'':<16}{'memory of a rank':<29}{'tokens/s':>9}{'USD/h':>8}{'USD/M tokens':>14}  basis"
     for name in settings.compare.split():
         place = place_of(settings, name)
         memory = "unknown"
         if shape is not None:
             need = need_of(shape, settings, place).bytes
-            fits = place.device_memory is None or need <= place.device_memory
-            has = show_size(place.device_memory or 0)
-            memory = f"{show_size(need)} {'fits' if fits else 'NOT in'} {has}"
-        time = training_seconds(shape, settings, 10**6, place, run_folder.parent)
-        speed = f"{1e6 / time.seconds:,.0f}" if time.seconds else "unknown"
-        each = dollars(time.seconds, place.price) if time.seconds and place.price else None
+            has = place.device_memory or 0
+            near = "MAY NOT fit" if need <= has else "NOT in"
+            memory = f"{show_size(need)} {'fits' if need <= EDGE * has else near} {show_size(has)}"
+        time = training_seconds(shape, settings, 10**9, place, run_folder.parent)
+        speed = f"{1e9 / time.seconds:,.0f}" if time.seconds else "unknown"
+        each = dollars(time.seconds, place.price) / 1000 if time.seconds and place.price else None
         price = f"{place.price:g}" if place.price else "unknown"
         yield (
-            f"{name:<16}{memory:<22}{speed:>9}{price:>8}"
-            f"{f'{each:.2f}' if each is not None else 'unknown':>14}  {time.basis}"
+            f"{name:<16}{memory:<29}{speed:>9}{price:>8}"
+            f"{f'{each:.3g}' if each is not None else 'unknown':>14}  {time.basis}"
         )
         device = MACHINES[name].device
         if device in UTILISATIONS:

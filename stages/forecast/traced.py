@@ -38,13 +38,22 @@ def traced_bytes(settings: Settings, config: Path, place: Place, make: bool = Fa
     file = TRACES / f"{_key(settings, config, place)}.json"
     try:
         if make and not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, _trace(settings, config, place))
-        found = json.loads(file.read_bytes())
+            found = _trace(settings, config, place)
+            _keep(file, found)
+        else:
+            found = json.loads(file.read_bytes())
         kinds = {name.rpartition(".")[2]: int(count) for name, count in found.items()}
         return None if kinds["GRAD"] else kinds["ACT"] + kinds["TEMP"]
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
+
+
+def _keep(file: Path, found: dict[str, int]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, found)
+    except OSError as error:
+        print(f"note: the trace is not kept: {file}: {error.strerror}", file=sys.stderr)
 
 
 def _key(settings: Settings, config: Path, place: Place) -> str:

@@ -1,1 +1,1 @@
-"""What make itself starts: plan, help, verify. Standard library only."""
+"""What make itself starts: stale stages, status, history, help, verify. Standard library only."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from stages.run.errors import InputError
 from stages.run.lock import locked
@@ -21,10 +22,9 @@ def adopt(stage: str, settings: Settings, inputs: list[str], run_folder: Path) -
     Raises InputError where there is nothing to accept, or files are not as they were published.
     """
     output = run_folder / stage
+    _published(output)  # before the lock, which would make the folder of a run that is none
     with locked(run_folder, f"adopt {stage}"):
-        published = manifest_of(output)
-        if published is None:
-            raise InputError(f"{output}: {manifest_problem(output)}. There is nothing to adopt.")
+        published = _published(output)
         if damaged := file_problems(published, output):
             raise InputError(f"{output}: {'; '.join(damaged)}. Make it again instead.")
         folders = {name: run_folder / name for name in inputs}
@@ -41,3 +41,10 @@ def adopt(stage: str, settings: Settings, inputs: list[str], run_folder: Path) -
         )
         rewrite_manifest(output, {**published, "seen": seen})
     return reasons
+
+
+def _published(output: Path) -> dict[str, Any]:
+    manifest = manifest_of(output)
+    if manifest is None:
+        raise InputError(f"{output}: {manifest_problem(output)}. There is nothing to adopt.")
+    return manifest

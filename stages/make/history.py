@@ -8,7 +8,6 @@ Both read manifests alone, and write nothing. Standard library only.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from stages.make.results import dollars, facts, finished, outcome, published, took
 from stages.run.layout import HISTORY_FOLDER
-from stages.run.manifest import manifest_of
+from stages.run.manifest import manifest_in, manifest_of
 from stages.run.provenance import differences
 
 OUTPUTS = Path("outputs")
@@ -74,12 +73,11 @@ def _replaced(run: Path, stage: str) -> list[dict[str, Any]]:
     """The manifests of a stage's former outputs that can be read, the oldest first."""
     found = []
     for file in (run / HISTORY_FOLDER / stage).glob("*.json"):
-        try:
-            manifest = json.loads(file.read_bytes())
-            manifest["provenance"]["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        found.append(((str(manifest.get("finished")), file.stat().st_mtime_ns), manifest))
+        manifest = manifest_in(file)
+        if manifest is None:
+            print(f"note: {file} is damaged, and left out", file=sys.stderr)
+        else:
+            found.append(((str(manifest.get("finished")), file.stat().st_mtime_ns), manifest))
     return [manifest for _, manifest in sorted(found, key=lambda one: one[0])]
 
 

@@ -5,12 +5,14 @@ Standard library only, and nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from stages.run.layout import MANIFEST_FILE
 from stages.run.manifest import manifest_of
 from stages.run.progress import duration, show_size
+from stages.run.provenance import accepted
 
 
 def outcome(manifest: dict[str, Any]) -> str:
@@ -51,6 +53,18 @@ def published(run: Path, stages: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {stage: manifest for stage, manifest in found.items() if manifest is not None}
 
 
+def of_other_inputs(
+    manifests: dict[str, dict[str, Any]],
+) -> Iterator[tuple[str, str, str, str]]:
+    """Stage, input, and the input's content then and now, of each stage that was made from another
+    output than its input has now, and was not adopted since."""
+    for stage, manifest in manifests.items():
+        for name, content in accepted(manifest)["inputs"].items():
+            now = manifests.get(name, {}).get("content")
+            if now and now != content:
+                yield stage, name, content, now
+
+
 def runs_of(outputs: Path, stages: Iterable[str]) -> list[Path]:
     """The folders below outputs/ in which any stage has a manifest, by name."""
     names = list(stages)
@@ -58,7 +72,7 @@ def runs_of(outputs: Path, stages: Iterable[str]) -> list[Path]:
         folder
         for folder in (outputs.iterdir() if outputs.is_dir() else ())
         if not folder.name.startswith(".")
-        and any((folder / name / "manifest.json").is_file() for name in names)
+        and any((folder / name / MANIFEST_FILE).is_file() for name in names)
     )
 
 

@@ -178,6 +178,8 @@ def adopt_stage(stage: str, settings: Settings, graph: Graph, run_folder: Path) 
         reasons = adopt(stage, settings, graph[stage], run_folder)
     except InputError as error:
         refuse(error.problems)
+    except OSError as error:
+        refuse([f"{error.filename} cannot be written: {error.strerror}. Nothing was adopted."])
     print(f"{stage}: adopted in spite of: {'; '.join(reasons)}")
 
 

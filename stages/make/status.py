@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stages.make.results import facts, finished, outcome, published, runs_of
+from stages.make.results import facts, finished, of_other_inputs, outcome, published, runs_of
 from stages.run.manifest import manifest_of
 from stages.run.progress import duration
 
@@ -64,6 +64,7 @@ def _of_run(run: Path, graph: Graph) -> str:
         return "no manifest that can be read"
     last = max(manifests.values(), key=finished)
     seconds = sum(one.get("seconds") or 0.0 for one in manifests.values())
+    others = [stage for stage, *_ in of_other_inputs(manifests)]
     usd = [one["usd"] for one in manifests.values() if isinstance(one.get("usd"), int | float)]
     parts = [
         f"{len(manifests)} of {len(graph)} stages",
@@ -71,21 +72,9 @@ def _of_run(run: Path, graph: Graph) -> str:
         duration(seconds),
         f"{sum(usd):.2f} USD" if usd else "",
         outcome(manifests.get("eval") or manifests.get("train") or last),
-        *(f"{stage} is of other inputs" for stage in _of_other_inputs(manifests)),
+        *(f"{stage} is of other inputs" for stage in dict.fromkeys(others)),
     ]
     return ", ".join(part for part in parts if part)
-
-
-def _of_other_inputs(manifests: dict[str, dict[str, Any]]) -> list[str]:
-    """The stages that were made from another content than their inputs have now."""
-    return [
-        stage
-        for stage, manifest in manifests.items()
-        if any(
-            name in manifests and manifests[name]["content"] != content
-            for name, content in manifest["provenance"]["inputs"].items()
-        )
-    ]
 
 
 def _what_data_read(manifest: dict[str, Any] | None) -> str:

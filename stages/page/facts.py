@@ -41,7 +41,7 @@ class Facts:
     answers: list[dict[str, Any]]
 
     def metrics(self, stage: str) -> dict[str, Any]:
-        return self.manifests.get(stage, {}).get("metrics", {})
+        return self.manifests.get(stage, {}).get("metrics") or {}
 
     def settings(self, stage: str) -> dict[str, Any]:
         """The settings that the stage's output was made from."""
@@ -53,14 +53,15 @@ def facts_of(folder: Path, settings: Settings) -> Facts:
     dataset, whose digest alone is recorded."""
     manifests = {name: made for name in STAGES if (made := manifest_of(folder / name))}
     missing = {name: manifest_problem(folder / name) for name in STAGES if name not in manifests}
-    working = [*folder.glob(f".work/train-*/{METRICS_FILE}")]
-    newest = max(working, key=lambda path: path.stat().st_mtime, default=None)
+    # A training that was given up may have left steps that are older than the published ones.
+    published = folder / "train" / METRICS_FILE
+    newest = max([published, *folder.glob(f".work/train-*/{METRICS_FILE}")], key=_written)
     return Facts(
         run=folder.name,
         manifests=manifests,
         missing=missing,
-        steps=lines_after(newest or folder / "train" / METRICS_FILE, -1),
-        unfinished=newest is not None,
+        steps=lines_after(newest, -1),
+        unfinished=newest != published,
         names={
             "model": _name("MODEL_ID", "model", manifests.get("train"), settings.model_id),
             "dataset": _name("DATASET", "dataset", manifests.get("data"), settings.dataset),
@@ -68,6 +69,14 @@ def facts_of(folder: Path, settings: Settings) -> Facts:
         compared=_lines(folder / "eval" / COMPARISON_FILE),
         answers=_lines(folder / "eval" / ANSWERS_FILE),
     )
+
+
+def _written(path: Path) -> float:
+    """When `path` was last written; 0.0 where it is not, or no longer, there."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _name(variable: str, kind: str, made: dict[str, Any] | None, now: str) -> str:

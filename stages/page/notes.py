@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from stages.make.results import of_other_inputs
 from stages.page.facts import Facts
 from stages.text.data_notes import data_notes
 
@@ -110,15 +111,12 @@ def _leaky_packing(facts: Facts) -> Iterator[Note]:
 
 
 def _of_another_run(facts: Facts) -> Iterator[Note]:
-    for stage, made in facts.manifests.items():
-        for source, content in made["provenance"]["inputs"].items():
-            now = facts.manifests.get(source, {}).get("content")
-            if now and now != content:
-                yield Note(
-                    content[:8],
-                    f"{stage} was made from another output of {source} than the one shown here "
-                    f"({now[:8]}). make {stage} makes it again.",
-                )
+    for stage, source, content, now in of_other_inputs(facts.manifests):
+        yield Note(
+            content[:8],
+            f"{stage} was made from another output of {source} than the one shown here "
+            f"({now[:8]}). make {stage} makes it again.",
+        )
     if facts.unfinished:
         others = "; all other figures are of the training before" * ("train" in facts.manifests)
         last = facts.steps[-1]["step"] if facts.steps else 0

@@ -32,7 +32,7 @@ def render(facts: Facts, nonce: str = "") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(text=_text, number=_number, time=duration)
+    environment.filters.update(text=_text, number=_number, time=_time)
     data = facts.metrics("data")
     return environment.get_template(TEMPLATE).render(
         facts=facts,
@@ -46,8 +46,10 @@ def render(facts: Facts, nonce: str = "") -> str:
         size=_size(facts),
         planned=[*_planned(facts)],
         settings=_grouped((stage, facts.settings(stage)) for stage in _shaped(facts)),
-        versions=_grouped((stage, made["versions"]) for stage, made in facts.manifests.items()),
-        seconds=sum(made["seconds"] for made in facts.manifests.values()),
+        versions=_grouped(
+            (stage, made.get("versions") or {}) for stage, made in facts.manifests.items()
+        ),
+        seconds=sum(made.get("seconds") or 0.0 for made in facts.manifests.values()),
         dollars=_dollars(facts),
         most_points=MOST_POINTS,
         most_answers=ANSWERS_SHOWN,
@@ -64,6 +66,10 @@ def _number(value: Any, digits: int = 0) -> str:
     if not isinstance(value, int | float):
         return "not measured"
     return f"{value:,.{digits}f}" if math.isfinite(value) else "infinite"
+
+
+def _time(value: Any) -> str:
+    return duration(value) if isinstance(value, int | float) else "not measured"
 
 
 def _plots(facts: Facts) -> Iterator[tuple[str, str]]:
@@ -104,7 +110,7 @@ def _planned(facts: Facts) -> Iterator[tuple[str, str, str, str, str]]:
     forms = {"seconds": ("time", duration), "peak_memory_bytes": ("peak memory", show_size)}
     for stage, made in facts.manifests.items():
         for name, (what, form) in forms.items():
-            pair = made.get("forecast", {}).get(name) or {}
+            pair = (made.get("forecast") or {}).get(name) or {}
             planned, measured = pair.get("planned"), pair.get("measured")
             if planned is None and measured is None:
                 continue
@@ -119,7 +125,7 @@ def _planned(facts: Facts) -> Iterator[tuple[str, str, str, str, str]]:
 
 def _dollars(facts: Facts) -> str:
     """What the stages cost together, as far as their price was known."""
-    paid = [made["usd"] for made in facts.manifests.values() if made["usd"] is not None]
+    paid = [usd for made in facts.manifests.values() if (usd := made.get("usd")) is not None]
     if not paid:
         return ""
     unknown = len(facts.manifests) - len(paid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
@@ -75,8 +76,9 @@ def _handler(now: Callable[[], bytes]) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(page)))
             self.send_header("Cache-Control", "no-store")
             self.send_header("X-Content-Type-Options", "nosniff")
-            self.end_headers()
-            self.wfile.write(page)
+            with suppress(ConnectionError):  # a tab that was closed meanwhile
+                self.end_headers()
+                self.wfile.write(page)
 
         def log_message(self, format: str, *args: object) -> None:
             """Nothing: a line for each look would fill the terminal."""

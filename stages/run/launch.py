@@ -40,7 +40,8 @@ def launch(
     A worker that knows what went wrong writes its error to `error_file` (`report_error`); it is
     raised here. Any other failure is a StageFailure with the exit status. `on_line` is called with
     each line that the processes print, on either stream, after it is printed. `who` is what the
-    failure says has ended. An error that `until` gives ends the processes, and is raised.
+    failure says has ended. An error that `until` gives ends the processes, and is raised; with
+    `on_line` it is asked only when they print no more.
     """
     error_file.unlink(missing_ok=True)
     whole_environment = {**os.environ, **environment, ERROR_FILE: str(error_file.absolute())}

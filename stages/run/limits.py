@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,7 @@ from threading import Event, Thread
 
 from stages.run.cost import dollars, hourly_price, instance_type
 from stages.run.errors import InputError, StageFailure, Stopped
-from stages.run.json_file import write_json
-from stages.run.layout import STOP_FILE
+from stages.run.layout import REHEARSAL_FOLDER, REHEARSAL_REPORT, STOP_FILE
 from stages.run.manifest import manifest_of
 from stages.run.progress import duration
 from stages.run.settings import Settings
@@ -29,6 +29,7 @@ SPENT_FILE = "spent.json"  # in the work folder: {"seconds": of all starts of th
 POLL_SECONDS, WRITE_SECONDS, NOTICE_SECONDS = 0.5, 10.0, 5.0
 # The variable with which AWS's own libraries find another metadata service, as tests do.
 METADATA = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
+NOTICE = "/latest/meta-data/spot/instance-action"
 BEFORE_TRAIN = ("data", "precompile")
 
 
@@ -45,13 +46,19 @@ class Spent:
 
 
 def spent(work: Path, run_folder: Path) -> Spent:
-    """What the run in `run_folder` took up to now, with all starts of the training in `work`."""
+    """What the run in `run_folder` took up to now, with its last rehearsal and all starts of the
+    training in `work`."""
     manifests = [manifest_of(run_folder / stage) or {} for stage in BEFORE_TRAIN]
+    before = sum(float(one.get("seconds") or 0.0) for one in manifests)
+    rehearsed = _seconds_in(run_folder / REHEARSAL_FOLDER / REHEARSAL_REPORT)
+    return Spent(before + rehearsed, _seconds_in(work / SPENT_FILE))
+
+
+def _seconds_in(file: Path) -> float:
     try:
-        training = float(json.loads((work / SPENT_FILE).read_bytes())["seconds"])
+        return float(json.loads(file.read_bytes())["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
-        training = 0.0
-    return Spent(sum(float(one.get("seconds") or 0.0) for one in manifests), training)
+        return 0.0
 
 
 def limit_problems(settings: Settings) -> Iterator[str]:
@@ -79,6 +86,12 @@ def require_within(settings: Settings, so_far: Spent, planned: float | None) -> 
     remedy = "Raise it, or train fewer steps (MAX_STEPS, NUM_TRAIN_EPOCHS)."
     if limit := reached(settings, so_far):
         raise InputError(f"{limit}: it is used up before this start. {remedy}")
+    if planned is None and (settings.budget or settings.deadline):
+        print(
+            "note: how long the training takes is not known, as precompile measured no step: it is "
+            "ended when it gets to its limit.",
+            flush=True,
+        )
     after = Spent(so_far.before, so_far.training + (planned or 0.0))
     if limit := reached(settings, after):
         raise InputError(
@@ -90,7 +103,8 @@ def require_within(settings: Settings, so_far: Spent, planned: float | None) -> 
 @contextmanager
 def limited(settings: Settings, work: Path, run_folder: Path) -> Iterator[None]:
     """Within it the training in `work` is counted, and ended at a limit or at EC2's notice."""
-    (work / STOP_FILE).unlink(missing_ok=True)
+    for left in (STOP_FILE, f"{STOP_FILE}.writing"):  # by a former start
+        (work / left).unlink(missing_ok=True)
     watch = _Watch(settings, work, spent(work, run_folder))
     thread = Thread(target=watch.until_ended, name="limits", daemon=True)
     thread.start()
@@ -119,6 +133,13 @@ class _Watch:
     def until_ended(self) -> None:
         written = noticed = self._since
         address = _metadata_address()
+        if address and not answers(address):
+            print(
+                f"note: EC2's metadata service {address} does not answer: no notice that a spot "
+                "instance is taken away would be seen. In a container its hop limit must be 2.",
+                file=sys.stderr,
+                flush=True,
+            )
         while not self.ended.wait(POLL_SECONDS):
             now = time.monotonic()
             if now - written >= WRITE_SECONDS:
@@ -142,13 +163,20 @@ class _Watch:
         return Spent(self._before.before, self._before.training + seconds)
 
     def _write(self) -> None:
-        if self._work.is_dir():  # else it is published
-            write_json(self._work / SPENT_FILE, {"seconds": round(self._so_far().training, 3)})
+        text = json.dumps({"seconds": round(self._so_far().training, 3)})
+        self._put(SPENT_FILE, text)
 
     def _stop(self, error: StageFailure) -> None:
-        beside = self._work / f"{STOP_FILE}.writing"
-        beside.write_text(f"{type(error).__name__}\n{error}", encoding="utf-8")
-        beside.replace(self._work / STOP_FILE)
+        self._put(STOP_FILE, f"{type(error).__name__}\n{error}")
+
+    def _put(self, name: str, text: str) -> None:
+        """Write a file of the work folder in one step: a kill leaves the former whole."""
+        beside = self._work / f"{name}.writing"
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(self._work / name)
+        except OSError:  # a full disk: the next turn of the watch tries again
+            beside.unlink(missing_ok=True)
 
 
 def _metadata_address() -> str:
@@ -163,24 +191,36 @@ def spot_notice(address: str) -> str:
     """The time at which EC2 takes this instance away, as it says; empty where it does not.
 
     docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html: the document
-    is there from two minutes before. Its token is that of IMDSv2.
+    is there from two minutes before.
     """
-    import urllib.request  # 30 ms that only a training need spend
-
-    latest = f"{address}/latest"
-    ask = urllib.request.Request(
-        f"{latest}/api/token",
-        method="PUT",
-        headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"},
-    )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        token = opener.open(ask, timeout=2).read().decode()
-        notice = urllib.request.Request(
-            f"{latest}/meta-data/spot/instance-action",
-            headers={"X-aws-ec2-metadata-token": token},
-        )
-        said = json.loads(opener.open(notice, timeout=2).read())
-        return str(said["time"])
+        headers = {"X-aws-ec2-metadata-token": _token(address)}
+        return str(json.loads(_asked(f"{address}{NOTICE}", "GET", headers))["time"])
     except (OSError, ValueError, KeyError, TypeError):  # 404 until then
         return ""
+
+
+def answers(address: str) -> bool:
+    """Whether the metadata service gives a token, without which a notice is not seen."""
+    try:
+        return bool(_token(address))
+    except (OSError, ValueError):
+        return False
+
+
+def _token(address: str) -> str:
+    """The token of IMDSv2."""
+    seconds = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
+    return _asked(f"{address}/latest/api/token", "PUT", seconds)
+
+
+def _asked(url: str, method: str, headers: dict[str, str]) -> str:
+    import urllib.request  # 30 ms that only a training need spend
+    from http.client import HTTPException
+
+    request = urllib.request.Request(url, method=method, headers=headers)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        return str(opener.open(request, timeout=2).read().decode())
+    except HTTPException as error:  # an answer that is no HTTP
+        raise OSError(f"{url}: {error}") from error

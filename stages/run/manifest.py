@@ -36,17 +36,22 @@ def with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def manifest_of(output: Path) -> dict[str, Any] | None:
     """The manifest that a stage published in `output`; None where it is missing or damaged."""
-    return _read(output)[0]
+    return _read(output / MANIFEST_FILE)[0]
+
+
+def manifest_in(file: Path) -> dict[str, Any] | None:
+    """The manifest in `file`, of whatever output; None where it is missing or damaged."""
+    return _read(file)[0]
 
 
 def manifest_problem(output: Path) -> str:
     """Why `output` has no usable manifest, as text; empty where it has one."""
-    return _read(output)[1]
+    return _read(output / MANIFEST_FILE)[1]
 
 
-def _read(output: Path) -> tuple[dict[str, Any] | None, str]:
+def _read(file: Path) -> tuple[dict[str, Any] | None, str]:
     try:
-        manifest = json.loads((output / MANIFEST_FILE).read_bytes())
+        manifest = json.loads(file.read_bytes())
         whole = isinstance(manifest, dict) and with_checksum(manifest)[SEAL] == manifest.get(SEAL)
     except FileNotFoundError:
         return None, "nothing published yet"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from stages.forecast.fits import in_all, need_of, smallest_change
+from stages.forecast.fits import in_all, need_of, smallest_change, verdict
 from stages.forecast.machine import place_of
 from stages.forecast.memory import CPU_PROCESS, neuron_memory, training_memory
 from stages.forecast.parameters import Shape, shape_of
@@ -111,15 +111,18 @@ def test_what_does_not_fit_gets_the_smallest_change_that_fits() -> None:
     assert in_all(need_of(shape, run, place), run, place) > (place.device_memory or 0)
     change = smallest_change(shape, run, place)
     assert change == (
-        "GRADIENT_CHECKPOINTING=1 PER_DEVICE_TRAIN_BATCH_SIZE=16 GRADIENT_ACCUMULATION_STEPS=2"
+        "GRADIENT_CHECKPOINTING=1 PER_DEVICE_TRAIN_BATCH_SIZE=8 GRADIENT_ACCUMULATION_STEPS=4"
     )
-    changed = replace(
-        run,
-        gradient_checkpointing=True,
-        per_device_train_batch_size=16,
-        gradient_accumulation_steps=2,
-    )
-    assert in_all(need_of(shape, changed, place), changed, place) <= (place.device_memory or 0)
+    halves = replace(run, gradient_checkpointing=True, per_device_train_batch_size=16)
+    for changed, said in (
+        (replace(halves, gradient_accumulation_steps=2), "MAY NOT FIT "),  # so it is not named
+        (
+            replace(halves, per_device_train_batch_size=8, gradient_accumulation_steps=4),
+            "fits ",
+        ),
+    ):
+        total = in_all(need_of(shape, changed, place), changed, place)
+        assert verdict(changed, shape, place, total).startswith(said)
 
 
 def test_where_nothing_makes_it_fit_no_change_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,11 @@ def test_past_forecasts_are_told_with_their_errors(tmp_path: Path) -> None:
         "ended"
     )
     assert time == "no time forecasts on this machine yet"
+    ran(tmp_path, "d", "train", 1, forecast=compared(*({"peak_memory_bytes": n} for n in (80, 99))))
+    swapped = next(accuracy(tmp_path, replace(HERE, device_memory=98)))
+    assert swapped.endswith("worst 19.2%, 1 wrong fit among those that ended")
+    not_fit = next(accuracy(tmp_path, replace(HERE, device_memory=100)))
+    assert "no wrong fit" in not_fit, "106 were planned, and it ended"
 
 
 def test_the_utilisation_of_a_7b_says_nothing_of_a_small_model(tmp_path: Path) -> None:

@@ -116,12 +116,28 @@ def test_an_adopted_output_is_up_to_date_and_its_manifest_says_so(run: Path) -> 
     assert len((manifest_of(run / "train") or {})["adopted"]) == 2
 
 
+def test_what_was_adopted_is_no_longer_of_other_inputs(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(run.with_name("new"), Settings(), loss=1.5)
+    manifest = json.loads((run / "data" / MANIFEST_FILE).read_text()) | {"content": "another"}
+    (run / "data" / MANIFEST_FILE).write_text(json.dumps(with_checksum(manifest)))
+    status(run.with_name("new"), Settings())
+    assert "train is of other inputs" in capsys.readouterr().out
+    adopt("train", Settings(), ["data"], run)
+    status(run.with_name("new"), Settings())
+    assert "of other inputs" not in capsys.readouterr().out
+
+
 def test_nothing_is_adopted_that_is_missing_damaged_or_up_to_date(run: Path) -> None:
     changed = Settings(learning_rate=1e-4)
     with pytest.raises(InputError, match="differs in nothing"):
         adopt("train", Settings(), ["data"], run)
     with pytest.raises(InputError, match="nothing published yet"):
         adopt("consolidate", changed, ["train"], run)
+    with pytest.raises(InputError, match="nothing published yet"):
+        adopt("train", changed, ["data"], run.with_name("none"))
+    assert not run.with_name("none").exists()
     (run / "train" / "result").unlink()
     with pytest.raises(InputError, match=r"result is missing\. Make it again"):
         adopt("train", changed, ["data"], run)
@@ -137,7 +153,9 @@ def test_a_manifest_with_a_sealed_but_senseless_adoption_counts_as_none(
     assert manifest_of(run / "train") is None
 
 
-def test_history_keeps_what_was_replaced_and_says_what_was_changed(run: Path) -> None:
+def test_history_keeps_what_was_replaced_and_says_what_was_changed(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made(run, Settings(learning_rate=1e-4), loss=2.25)
     made(run, Settings(learning_rate=1e-4, seed=7), loss=2.125)
     lines = "\n".join(history.history(run, list(GRAPH)))
@@ -145,8 +163,11 @@ def test_history_keeps_what_was_replaced_and_says_what_was_changed(run: Path) ->
         lines.index(f"loss {loss}") for loss in (2.5, 2.25, 2.125)
     )
     assert "after: LEARNING_RATE 5e-05 -> 0.0001" in lines and "after: SEED 42 -> 7" in lines
-    (next((run / ".history" / "train").glob("*.json"))).write_text("{")
-    assert history.history(run, ["train"])
+    former = next((run / ".history" / "train").glob("*.json"))
+    for damaged in ("{", '{"provenance": {"settings": {}}}'):
+        former.write_text(damaged)
+        assert history.history(run, ["train"])
+        assert f"note: {former} is damaged" in capsys.readouterr().err
     assert history.history(run / "none", ["train"])[0].endswith("nothing was published yet")
 
 

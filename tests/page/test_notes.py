@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -55,11 +56,26 @@ def test_a_stage_that_was_made_from_another_output_is_said(tmp_path: Path) -> No
     assert figures(tmp_path, "eval was made from another output of data") == ["01234567"]
 
 
+def test_a_manifest_of_another_version_has_a_page(tmp_path: Path) -> None:
+    lacking = {"seconds": None, "usd": None, "versions": None, "forecast": None}
+    for stage in ("data", "train", "consolidate", "eval"):
+        publish(tmp_path, stage, None, **lacking)  # type: ignore[arg-type]
+    assert "not measured" in render(facts_of(tmp_path, Settings()))
+
+
 def test_a_killed_training_shows_its_steps(tmp_path: Path) -> None:
     log_steps(tmp_path / ".work" / "train-abc", [3.0, 2.5], {})
     facts = facts_of(tmp_path, Settings())
     assert figures(tmp_path, "a training that has not finished") == ["step 2"]
     assert "not finished" in render(facts)
+
+
+def test_steps_of_a_training_that_was_given_up_before_are_not_shown(tmp_path: Path) -> None:
+    log_steps(tmp_path / ".work" / "train-abc", [3.0, 2.5], {})
+    os.utime(tmp_path / ".work" / "train-abc" / "metrics.jsonl", (0, 1))
+    log_steps(tmp_path / "train", [3.0, 2.0, 1.0], {})
+    facts = facts_of(tmp_path, Settings())
+    assert len(facts.steps) == 3 and not facts.unfinished
 
 
 def test_every_subset_of_the_stages_has_a_page(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from stages.checks import machine_problems
 from stages.run import limits
 from stages.run.errors import InputError, StageFailure, Stopped
-from stages.run.layout import STOP_FILE
+from stages.run.layout import REHEARSAL_FOLDER, REHEARSAL_REPORT, STOP_FILE
 from stages.run.limits import METADATA, Spent, limited, reached, require_within, spent, stopped
 from stages.run.publish import StageResult, publish
 from stages.run.settings import Settings
@@ -72,6 +72,32 @@ def test_all_starts_of_a_training_are_counted(tmp_path: Path) -> None:
     assert spent(work, tmp_path).training == 0.0
 
 
+def test_a_rehearsal_is_counted(tmp_path: Path) -> None:
+    report = tmp_path / REHEARSAL_FOLDER / REHEARSAL_REPORT
+    report.parent.mkdir()
+    report.write_text('{"seconds": 90.5}')
+    assert spent(tmp_path / "work", tmp_path) == Spent(90.5, 0.0)
+
+
+def test_a_time_that_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    require_within(HOURLY, Spent(600, 0), planned=None)
+    assert "how long the training takes is not known" in capsys.readouterr().out
+    require_within(Settings(), Spent(600, 0), planned=None)
+    require_within(HOURLY, Spent(600, 0), planned=60.0)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_disk_that_takes_nothing_ends_no_watch(tmp_path: Path) -> None:
+    in_the_way = tmp_path / f"{STOP_FILE}.writing"
+    (tmp_path / limits.SPENT_FILE).write_text(json.dumps({"seconds": 7200}))
+    watch = limits._Watch(HOURLY, tmp_path, spent(tmp_path, tmp_path))
+    in_the_way.symlink_to("/dev/full")
+    watch._stop(StageFailure("now"))
+    assert stopped(tmp_path) is None and not in_the_way.is_symlink()
+    watch._stop(StageFailure("now"))
+    assert str(stopped(tmp_path)) == "now"
+
+
 def wait_for_stop(work: Path) -> StageFailure:
     end = time.monotonic() + 20
     while (error := stopped(work)) is None:
@@ -99,6 +125,19 @@ def test_a_spot_instances_notice_ends_a_training_with_status_75(
             error = wait_for_stop(tmp_path)
     assert isinstance(error, Stopped) and error.exit_status == 75
     assert "at 2026-11-28T12:00:00Z" in str(error)
+
+
+def test_a_metadata_service_that_does_not_answer_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with metadata_service("") as address:
+        monkeypatch.setenv(METADATA, address)
+        with limited(Settings(), tmp_path, tmp_path):
+            pass
+    assert capsys.readouterr().err == ""
+    with limited(Settings(), tmp_path, tmp_path):  # nobody listens there any more
+        pass
+    assert f"{address} does not answer: no notice" in capsys.readouterr().err
 
 
 def test_no_notice_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

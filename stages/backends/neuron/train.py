@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 from stages.backends.metrics import last_line
@@ -75,7 +76,8 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Stag
             cache.in_use(settings.neuron_compile_cache_url),
         ):
             # No step can be agreed on there, so the last checkpoint is what stays.
-            launch(command, environment(settings), work / "error", until=lambda: stopped(work))
+            until = partial(_stopped, work)
+            launch(command, environment(settings), work / "error", until=until)
         if RECORDS in os.environ:
             write_record(work, settings.nproc_per_node, settings.tensor_parallel_size)
     if not is_whole(work / SHARDS_FOLDER):
@@ -92,9 +94,18 @@ def train(settings: Settings, data: Path, precompiled: Path, work: Path) -> Stag
         "first_step": first,
         "graphs_compiled": compiled,
     }
-    tokens = (steps - first) * settings.max_length * sequences_per_step(settings)
+    # Of all starts, as the seconds that publish counts.
+    tokens = steps * settings.max_length * sequences_per_step(settings)
     return StageResult(
         device=device_name(), tokens=tokens, metrics=metrics, unkeyed=(METRICS_FILE,)
+    )
+
+
+def _stopped(work: Path) -> StageFailure | None:
+    error = stopped(work)
+    return error and type(error)(
+        f"{error} With optimum-neuron that needs RESUME=weights, from the last checkpoint of "
+        "SAVE_STEPS."
     )
 
 

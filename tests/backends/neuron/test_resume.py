@@ -18,7 +18,9 @@ from stages.backends.neuron.resume import (
     finished,
     last_checkpoint,
 )
-from stages.run.errors import InputError
+from stages.backends.neuron.train import _stopped
+from stages.run.errors import InputError, Stopped
+from stages.run.layout import STOP_FILE
 from stages.run.settings import Settings
 from tests.torture.plugin import Torture
 
@@ -158,3 +160,10 @@ def test_a_training_that_ended_is_not_trusted_when_its_shards_are_damaged(
     assert finished(work)
     flip_a_bit(work / folder, torture.random)
     assert not finished(work) and not (work / folder).exists()
+
+
+def test_a_limit_says_with_what_it_is_gone_on(tmp_path: Path) -> None:
+    assert _stopped(tmp_path) is None
+    (tmp_path / STOP_FILE).write_text("Stopped\nEC2 takes this spot instance away.")
+    error = _stopped(tmp_path)
+    assert isinstance(error, Stopped) and "that needs RESUME=weights" in str(error)
