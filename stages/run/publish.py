@@ -259,7 +259,9 @@ def _keep_history(output: Path) -> None:
     if manifest is not None:
         kept = output.parent / HISTORY_FOLDER / output.name
         kept.mkdir(parents=True, exist_ok=True)
-        write_json(kept / f"{manifest['sha256'][:16]}.json", manifest)
+        beside = kept / ".writing"
+        write_json(beside, manifest)
+        beside.replace(kept / f"{manifest['sha256'][:16]}.json")
 
 
 def _put_back(output: Path) -> None:

@@ -52,7 +52,7 @@ def test_another_setting_replaces_the_output_and_leaves_nothing_else(tmp_path: P
     run(writes("one"), output)
     assert run(writes("two"), output, Settings(max_length=64))
     assert (output / "part/file.txt").read_text() == "two"
-    assert {path.name for path in output.parent.iterdir()} == {"data", ".lock"}
+    assert {path.name for path in output.parent.iterdir()} == {"data", ".lock", ".history"}
 
 
 def test_without_an_atomic_exchange_the_output_is_replaced_as_well(
@@ -122,7 +122,7 @@ def test_a_kill_behind_the_exchange_does_not_pass_the_former_output_off_as_finis
 
     run(looks, output, two, resumable=True)
     assert found == []
-    assert {path.name for path in output.parent.iterdir()} == {"data", ".lock"}
+    assert {path.name for path in output.parent.iterdir()} == {"data", ".lock", ".history"}
 
 
 def test_work_that_was_finished_but_not_yet_published_is_found_again(
@@ -180,7 +180,7 @@ def test_killed_at_any_moment_it_leaves_the_former_output_or_the_new_one(tmp_pat
         for name, facts in manifest["outputs"].items():
             assert (output / name).stat().st_size == facts["bytes"]
     assert run(writes("two"), output, Settings(max_length=64))
-    assert {path.name for path in output.parent.iterdir()} == {"data", ".lock"}
+    assert {path.name for path in output.parent.iterdir()} == {"data", ".lock", ".history"}
 
 
 def test_the_content_digest_leaves_out_what_differs_from_run_to_run(tmp_path: Path) -> None:

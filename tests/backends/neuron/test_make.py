@@ -64,13 +64,6 @@ def test_all_six_stages_publish_on_neuron(built: Project) -> None:
     )
 
 
-def test_a_rehearsal_is_in_the_band_of_a_cpu_and_changes_nothing(built: Project) -> None:
-    done = built.make("rehearse", *RUN, "REHEARSAL_STEPS=2", **machine(built))
-    assert "rehearsal: 2 steps as on a CPU" in done.stdout
-    report = json.loads((built.folder / "outputs/tiny/rehearsal/report.json").read_text())
-    assert report["steps"] == 2 and report["out_of_band"] == []
-
-
 def test_nothing_runs_again(built: Project) -> None:
     assert built.make("-q", "all", *RUN, **machine(built)).returncode == 0
 
@@ -190,3 +183,10 @@ def test_the_settings_of_other_backends_are_refused_together(built: Project) -> 
 
 def test_other_settings_do_not_leak_in() -> None:
     assert "BACKEND" not in clean_environment()
+
+
+def test_a_rehearsal_is_in_the_band_of_a_cpu_and_changes_nothing(built: Project) -> None:
+    done = built.make("rehearse", *RUN, "REHEARSAL_STEPS=2", **machine(built))
+    assert "rehearsal: 2 steps as on a CPU" in done.stdout
+    report = json.loads((built.folder / "outputs/tiny/rehearsal/report.json").read_text())
+    assert report["steps"] == 2 and report["out_of_band"] == []
