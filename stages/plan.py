@@ -105,7 +105,7 @@ def _stages(
     total, unknown = 0.0, []
     for stage in graph:
         if stage not in stale:
-            yield f"{stage:<18} fresh"
+            yield f"{stage:<18} up to date"
             continue
         state = "missing" if manifest_of(run_folder / stage) is None else "stale"
         time = estimate(stage, settings, run_folder, place, shape, stale)

@@ -108,7 +108,7 @@ def test_what_was_planned_stands_beside_what_was_measured(built: Project) -> Non
     )
     assert train["forecast"]["peak_memory_bytes"]["planned"] > 10**8
     said = built.make("plan", "RECIPE=tiny").stdout
-    assert said.count(" fresh") == len(STAGES)
+    assert said.count(" up to date") == len(STAGES)
     assert "2 memory forecasts on this machine: mean" in said
 
 
@@ -116,7 +116,7 @@ def test_a_changed_setting_shows_what_runs_again_and_how_long(built: Project) ->
     said = built.make("plan", "RECIPE=tiny", "LEARNING_RATE=0.002").stdout
     assert "LEARNING_RATE" in said and "measured on this machine in run tiny" in said
     assert "to run, in all" in said
-    assert said.count(" fresh") == 2
+    assert said.count(" up to date") == 2
 
 
 def test_an_interrupted_training_goes_on_where_it_was(built: Project) -> None:
