@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,9 +43,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 @pytest.fixture(scope="module")
 def data(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed")
-    facts = pack(base, folder)
-    (folder / "manifest.json").write_text(json.dumps({"metrics": facts.metrics}))
+    pack_with_metrics(base, folder)
     return folder
+
+
+def pack_with_metrics(settings: Settings, folder: Path) -> dict[str, Any]:
+    """Pack the settings' data in `folder`, beside as much of a manifest as a training reads, the
+    metrics, which are returned."""
+    facts = pack(settings, folder)
+    (folder / "manifest.json").write_text(json.dumps({"metrics": facts.metrics}))
+    return facts.metrics
+
+
+def small_rehearsal(base: Settings, steps: int) -> Settings:
+    """Settings of a rehearsal on sequences of more than one document."""
+    return replace(base, max_steps=steps, warmup_steps=0, eval_steps=0, max_length=192)
 
 
 def shards(work: Path) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stages.forecast.fits import EDGE
 from stages.forecast.machine import Place
+from stages.make.results import runs_of
 from stages.run.manifest import manifest_of
 
 # What is forecast -> its entry in a manifest, and the stages whose forecast is worth publishing.
@@ -43,8 +44,8 @@ def _wrong_fits(pairs: list[tuple[float, float]], memory: int) -> str:
 def _pairs(outputs: Path, quantity: str, stages: tuple[str, ...]) -> Iterator[tuple[float, float]]:
     """What was planned and what was measured, in each manifest that has both."""
     for stage in stages:
-        for folder in sorted(outputs.glob(f"*/{stage}")):
-            forecast = (manifest_of(folder) or {}).get("forecast")
+        for run in runs_of(outputs, [stage]):
+            forecast = (manifest_of(run / stage) or {}).get("forecast")
             pair = forecast.get(quantity) if isinstance(forecast, dict) else None
             if not isinstance(pair, dict):
                 continue

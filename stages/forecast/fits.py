@@ -25,7 +25,7 @@ def need_of(shape: Shape, settings: Settings, place: Place, traced: int | None =
 
 
 def in_all(need: Need, settings: Settings, place: Place) -> int:
-    """Bytes that are held against the memory of `place`: on a CPU all ranks share the host's."""
+    """Bytes that are compared with the memory of `place`: on a CPU all ranks share the host's."""
     return need.bytes * (settings.nproc_per_node if place.device == "cpu" else 1)
 
 

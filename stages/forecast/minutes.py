@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 from stages.forecast.machine import Place
 from stages.forecast.parameters import Shape, shape_of
+from stages.make.results import runs_of
 from stages.model.fit import raw_config
 from stages.run.layout import CONFIG_FILE
 from stages.run.manifest import manifest_of
@@ -58,23 +59,21 @@ class Past:
 def past_of(stage: str, outputs: Path, place: Place) -> list[Past]:
     """What `stage` published below `outputs` on the device of `place`, the latest first."""
     found = []
-    for folder in sorted(outputs.glob(f"*/{stage}")):
-        manifest = manifest_of(folder)
+    for run in runs_of(outputs, [stage]):
+        manifest = manifest_of(run / stage)
         if manifest is None or not _is_number(manifest.get("seconds")):
             continue
         same = str(manifest.get("device", "")).startswith("cpu") == (place.device == "cpu")
         if same or stage in ("data", "consolidate"):
-            found.append(Past(folder.parent.name, manifest, _shape_beside(folder)))
+            found.append(Past(run.name, manifest, _shape_of(run)))
     return sorted(found, key=lambda past: str(past.manifest.get("finished")), reverse=True)
 
 
-def _shape_beside(folder: Path) -> Shape | None:
+def _shape_of(run: Path) -> Shape | None:
     """The shape of the model in a run's folder."""
     for name in ("train", "consolidate"):
         try:
-            return shape_of(
-                raw_config(json.loads((folder.parent / name / CONFIG_FILE).read_bytes()))
-            )
+            return shape_of(raw_config(json.loads((run / name / CONFIG_FILE).read_bytes())))
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             continue
     return None

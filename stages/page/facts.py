@@ -1,7 +1,7 @@
 """What is known of a run: its manifests, the logged steps and the answers.
 
-Everything is read as it is now, also while a stage runs. Nothing is locked, checked again or
-computed anew, so that no stage waits for the page.
+Everything is read as it is now, also while a stage runs. Nothing is locked, checked or computed
+again, so that no stage waits for the page.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def limit_problems(settings: Settings) -> Iterator[str]:
 def reached(settings: Settings, so_far: Spent) -> str:
     """The limit that `so_far` has reached, with the numbers; empty where there is none."""
     found = []
-    price = hourly_price(settings)
-    if settings.budget and price is not None and dollars(so_far.seconds, price) >= settings.budget:
+    price = hourly_price(settings) if settings.budget else None
+    if price is not None and dollars(so_far.seconds, price) >= settings.budget:
         found.append(f"BUDGET={settings.budget:g} USD ({dollars(so_far.seconds, price):.2f} spent)")
     if settings.deadline and so_far.seconds >= parse_duration(settings.deadline):
         found.append(f"DEADLINE={settings.deadline} ({duration(so_far.seconds)} taken)")

@@ -116,11 +116,8 @@ def train(
             done, late = step + 1, state.record.is_late
             last = done == total or late
             state.record.step(done, figures)
-            if (
-                state.validation
-                and settings.eval_steps
-                and (done % settings.eval_steps == 0 or last)
-            ):
+            measured = settings.eval_steps and (done % settings.eval_steps == 0 or last)
+            if state.validation and measured:
                 figures["validation_loss"] = validation_loss(state, state.validation)
             logged = done % settings.logging_steps == 0 or last
             if logged:

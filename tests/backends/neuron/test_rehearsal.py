@@ -17,13 +17,16 @@ from stages.backends.band import Deviation, out_of_band, read_record, told
 from stages.backends.neuron.arguments import environment, training_command
 from stages.backends.neuron.record import write_record
 from stages.backends.record import RECORDS, TOGETHER
-from stages.data import pack
 from stages.model.base import base_model_folder
 from stages.model.cut import cut_model
 from stages.rehearse import ALONE
 from stages.run.settings import Settings
 from tests.conftest import ROOT, clean_environment, torchrun
-from tests.small_training import base  # noqa: F401 (a fixture)
+from tests.small_training import (
+    base,  # noqa: F401 (a fixture)
+    pack_with_metrics,
+    small_rehearsal,
+)
 
 pytest.importorskip("optimum.neuron", reason="optimum-neuron has no release for this Python")
 
@@ -53,9 +56,8 @@ def rehearsed(
 ) -> Path:
     """The folder of the records: of references, of runs as they should be, and of faults."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    small = replace(base, max_steps=STEPS, warmup_steps=0, eval_steps=0, max_length=192)
-    facts = pack(small, folder / "data")
-    (folder / "data" / "manifest.json").write_text(json.dumps({"metrics": facts.metrics}))
+    small = small_rehearsal(base, STEPS)
+    pack_with_metrics(small, folder / "data")
     model = folder / "base"
     cut_model(base_model_folder(small), 2, model)
     sharpen(model / "model.safetensors")

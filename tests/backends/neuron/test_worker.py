@@ -26,7 +26,6 @@ from stages.backends.neuron.precompile import precompile
 from stages.backends.neuron.shards.read import is_whole
 from stages.backends.neuron.train import START, train
 from stages.backends.schedule import sequences_per_step
-from stages.data import pack
 from stages.model.base import base_model_folder
 from stages.run.errors import StageFailure
 from stages.run.fingerprint import ROOT
@@ -36,6 +35,7 @@ from stages.text.sequences import IGNORED_LABEL
 from tests.conftest import clean_environment, copy_project
 from tests.fakes.hub import FOR_EVER, running
 from tests.saved_weights import with_a_value_that_is_no_number
+from tests.small_training import pack_with_metrics
 
 pytest.importorskip("optimum.neuron", reason="optimum-neuron has no release for this Python")
 
@@ -90,8 +90,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 @pytest.fixture(scope="module")
 def data(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed")
-    facts = pack(base, folder)
-    (folder / "manifest.json").write_text(json.dumps({"metrics": facts.metrics}))
+    pack_with_metrics(base, folder)
     return folder
 
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stages.backends.band import Deviation, out_of_band, read_record, told
-from stages.data import pack
 from stages.model.base import base_model_folder
 from stages.model.cut import cut_model
 from stages.rehearse import ALONE
 from stages.run.settings import Settings
 from tests.conftest import ROOT, clean_environment, torchrun
-from tests.small_training import base  # noqa: F401 (a fixture)
+from tests.small_training import (
+    base,  # noqa: F401 (a fixture)
+    pack_with_metrics,
+    small_rehearsal,
+)
 from tests.tiny_models import tiny_model
 
 STEPS = 3
@@ -44,13 +46,11 @@ def rehearsed(
 ) -> Path:
     """The folder of the records: of references, of runs as they should be, and of faults."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    # Sequences of more than one document.
-    small = replace(base, max_steps=STEPS, warmup_steps=0, eval_steps=0, max_length=192)
-    facts = pack(small, folder / "data")
-    (folder / "data" / "manifest.json").write_text(json.dumps({"metrics": facts.metrics}))
+    small = small_rehearsal(base, STEPS)
+    metrics = pack_with_metrics(small, folder / "data")
     cut_model(base_model_folder(small), 2, folder / "llama")
     for architecture in OTHERS:
-        model = tiny_model(architecture, vocab_size=facts.metrics["vocabulary"])
+        model = tiny_model(architecture, vocab_size=metrics["vocabulary"])
         model.save_pretrained(folder / architecture)
     run = {"nproc_per_node": 4, "tensor_parallel_size": 2, "bf16": True}
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
