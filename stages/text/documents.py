@@ -165,22 +165,24 @@ class Documents:
         self._batches.append((encoded.lengths, encoded.prompt_lengths, encoded.digests))
 
     def close_input(self) -> None:
-        """End the input: build the arrays and allow `read`."""
+        """End the input: build the arrays and allow `read_into`."""
         self._file.flush()
         empty = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64))
         self.lengths, self.prompt_lengths, self.digests = map(
             np.concatenate, zip(empty, *self._batches, strict=True)
         )
         self._batches.clear()
-        self._offsets = (np.cumsum(self.lengths) - self.lengths).tolist()
+        self._offsets = np.cumsum(self.lengths) - self.lengths
 
-    def read(self, document: int, start: int, length: int) -> np.ndarray:
-        """`length` ids of a document from its token `start`, int32, those of answers with ANSWER.
+    def read_into(self, ids: np.ndarray, document: int, start: int) -> None:
+        """Fill `ids`, int32, with the ids of a document from its token `start`, those of answers
+        with ANSWER.
 
         A memory map is not used: its pages would count as memory of this process.
         """
-        data = os.pread(self._file.fileno(), 4 * length, 4 * (self._offsets[document] + start))
-        return np.frombuffer(data, dtype=np.int32)
+        place = 4 * (int(self._offsets[document]) + start)
+        if os.preadv(self._file.fileno(), [ids.data], place) != ids.nbytes:
+            raise StageFailure("The temporary file of the documents' ids is cut short.")
 
     def close(self) -> None:
         self._file.close()

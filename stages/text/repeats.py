@@ -70,8 +70,10 @@ class Repeats:
     ) -> Repeated:
         """`digests`: uint64 [documents], in the order in which they were added. `kept`: int64,
         numbers of the documents that were not dropped, and `for_validation`: bool, which of them
-        are held out."""
-        inside = kept < sum(map(len, self._bands))
+        are held out. What was remembered of them is forgotten: packing needs the memory."""
+        of_batches, asked = self._bands, self._questions
+        self._bands, self._questions = [], []
+        inside = kept < sum(map(len, of_batches))
         kept, for_validation = kept[inside], for_validation[inside]
         # A conversation has one digest, also where each of its answers has a document of its own:
         # the last of them has all its messages.
@@ -80,11 +82,11 @@ class Repeats:
         held_out = for_validation[first]
         near, in_training = np.zeros(len(first), bool), np.zeros(len(first), bool)
         for number in range(BANDS):  # one at a time, which takes an eighth of the memory
-            band = np.concatenate([bands[:, number] for bands in self._bands])[kept[first]]
+            band = np.concatenate([bands[:, number] for bands in of_batches])[kept[first]]
             _, earliest, which = np.unique(band, return_index=True, return_inverse=True)
             near |= earliest[which] < np.arange(len(band))
             in_training |= held_out & np.isin(band, band[~held_out])
-        questions = np.concatenate(self._questions)[kept]
+        questions = np.concatenate(asked)[kept]
         trained = questions[~for_validation & (questions != 0)]
         lengths = np.array([len(ids) for ids in self._prompts], np.int64)
         flat = np.array([id for ids in self._prompts for id in ids], np.int32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 
@@ -47,16 +48,30 @@ def save_sequences(
     with (
         pa.OSFile(str(folder / _DATA_FILE), "wb") as file,
         pa.ipc.new_stream(file, schema) as stream,
+        ThreadPoolExecutor(1) as pool,
     ):
-        for cells in _filled(packing, documents, chosen, max_length, pad, loss_on, account):
+
+        def write(cells: np.ndarray) -> None:
             content.update(cells.data)
             lists = [
-                pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=column)
-                for values in cells
+                pa.FixedSizeListArray.from_arrays(_int32(values), type=column) for values in cells
             ]
             stream.write_batch(pa.record_batch(lists, schema=schema))
+
+        writing: Future[None] | None = None  # the batch before, while the next is filled
+        for cells in _filled(packing, documents, chosen, max_length, pad, loss_on, account):
+            if writing is not None:
+                writing.result()
+            writing = pool.submit(write, cells)
+        if writing is not None:
+            writing.result()
     _describe(folder, split, max_length, content.hexdigest())
     return account
+
+
+def _int32(values: np.ndarray) -> pa.Array:
+    """The values as they are; pa.array would import pandas first."""
+    return pa.Array.from_buffers(pa.int32(), values.size, [None, pa.py_buffer(values)])
 
 
 def bytes_of(packing: Packing, max_length: int) -> int:
@@ -76,23 +91,27 @@ def _filled(
     """Batches of sequences, int32 [columns, sequences, max_length]; counts them in `account`."""
     positions = np.arange(max_length, dtype=np.int32)
     batch_size = max(1, _BATCH_TOKENS // max_length)
-    numbers = chosen.tolist()
     for begin in range(0, len(packing), batch_size):
         sequences = list(packing.sequences(begin, min(begin + batch_size, len(packing))))
         cells = np.empty((len(SEQUENCE_COLUMNS), len(sequences), max_length), dtype=np.int32)
-        for ids, labels, position, segments in zip(*cells, sequences, strict=True):
+        ids, labels, position = cells
+        used = np.empty(len(sequences), np.int64)
+        for row, (segments, places) in enumerate(zip(sequences, position, strict=True)):
             at = 0
             for document, start, length in segments:
                 end = at + length
-                marked = documents.read(numbers[document], start, length)
-                ids[at:end] = labels[at:end] = marked & ~ANSWER
-                position[at:end] = positions[:length]
-                if loss_on == "response":
-                    labels[at:end][marked < ANSWER] = IGNORED_LABEL
+                documents.read_into(ids[row, at:end], chosen[document], start)
+                places[at:end] = positions[:length]
                 at = end
-            ids[at:], labels[at:], position[at:] = pad, IGNORED_LABEL, positions[: max_length - at]
-            account.packed += at
-            account.padded += max_length - at
+            places[at:], used[row] = positions[: max_length - at], at
+        padding = positions >= used[:, None]
+        # The mark of answers is a bit of the ids.
+        unsupervised = padding | (ids < ANSWER) if loss_on == "response" else padding
+        ids &= ~ANSWER
+        labels[:] = np.where(unsupervised, IGNORED_LABEL, ids)
+        ids[padding] = pad
+        account.packed += int(used.sum())
+        account.padded += int(padding.sum())
         account.supervised += int(np.count_nonzero(cells[1] != IGNORED_LABEL))
         yield cells
 

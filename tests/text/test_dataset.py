@@ -3,6 +3,7 @@ so."""
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -206,6 +207,11 @@ def test_other_rows_give_another_fingerprint(tokenizer, tmp_path):
     assert (tmp_path / "one/train/state.json").read_bytes() != (
         tmp_path / "two/train/state.json"
     ).read_bytes()
+
+
+def test_the_collector_of_cycles_runs_again_afterwards(tokenizer, tmp_path):
+    build([numbered(3)], tokenizer, TextFormat(tokenizer), output=tmp_path, layout=Layout(400))
+    assert gc.isenabled()
 
 
 def test_nothing_held_out_leaves_no_validation_folder(tokenizer, tmp_path):

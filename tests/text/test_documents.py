@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.text.documents import digest, held_out
+from stages.run.errors import StageFailure
+from stages.text.documents import Documents, digest, held_out
 from tests.torture.plugin import examples
 
 fractions = st.floats(0, 0.99)
@@ -46,3 +49,11 @@ def test_a_document_stays_held_out_wherever_it_stands_in_the_dataset():
     texts = [f"document {number}" for number in range(50)]
     digests = np.array([digest(text, 3) for text in texts], np.uint64)
     assert (held_out(digests, 0.2) == held_out(digests[::-1], 0.2)[::-1]).all()
+
+
+def test_ids_that_are_not_all_on_the_disk_are_a_failure(tmp_path: Path) -> None:
+    documents = Documents(tmp_path)
+    documents.lengths, documents._offsets = np.array([3]), [0]
+    with pytest.raises(StageFailure, match="is cut short"):
+        documents.read_into(np.zeros(3, np.int32), 0, 0)
+    documents.close()
