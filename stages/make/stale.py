@@ -14,6 +14,11 @@ RUN and RECIPE.
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # before the imports: make waits for this process, which ends before it pays
+
 import os
 import re
 import sys
@@ -25,6 +30,7 @@ from stages.model.location import own_output_problems
 from stages.run.errors import InputError
 from stages.run.layout import SHARDS_FOLDER
 from stages.run.manifest import manifest_of
+from stages.run.one_look import one_look
 from stages.run.provenance import reasons
 from stages.run.push_target import reason_to_push
 from stages.run.settings import Settings, recipe_note, unknown_names, with_recipe
@@ -37,7 +43,12 @@ MAKE_VARIABLES = (
 _RUN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", re.ASCII)
 Graph = dict[str, list[str]]
 # What a goal does with the model that exists; the others answer.
-_DOES = {"push": "is pushed", "serve": "is served", "serve-check": "is compared"}
+_DOES = {
+    "push": "is pushed",
+    "serve": "is served",
+    "serve-check": "is compared",
+    "benchmark": "is timed",
+}
 
 
 def stale_stages(graph: Graph, run_folder: Path, settings: Settings) -> dict[str, list[str]]:
@@ -207,7 +218,8 @@ def main(run_folder: str, *words: str) -> None:
         found += own_output_problems(settings.model_id, Path(run_folder))
     refuse(found)
     try:
-        stale = stale_stages(graph, Path(run_folder), settings)
+        with one_look():
+            stale = stale_stages(graph, Path(run_folder), settings)
     except OSError as error:
         refuse([f"{error.filename} cannot be read: {error.strerror}."])
     if "--adopt" in flags:

@@ -12,6 +12,8 @@ import ast
 import hashlib
 from pathlib import Path
 
+from stages.run.one_look import read_once
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Modules that decide whether, when and where a stage runs, or what it says, but never what it
@@ -33,6 +35,7 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.run.task_names",
         "stages.run.lock",
         "stages.run.manifest",
+        "stages.run.one_look",
         "stages.run.provenance",
         "stages.run.publish",
         # They copy what is published.
@@ -122,6 +125,7 @@ CANNOT_SHAPE_OUTPUT = frozenset(
 _ERRORS = ("InputError", "StageFailure")
 
 
+@read_once
 def raw_digest(path: str) -> str:
     """SHA-256 of the bytes of a file of the project; "" where it does not exist."""
     try:

@@ -12,11 +12,12 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from stages.run.digests import file_digest
 from stages.run.layout import MANIFEST_FILE
+from stages.run.one_look import read_once
 from stages.run.progress import Progress
 
 SEAL = "sha256"  # of the manifest itself, without this entry
@@ -34,6 +35,7 @@ def with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@read_once
 def manifest_of(output: Path) -> dict[str, Any] | None:
     """The manifest that a stage published in `output`; None where it is missing or damaged."""
     return _read(output / MANIFEST_FILE)[0]
@@ -96,10 +98,8 @@ def _misshapen(manifest: dict[str, Any]) -> str:
 
 def _is_inside(name: str) -> bool:
     """Whether a name stays below the folder that it is joined to."""
-    path = PurePosixPath(name)
-    return (
-        bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
-    )
+    parts = {part for part in name.split("/") if part not in ("", ".")}
+    return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name
 
 
 def file_problems(

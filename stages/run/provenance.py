@@ -20,6 +20,7 @@ from stages.run.backend import choose, find_backend
 from stages.run.fingerprint import ROOT, code_of, raw_digest
 from stages.run.layout import CONFIG_FILE, TOKENIZER_FILES
 from stages.run.manifest import file_problems, manifest_of, manifest_problem
+from stages.run.one_look import read_once
 from stages.run.settings import Settings
 
 # What is installed, by backend: files of pins, each of which may name another in a line `-r FILE`.
@@ -138,6 +139,7 @@ def libraries_of(stage: str, backend: str) -> tuple[str, ...]:
     return LIBRARIES[stage] + (NEURON_LIBRARIES.get(stage, ()) if backend == "neuron" else ())
 
 
+@read_once
 def pinned_versions(backend: str) -> dict[str, str]:
     """Library -> version that the backend's requirements pin, or the files that they include."""
     pins: dict[str, str] = {}

@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import os
 import platform
 import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,12 +163,12 @@ def _write_manifest(
         missing_ok=True
     )  # of a former call that finished this work and was killed
     files = sorted(path for path in work.rglob("*") if path.is_file())
-    outputs: dict[str, dict[str, Any]] = {}
-    for path in files:
-        name = path.relative_to(work).as_posix()
-        outputs[name] = {
-            "bytes": path.stat().st_size,
-            "sha256": facts.digests.get(name) or file_digest(path),
+    names = [path.relative_to(work).as_posix() for path in files]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter's lock
+        digests = pool.map(lambda name: facts.digests.get(name) or file_digest(work / name), names)
+        outputs: dict[str, dict[str, Any]] = {
+            name: {"bytes": path.stat().st_size, "sha256": digest}
+            for name, path, digest in zip(names, files, digests, strict=True)
         }
     keyed = {name: entry["sha256"] for name, entry in outputs.items() if name not in facts.unkeyed}
     manifest = {
