@@ -3,6 +3,7 @@ prompt."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,8 @@ from stages.run.sizes import parse_size
     train="Folder that train published.",
 )
 def main(settings: Settings, train: Path, output: Path) -> None:
+    # Else torch's threads spin between two pieces, on the cores that read and hash.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     publish(
         "consolidate", settings, {"train": train}, output, lambda work: join(settings, train, work)
     )

@@ -17,6 +17,8 @@ import itertools
 import json
 import math
 import operator
+import os
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -51,6 +53,10 @@ FLOATING = ("float64", "float32", "float16", "bfloat16")
 # The size of a piece: small enough to stay in a processor's cache from the read to the write, large
 # enough for a disk.
 PIECE_BYTES = 2 << 20
+# Pieces that may wait to be checked, and to be hashed: threads on two cores take turns.
+PIECES_AHEAD = 16
+# Bytes after which the disk is given what is written.
+FLUSH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -194,19 +200,27 @@ def _header(specs: Iterable[TensorSpec]) -> bytes:
 
 
 def _write_file(path: Path, contents: list[tuple[TensorSpec, ReadTensor]], bar: Progress) -> str:
-    """Write one safetensors file; return its SHA-256, which a second thread computes (hashing
-    releases the interpreter's lock)."""
+    """Write one safetensors file; return its SHA-256. Meanwhile a second thread hashes (which
+    releases the interpreter's lock), and a third has the disk take what is written: publishing
+    would wait for that."""
     digest = hashlib.sha256()
-    with path.open("wb") as file, ThreadPoolExecutor(1) as pool:
-        hashing: Future[None] | None = None
+    with path.open("wb") as file, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as disk:
+        hashing: deque[Future[None]] = deque()
+        flushing = disk.submit(os.fdatasync, file.fileno())
+        unflushed = 0
         for data in _file_bytes(contents):
-            if hashing is not None:
-                hashing.result()
-            hashing = pool.submit(digest.update, data)
+            hashing.append(hasher.submit(digest.update, data))
+            if len(hashing) > PIECES_AHEAD:
+                hashing.popleft().result()
             file.write(data)
+            unflushed += len(data)
+            if unflushed > FLUSH_BYTES and flushing.done():
+                flushing.result()
+                flushing = disk.submit(os.fdatasync, file.fileno())
+                unflushed = 0
             bar.update(len(data))
-        if hashing is not None:
-            hashing.result()
+        for one in (*hashing, flushing):
+            one.result()
     return digest.hexdigest()
 
 
@@ -261,11 +275,11 @@ def _pieces(contents: list[tuple[TensorSpec, ReadTensor]]) -> Pieces:
 
 
 def _read_ahead(pieces: Pieces) -> Pieces:
-    """The same pieces; a second thread reads the next one while the caller uses this one."""
+    """The same pieces; a second thread reads the next ones while the caller uses this one."""
     with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, pieces, None)
-        while (piece := following.result()) is not None:
-            following = pool.submit(next, pieces, None)
+        reading = deque(pool.submit(next, pieces, None) for _ in range(PIECES_AHEAD))
+        while (piece := reading.popleft().result()) is not None:
+            reading.append(pool.submit(next, pieces, None))
             yield piece
 
 

@@ -1,19 +1,21 @@
 """How long consolidation takes, next to a copy of the same shards, and how much memory.
 
-    python tests/benchmarks/consolidate.py FOLDER [--gigabytes 4] [--rounds 3]
+    python tests/benchmarks/consolidate.py FOLDER [--gigabytes 4] [--rounds 3] [--warm]
 
 Two processes write a model of Llama's shapes (hidden 2048, as many layers as the size asks for,
 float32, random values) as tensor-parallel shards below FOLDER. Then `cp -r` of the shards,
 consolidation to float32, to bfloat16, and DCP's own join take turns. Consolidation checks every
 value, and hashes what it reads and what it writes; DCP's join does neither. Each round starts with
-the shards out of the page cache and ends when the output is on the disk. Seconds are of whole
-processes, the start of Python and torch included; the table shows medians. Everything is removed at
-the end; FOLDER needs about twice the size.
+the shards out of the page cache, or in it with --warm, and ends when the output is on the disk.
+"all" is of whole processes, the start of Python and torch included; "work" is without that; the
+table shows medians. The line at the end is what hashing costs: SHA-256 of what is read and of what
+is written. Everything is removed at the end; FOLDER needs about twice the size.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -25,19 +27,23 @@ from statistics import median
 
 ROOT = Path(__file__).parents[2]
 COLUMN_SHARDED = ("o_proj.weight", "down_proj.weight")
+# As the stage sets it (stages/consolidate.py).
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
 CONSOLIDATE = """
-import sys
+import sys, time
 from pathlib import Path
 from stages.backends.torch.consolidate import consolidate
 shards, output, dtype = sys.argv[1:]
+Path(output, "started").write_text(repr(time.time()))
 consolidate(Path(shards), Path(output), dtype=dtype, max_shard_size=5 * 10**9)
 """
 DCP_JOIN = """
-import sys
+import sys, time
 from pathlib import Path
 from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 from safetensors import safe_open
 shards, output = sys.argv[1:]
+Path(output, "started").write_text(repr(time.time()))
 names = {name for path in Path(shards).iterdir() for name in safe_open(path, "pt").keys()}
 consolidate_safetensors_files(shards, output, dict.fromkeys(sorted(names), 1))
 """
@@ -88,44 +94,70 @@ def write_shards(folder: Path, gigabytes: float) -> None:
     dist.destroy_process_group()
 
 
-def measured(command: list[str], shards: Path, output: Path) -> tuple[float, float, float]:
-    """Run `command` from a cold cache; return seconds until its output is on the disk, CPU seconds
-    and peak resident GB."""
+def measured(
+    command: list[str], shards: Path, output: Path, warm: bool
+) -> tuple[float, float, float, float]:
+    """Run `command`; return seconds until its output is on the disk, in all and without its
+    imports, CPU seconds and peak resident GB."""
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
     os.sync()
     for path in (path for path in shards.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+            while warm and file.read(1 << 20):
+                pass
+    started = time.time()
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{command[0]} ended with status {process.returncode}")
     subprocess.run(["sync", "-f", str(output)], check=True)
+    ended, note = time.time(), output / "started"
     return (
-        time.perf_counter() - started,
+        ended - started,
+        ended - (float(note.read_text()) if note.is_file() else started),
         usage.ru_utime + usage.ru_stime,
         usage.ru_maxrss * 1024 / 1e9,
     )
 
 
-def compare(commands: dict[str, list[str]], shards: Path, output: Path, rounds: int) -> None:
+def compare(
+    commands: dict[str, list[str]], shards: Path, output: Path, rounds: int, warm: bool
+) -> None:
     """Run the commands in turn, `rounds` times each, and print a line for each."""
-    runs: dict[str, list[tuple[float, float, float]]] = {label: [] for label in commands}
+    runs: dict[str, list[tuple[float, ...]]] = {label: [] for label in commands}
     for _ in range(rounds):
         for label, command in commands.items():
-            runs[label].append(measured(command, shards, output))
+            runs[label].append(measured(command, shards, output, warm))
     size = sum(path.stat().st_size for path in shards.rglob("*") if path.is_file()) / 1e9
-    print(f"{size:.2f} GB of shards, medians of {rounds}")
-    print(f"{'':24}{'seconds':>9}{'of cp':>7}{'CPU s':>7}{'peak GB':>9}   each")
-    copy = median(seconds for seconds, _, _ in runs["cp -r"])
+    cache = "in the page cache" if warm else "read from the disk"
+    print(f"{size:.2f} GB of shards, {cache}; seconds, medians of {rounds}")
+    print(f"{'':24}{'all':>7}{'work':>7}{'of cp':>7}{'CPU s':>7}{'peak GB':>9}   work, each")
+    copy = median(work for _, work, _, _ in runs["cp -r"])
     for label, results in runs.items():
-        seconds, cpu, _ = (median(values) for values in zip(*results, strict=True))
-        each = " ".join(f"{values[0]:.1f}" for values in results)
-        peak = max(values[2] for values in results)
-        print(f"{label:24}{seconds:9.1f}{seconds / copy:7.2f}{cpu:7.1f}{peak:9.2f}   {each}")
+        seconds, work, cpu, _ = (median(values) for values in zip(*results, strict=True))
+        each = " ".join(f"{values[1]:.2f}" for values in results)
+        peak = max(values[3] for values in results)
+        print(
+            f"{label:24}{seconds:7.2f}{work:7.2f}{work / copy:7.2f}{cpu:7.1f}{peak:9.2f}   {each}"
+        )
+    rate = hash_rate()
+    print(
+        f"SHA-256 {rate:.2f} GB/s on one core: {2 * size / rate:.2f} CPU seconds for as much in as "
+        f"out, on {os.cpu_count()} cores {2 * size / rate / (os.cpu_count() or 1):.2f} s"
+    )
+
+
+def hash_rate() -> float:
+    """GB of SHA-256 per second on one core, the median of 5 times 64 MB."""
+    data, rates = os.urandom(64 * 10**6), []
+    for _ in range(5):
+        started = time.perf_counter()
+        hashlib.sha256(data).digest()
+        rates.append(0.064 / (time.perf_counter() - started))
+    return median(rates)
 
 
 def main() -> None:
@@ -137,6 +169,7 @@ def main() -> None:
         "--gigabytes", type=float, default=4.0, help="size of the model in float32 (10^9 bytes)"
     )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm", action="store_true", help="shards in the page cache")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
         write_shards(arguments.folder, arguments.gigabytes)
@@ -157,7 +190,7 @@ def main() -> None:
             check=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        commands = {"cp -r": ["cp", "-r", str(shards), str(output)]}
+        commands = {"cp -r": ["cp", "-r", "--reflink=never", str(shards), str(output)]}
         for dtype in ("float32", "bfloat16"):
             commands[f"consolidate to {dtype}"] = [
                 sys.executable,
@@ -168,7 +201,7 @@ def main() -> None:
                 dtype,
             ]
         commands["DCP's own join"] = [sys.executable, "-c", DCP_JOIN, str(shards), str(output)]
-        compare(commands, shards, output, arguments.rounds)
+        compare(commands, shards, output, arguments.rounds, arguments.warm)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def consolidate(
         "parameters": sum(spec.elements for spec, _ in sources),
         "bytes_read": reader.bytes_read + base_bytes,
         "files": digests,
-        "shards": {},  # the caller reads them for their digests
+        "shards": reader.digests(shards),
     }
 
 

@@ -3,14 +3,12 @@
 Each rank's files are plain safetensors, written by torch.distributed.checkpoint (DCP); the entry
 DCP_SHARDING_INFO of a header says where in the whole tensor each part begins. DCP's own join
 (consolidate_safetensors_files) needs up to three times the largest tensor in memory and cannot
-cast, so here the parts pass through in blocks of rows of about 2 MB. Each file is read once, from
-its first byte to its last, and hashed on the way.
+cast, so here the parts pass through in blocks of rows of about 2 MB. Each file is read once and
+hashed on the way.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -22,6 +20,7 @@ from typing import Any
 
 import torch
 
+from stages.backends.hashed_file import HashedFile
 from stages.model.adapter import merged_tensors, write_adapter
 from stages.model.check import untied
 from stages.model.weights import DTYPE_NAMES, PIECE_BYTES, ReadTensor, TensorSpec, write_safetensors
@@ -30,50 +29,32 @@ from stages.run.errors import StageFailure, refusal
 from stages.run.layout import ADAPTER_CONFIG
 
 
-class ShardFile:
-    """A file of one rank: a JSON header, then the parts back to back in the order of their
-    names."""
+class ShardFile(HashedFile):
+    """A file of one rank: a JSON header, then the parts back to back."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self.digest = hashlib.sha256()
-        self._file = path.open("rb")
+        super().__init__(path)
         try:
-            size = int.from_bytes(self._read(8), "little")
-            if size > path.stat().st_size:
+            length = path.stat().st_size
+            size = int.from_bytes(self.read(min(8, length), 0), "little")
+            if size > length:
                 raise ValueError(f"its header would have {size:,} bytes")
-            self.header: dict[str, Any] = json.loads(self._read(size))
+            self.header: dict[str, Any] = json.loads(self.read(size, 8))
             self.offsets: dict[str, Any] = json.loads(
                 self.header.pop("__metadata__")["DCP_SHARDING_INFO"]
             )
         except (ValueError, LookupError, TypeError) as error:
             raise StageFailure(f"{path} is not a shard, or is damaged: {error}.") from error
-        if list(self.header) != sorted(self.header):
-            raise StageFailure(
-                f"{path}: its tensors are not in the order of their names. Run `make train` again."
-            )
-
-    def read_into(self, values: torch.Tensor) -> None:
-        """Fill the contiguous tensor `values` with the file's next bytes."""
-        data = values.view(-1).view(torch.uint8).numpy().data
-        if self._file.readinto(data) != len(data):
-            raise StageFailure(f"{self.path} is cut short.")
-        self.digest.update(data)
-
-    def _read(self, size: int) -> bytes:
-        data = self._file.read(size)
-        self.digest.update(data)
-        return data
-
-    def close(self) -> None:
-        self._file.close()
+        self.data_start = 8 + size
 
 
 @dataclass(frozen=True)
 class Part:
-    """One rank's box of a tensor: `shape` elements from `start` on."""
+    """One rank's box of a tensor: `shape` elements from `start` on. Its bytes begin at `offset` of
+    the file."""
 
     file: ShardFile
+    offset: int
     start: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: str
@@ -104,46 +85,46 @@ def consolidate(
     train's manifest). Raises StageFailure, with nothing in `output`, for shards that do not make up
     whole tensors and for a value that is not finite.
     """
-    with contextlib.ExitStack() as stack:
-        files = [
-            stack.enter_context(contextlib.closing(ShardFile(path)))
-            for path in sorted(shards.glob("*.safetensors"))
-        ]
-        parts = _parts(files)
-        for name, kept in (tied or {}).items():
-            if name in parts:
-                raise untied(name, kept)
-        specs = {name: _spec(name, boxes) for name, boxes in parts.items()}
-        _require_whole(shards, specs, parts)
-        sources: list[tuple[TensorSpec, ReadTensor]] = [
-            (spec, partial(_read, spec, parts[name])) for name, spec in specs.items()
-        ]
-        bytes_read = sum(spec.nbytes for spec in specs.values())
-        if is_adapter := (shards / ADAPTER_CONFIG).is_file():
-            adapter = {spec.name: torch.cat(list(read())) for spec, read in sources}
-            sources, base_bytes = merged_tensors(adapter, shards, base, dtype, tied or {})
-            bytes_read += base_bytes
-        digests = write_safetensors(sources, output, max_shard_size=max_shard_size, dtype=dtype)
-        if is_adapter:
-            write_adapter(adapter, shards, output)
-        read = {file.path.name: file.digest.hexdigest() for file in files}
+    files = [ShardFile(path) for path in sorted(shards.glob("*.safetensors"))]
+    parts = _parts(files)
+    for name, kept in (tied or {}).items():
+        if name in parts:
+            raise untied(name, kept)
+    specs = {name: _spec(name, boxes) for name, boxes in parts.items()}
+    _require_whole(shards, specs, parts)
+    sources: list[tuple[TensorSpec, ReadTensor]] = [
+        (spec, partial(_read, spec, parts[name])) for name, spec in specs.items()
+    ]
+    bytes_read = sum(spec.nbytes for spec in specs.values())
+    if is_adapter := (shards / ADAPTER_CONFIG).is_file():
+        adapter = {spec.name: torch.cat(list(read())) for spec, read in sources}
+        sources, base_bytes = merged_tensors(adapter, shards, base, dtype, tied or {})
+        bytes_read += base_bytes
+    digests = write_safetensors(sources, output, max_shard_size=max_shard_size, dtype=dtype)
+    if is_adapter:
+        write_adapter(adapter, shards, output)
     return {
         "tensors": len(sources),
         "parameters": sum(spec.elements for spec, _ in sources),
         "bytes_read": bytes_read,
         "files": digests,
-        "shards": read,
+        "shards": {file.path.name: file.sha256() for file in files},
     }
 
 
 def _parts(files: list[ShardFile]) -> dict[str, list[Part]]:
-    """Tensor -> its parts, in the order of the names, in which the files can be read from start to
-    end."""
+    """Tensor -> its parts, in the order of the names: DCP writes the files in it."""
     parts: dict[str, list[Part]] = {}
     for file in files:
         for name, entry in file.header.items():
             start = tuple(file.offsets[name]["saved_offsets"])
-            part = Part(file, start, tuple(entry["shape"]), DTYPE_NAMES[entry["dtype"]])
+            part = Part(
+                file,
+                file.data_start + entry["data_offsets"][0],
+                start,
+                tuple(entry["shape"]),
+                DTYPE_NAMES[entry["dtype"]],
+            )
             parts.setdefault(name, []).append(part)
     return dict(sorted(parts.items()))
 
@@ -180,8 +161,7 @@ def _read(spec: TensorSpec, parts: list[Part]) -> Iterator[torch.Tensor]:
 
 
 def _copy_rows(part: Part, block: torch.Tensor, first: int) -> None:
-    """Copy the rows that `part` has of `block`, which begins at the tensor's row `first`. Blocks
-    come in order."""
+    """Copy the rows that `part` has of `block`, which begins at the tensor's row `first`."""
     begin, end = max(part.start[0], first), min(part.start[0] + part.shape[0], first + len(block))
     if begin >= end:
         return
@@ -190,9 +170,8 @@ def _copy_rows(part: Part, block: torch.Tensor, first: int) -> None:
         enumerate(zip(part.start, part.shape, strict=True)), 1, None
     ):
         box = box.narrow(dimension, start, size)
-    if box.is_contiguous():
-        part.file.read_into(box)
-    else:
-        rows = torch.empty_like(box, memory_format=torch.contiguous_format)
-        part.file.read_into(rows)
+    rows = box if box.is_contiguous() else torch.empty(box.shape, dtype=box.dtype)
+    skipped = (begin - part.start[0]) * math.prod(part.shape[1:]) * box.element_size()
+    part.file.read_into(rows.view(-1).view(torch.uint8).numpy().data, part.offset + skipped)
+    if rows is not box:
         box.copy_(rows)

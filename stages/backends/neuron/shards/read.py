@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from stages.backends.neuron.shards.torch_archive import (
     StoredTensor,
     TensorReference,
     damage,
+    mapped_at,
     read_archive,
 )
 from stages.backends.neuron.shards.unshard import (
@@ -225,12 +227,13 @@ def _rank_tensors(file: Path, problems: list[str]) -> dict[str, StoredTensor]:
     if not isinstance(information, dict):
         raise StageFailure(f"{info_file} does not list tensors.")
     tensors = {}
+    mapped = _mapped_at(file, entries.values())
     for name, entry in entries.items():
         try:
             if isinstance(entry, TensorReference):
                 stored = _referred(file, getattr(entry, "tid", None), information)
             else:
-                stored = _stored(file, name, entry)
+                stored = _stored(file, name, entry, mapped)
         except StageFailure as failure:
             problems.append(
                 f"{failure} It holds {name}."
@@ -243,9 +246,15 @@ def _rank_tensors(file: Path, problems: list[str]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _stored(file: Path, name: str | None, value: object) -> StoredTensor | None:
-    """A tensor that was read from `file`, by its place; None for one without data (another pipeline
-    rank's)."""
+def _mapped_at(file: Path, values: Iterable[object]) -> int | None:
+    import torch
+
+    return mapped_at(file, [value for value in values if isinstance(value, torch.Tensor)])
+
+
+def _stored(file: Path, name: str | None, value: object, mapped: int | None) -> StoredTensor | None:
+    """A tensor that was read from `file`, which is mapped from that address on, by its place; None
+    for one without data (another pipeline rank's)."""
     import torch
 
     if (
@@ -255,7 +264,12 @@ def _stored(file: Path, name: str | None, value: object) -> StoredTensor | None:
         raise StageFailure(
             f"{file}: its entry {name} is not a tensor." if name else f"{file} holds no tensor."
         )
-    return None if value.is_meta else StoredTensor(file, name, dtype, tuple(value.shape))
+    if value.is_meta:
+        return None
+    offset = None
+    if mapped is not None and value.is_contiguous():
+        offset = value.data_ptr() - mapped
+    return StoredTensor(file, name, dtype, tuple(value.shape), offset)
 
 
 def _referred(file: Path, number: object, information: dict[Any, Any]) -> StoredTensor | None:
@@ -268,7 +282,8 @@ def _referred(file: Path, number: object, information: dict[Any, Any]) -> Stored
     path = file.with_name(f"{file.name}.tensors") / f"tensor_{number}.pt"
     if not path.is_file():
         raise StageFailure(f"{path} is missing.")
-    stored = _stored(path, None, read_archive(path))
+    value = read_archive(path)
+    stored = _stored(path, None, value, _mapped_at(path, [value]))
     described = information.get(number)
     if stored and isinstance(described, dict):
         expected = (

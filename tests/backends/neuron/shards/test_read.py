@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -16,7 +17,13 @@ import pytest
 import torch
 
 from stages.backends.neuron.consolidate import consolidate
-from stages.backends.neuron.shards.read import damaged, is_whole, problems, read_shards
+from stages.backends.neuron.shards.read import (
+    _rank_tensors,
+    damaged,
+    is_whole,
+    problems,
+    read_shards,
+)
 from stages.backends.neuron.shards.torch_archive import RowReader, StoredTensor
 from stages.run.errors import StageFailure
 from tests.backends.neuron.test_consolidate import GIGABYTE
@@ -279,10 +286,18 @@ def test_shards_of_an_older_version_that_wrote_no_information_are_read(written_s
     assert len(read_shards(shards).tensors) == 21
 
 
+def tensors_of(file: Path) -> dict[str, StoredTensor]:
+    problems: list[str] = []
+    tensors = _rank_tensors(file, problems)
+    assert not problems
+    return tensors
+
+
 @pytest.mark.parametrize("tensor", [torch.rand(4, 6).t(), torch.rand(4, 6)[:, 1:3]])
 def test_rows_of_a_view_are_read_in_order(tmp_path, tensor):
     torch.save({"view": tensor}, tmp_path / "state.pt")
-    stored = StoredTensor(tmp_path / "state.pt", "view", "float32", tuple(tensor.shape))
+    stored = tensors_of(tmp_path / "state.pt")["view"]
+    assert stored.offset is None
     assert torch.equal(RowReader().rows(stored, 1, 3), tensor[1:3])
 
 
@@ -306,14 +321,22 @@ def test_rows_of_parameters_and_views_of_every_dtype_are_read_where_they_lie(tmp
         {"view": view, "whole": whole, "parameter": torch.nn.Parameter(whole, requires_grad=False)},
         tmp_path / "state.pt",
     )
-    reader = RowReader()
+    reader, stored = RowReader(), tensors_of(tmp_path / "state.pt")
+    assert all(tensor.offset is not None for tensor in stored.values())
 
     def rows(name, first, last):
-        return reader.rows(
-            StoredTensor(tmp_path / "state.pt", name, str(dtype), (6, 4)), first, last
-        )
+        return reader.rows(stored[name], first, last)
 
     assert torch.equal(rows("view", 1, 3), view[1:3])
     assert torch.equal(rows("whole", 0, 6), whole)
     assert torch.equal(rows("parameter", 4, 5), whole[4:5])
     assert reader.bytes_read == 9 * 4 * dtype.itemsize
+    digest = hashlib.sha256((tmp_path / "state.pt").read_bytes()).hexdigest()
+    assert reader.digests(tmp_path) == {"state.pt": digest}
+
+
+def test_rows_of_a_file_of_torch_before_it_wrote_archives_are_read(tmp_path):
+    whole = torch.rand(6, 4)
+    torch.save({"whole": whole}, tmp_path / "state.pt", _use_new_zipfile_serialization=False)
+    stored = tensors_of(tmp_path / "state.pt")["whole"]
+    assert torch.equal(RowReader().rows(stored, 1, 3), whole[1:3])
