@@ -40,7 +40,7 @@ from stages.backends.torch.generate import (
     StepName,
     constant_type,
 )
-from stages.backends.torch.inductor import scratch_space
+from stages.backends.torch.inductor import compiler_knows_instructions, scratch_space
 from stages.backends.torch.static import compile_static
 from stages.model.fit import raw_config
 from stages.model.size import weight_bytes
@@ -251,11 +251,14 @@ def _compile_step(step: StepName, work: Compilation) -> None:
             aoti_compile_and_package(
                 program,
                 package_path=str(work.output / f"{step}.pt2"),
-                # Compiled headers would take 280 MB of /tmp per model, in a folder whose name
-                # another user can take first.
                 inductor_configs={
                     "aot_inductor.package_constants_in_so": False,
+                    # Compiled headers would take 280 MB of /tmp per model, in a folder whose name
+                    # another user can take first.
                     "aot_inductor.precompile_headers": False,
+                    # The wrapper only calls kernels; optimising it takes twice the time.
+                    "aot_inductor.compile_wrapper_opt_level": "O0",
+                    "cpp.vec_isa_ok": compiler_knows_instructions(),
                 },
             )
     except Exception as error:

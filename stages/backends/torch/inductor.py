@@ -1,4 +1,5 @@
-"""Where inductor, torch's compiler, keeps its files, and how it works in a path with a space.
+"""Where inductor, torch's compiler, keeps its files, how it works in a path with a space, and what
+its C++ compiler knows.
 
 It calls the C++ compiler without quoting paths, so neither torch nor inductor's cache may be in a
 folder whose path has a space.
@@ -7,6 +8,7 @@ folder whose path has a space.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +25,25 @@ def unusable_path() -> str | None:
     return next(
         (path for path in (torch.__file__, str(INDUCTOR_CACHE.absolute())) if " " in path), None
     )
+
+
+def compiler_knows_instructions() -> bool | None:
+    """True if the C++ compiler has the flags of every vector instruction set of this CPU.
+
+    Inductor would compile and load a test of each of them, which takes seconds. None tells it to.
+    """
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.cpu_vec_isa import supported_vec_isa_list, x86_isa_checker
+
+        here = set(x86_isa_checker())
+        sets = [isa for isa in supported_vec_isa_list if here.issuperset(str(isa).split())]
+        flags = [flag for isa in sets for flag in isa.build_arch_flags().split()]
+        command = [get_cpp_compiler(), *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+        ended = subprocess.run(command, capture_output=True, check=False)
+    except (ImportError, AttributeError):  # private, so a later torch may move or change them
+        return None
+    return True if sets and ended.returncode == 0 else None
 
 
 @contextmanager

@@ -4,6 +4,8 @@ tests."""
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -427,6 +429,29 @@ def test_a_compiler_that_fails_ends_the_stage_with_its_message(model_dir, tmp_pa
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(StageFailure, match=r"Compiling (prefill|decode) failed"):
         compile_inference.compile_model(model_dir, tmp_path, settings=sizes(1, LENGTH))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
+@pytest.mark.parametrize(("refused", "known"), [("-no-such-flag", True), ("-mavx*", None)])
+def test_a_compiler_that_refuses_a_flag_of_this_cpu_is_left_to_inductors_tests(
+    refused, known, tmp_path
+):
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        f'#!/bin/sh\nfor flag; do case "$flag" in {refused}) exit 1;; esac; done\nexec g++ "$@"\n',
+        encoding="utf-8",
+    )
+    compiler.chmod(0o755)
+    script = "from stages.backends.torch.inductor import compiler_knows_instructions as known\n"
+    ended = subprocess.run(
+        [sys.executable, "-c", f"{script}print(known())"],
+        cwd=ROOT,
+        env={**os.environ, "CXX": str(compiler)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.stdout, ended.stderr) == (f"{known}\n", "")
 
 
 def test_weights_that_the_folder_lacks_are_named(model_dir, tmp_path):

@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from stages.backends.device import DEVICES
-from stages.backends.torch.export import Decode, Prefill, head_dim
+from stages.backends.torch import export
+from stages.backends.torch.export import FEW_SLOTS, Decode, Prefill, _product_and_sum, head_dim
 from stages.backends.torch.generate import CompiledModel, empty_cache
 from stages.model.fit import ARCHITECTURES
 from stages.run.settings import Settings
@@ -60,6 +62,47 @@ def test_prefill_then_decode_of_a_ragged_batch_equals_each_row_read_whole_and_al
         torch.testing.assert_close(
             torch.stack((prefilled[row], decoded[row])), expected, rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("slots", range(1, FEW_SLOTS + 1))
+@torch.inference_mode()
+def test_a_product_and_sum_is_a_linear_layer(slots: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(slots)
+    hidden = torch.randn(slots, 1, 96, generator=generator).to(dtype)
+    weight = torch.randn(40, 96, generator=generator).to(dtype)
+    for bias in (None, torch.randn(40, generator=generator).to(dtype)):
+        expected = functional.linear(
+            hidden.double(), weight.double(), None if bias is None else bias.double()
+        )
+        result = _product_and_sum(hidden, weight, bias)
+        assert result.dtype == dtype
+        # As near to the exact result as the dtype can be: only the result is rounded to it.
+        torch.testing.assert_close(
+            result.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(("slots", "few"), [(1, True), (FEW_SLOTS, True), (FEW_SLOTS + 1, False)])
+@torch.inference_mode()
+def test_every_linear_layer_of_a_decode_of_few_slots_is_a_product_and_sum(
+    slots: int, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[torch.Size] = []
+
+    def counted(hidden: torch.Tensor, weight: torch.Tensor, *bias: Any) -> torch.Tensor:
+        shapes.append(weight.shape)
+        return _product_and_sum(hidden, weight, *bias)
+
+    monkeypatch.setattr(export, "_product_and_sum", counted)
+    model = tiny_model("llama", tie_word_embeddings=True)
+    cache = empty_cache(layers=2, shape=(slots, 2, 24, 8), dtype=torch.float32, device="cpu")
+    ids, one = torch.arange(slots), torch.ones(slots, dtype=torch.int64)
+    decoded = Decode(model)(ids, one, cache)
+    # Seven in each of two layers, and the tied head.
+    assert len(shapes) == (15 if few else 0)
+    monkeypatch.setattr(export, "FEW_SLOTS", 0)
+    torch.testing.assert_close(decoded, Decode(model)(ids, one, cache), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES["torch"])
