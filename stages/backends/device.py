@@ -27,6 +27,10 @@ from stages.run.settings import Settings
 # The kernels of a compiled training: precompile fills it, train reads it, all runs share it.
 INDUCTOR_CACHE = Path("outputs/.cache/inductor")
 
+# The name by which transformers calls torch/attention.py. It is here, so that an edit of that file
+# makes nothing stale that only asks a device.
+PACKED = "packed"
+
 
 class Device:
     """A CPU, and what holds for all devices."""
@@ -37,6 +41,8 @@ class Device:
     cached = "*"  # the files of compiled code in its cache
     always_compiles = False
     fused_adamw = True
+    attention = PACKED  # transformers' name of the attention in training
+    fixed_shapes = False  # whether each shape of a tensor is compiled anew
     has_inductor = True  # so that compiled inference is AOTInductor's packages
     compile_processes = 1  # Triton's; a CPU's packages have no kernels of it
     random = "cpu"  # where a generator of random numbers can be
@@ -73,6 +79,9 @@ class Device:
             "TORCHINDUCTOR_CACHE_DIR": str(self.cache),
             # Precompiled headers would lie in /tmp, where any user can put their own.
             "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
+            # Large tensors in pages of 2 MB, where the system allows it: each step
+            # makes its tensors again, and small pages cost it a tenth of its time.
+            "THP_MEM_ALLOC_ENABLE": "1",
         }
 
     def problem(self) -> str:
@@ -112,6 +121,7 @@ class Cuda(Device):
     """NVIDIA GPUs, one for each rank."""
 
     name = "cuda"
+    attention = "sdpa"
     compile_processes, random = 0, "cuda"  # 0: as many as inductor chooses
     process_groups = "cpu:gloo,cuda:nccl"
 
@@ -172,6 +182,7 @@ class Neuron(Device):
     cached = "*.neff"
     always_compiles = True  # each operation that is not compiled costs some 60 us
     fused_adamw = False  # not documented; foreach is torch's own
+    attention, fixed_shapes = "sdpa", True
     has_inductor = False
 
     @property

@@ -33,28 +33,41 @@ def supervised(labels: Any, position_ids: Any) -> Any:
     return ((labels[:, 1:] != IGNORED_LABEL) & (position_ids[:, 1:] != 0)).sum(-1)
 
 
-def loss_sum(model: torch.nn.Module, batch: Mapping[str, Tensor], isolated: bool = True) -> Tensor:
+def loss_sum(
+    model: Any, batch: Mapping[str, Tensor], isolated: bool = True, only_supervised: bool = True
+) -> Tensor:
     """Sum of the cross-entropy in nats over a micro-batch, whose columns are int64 [batch, length].
 
     Positions restart at 0 with each document. Without an attention mask, transformers makes one of
     them in which a document sees itself alone, and no further back than a layer's sliding window.
     Not `isolated`, it sees all before it in the sequence, whose positions go on, as on
     optimum-neuron.
-    Under tensor parallelism the logits stay sharded over the vocabulary; the caller's
-    `loss_parallel` reduces them.
+    `only_supervised`: no logits are computed where the loss counts none, so their number follows
+    from the batch. Under tensor parallelism there are all: they stay sharded over the vocabulary,
+    and the caller's `loss_parallel` reduces them.
     """
     positions = batch["position_ids"]
-    output = model(
-        input_ids=batch["input_ids"],
-        position_ids=positions
-        if isolated
-        else torch.arange(positions.shape[1], device=positions.device)[None],
-        use_cache=False,
-    )
     targets = next_token_labels(batch["labels"], positions)
+    counted = targets != IGNORED_LABEL
+
+    def select(_: Any, hidden: tuple[Tensor]) -> Tensor:
+        return hidden[0][counted]
+
+    hook = model.lm_head.register_forward_pre_hook(select) if only_supervised else None
+    try:
+        output = model(
+            input_ids=batch["input_ids"],
+            position_ids=positions
+            if isolated
+            else torch.arange(positions.shape[1], device=positions.device)[None],
+            use_cache=False,
+        )
+    finally:
+        if hook:
+            hook.remove()
     return F.cross_entropy(
-        output.logits.float().flatten(0, 1),
-        targets.flatten(),
+        output.logits.float().flatten(0, -2),
+        targets[counted] if only_supervised else targets.flatten(),
         ignore_index=IGNORED_LABEL,
         reduction="sum",
     )

@@ -62,7 +62,7 @@ def training_memory(
     begins = (
         [Part("activations and logits", traced, "a traced step")]
         if traced is not None
-        else [*_activations(shape, settings), _logits(shape, settings)]
+        else [*_activations(shape, settings, device == "cpu"), _logits(shape, settings)]
     )
     if settings.gradient_accumulation_steps > 1:  # those of the micro-batches before are there
         trained = _trained(shape, settings)
@@ -126,10 +126,10 @@ def _buffers(shape: Shape, settings: Settings) -> Iterator[Part]:
     yield Part("buffers", size * largest, f"{largest:,} x {size}, of the largest group")
 
 
-def _activations(shape: Shape, settings: Settings) -> Iterator[Part]:
+def _activations(shape: Shape, settings: Settings, packed: bool) -> Iterator[Part]:
     """What the layers keep for the backward pass."""
     tokens = settings.per_device_train_batch_size * settings.max_length
-    each = layer_bytes(shape, settings)
+    each = layer_bytes(shape, settings, packed)
     if not settings.gradient_checkpointing:
         basis = f"{tokens:,} tokens x {shape.layers} layers x {each:,}"
         yield Part("activations", tokens * shape.layers * each, basis)
@@ -139,21 +139,21 @@ def _activations(shape: Shape, settings: Settings) -> Iterator[Part]:
     yield Part("activations", tokens * (shape.layers * kept + each), basis)
 
 
-def layer_bytes(shape: Shape, settings: Settings) -> int:
+def layer_bytes(shape: Shape, settings: Settings, packed: bool) -> int:
     """Bytes per token that one layer keeps for the backward pass, without checkpointing.
 
     As traced on transformers' models (tests/forecast/test_trace.py): a norm keeps its input in
-    float32 and its result, or three tensors where all is float32; attention keeps queries, keys and
-    values (repeated for the query heads) and its result; the MLP four tensors of the intermediate
-    size. Tensor parallelism divides all but the inputs of the two halves of a layer, which are
-    gathered from the sequence's parts.
+    float32 and its result; attention keeps queries, keys, values and its result, and if it is not
+    `packed` (a CPU's) keys and values repeated for the query heads; the MLP four tensors of the
+    intermediate size. Tensor parallelism divides all but the inputs of the two halves of a layer,
+    which are gathered from the sequence's parts.
     """
     size, tensor = (2 if settings.bf16 else 4), settings.tensor_parallel_size
     norms = 4 if shape.kind in ("gemma3_text", "olmo2") else 2
     queries = shape.heads * shape.head_size
     keys = shape.key_value_heads * shape.head_size
-    of_norms = norms * shape.hidden * 3 * size
-    attention = size * (3 * queries + 2 * queries + 2 * keys)
+    of_norms = norms * shape.hidden * (4 + size)
+    attention = size * ((2 if packed else 5) * queries + 2 * keys)
     mlp = size * 4 * shape.intermediate
     adapters = (
         len(settings.lora_target_modules.split()) * 4 * shape.hidden if settings.lora_r else 0
@@ -163,7 +163,8 @@ def layer_bytes(shape: Shape, settings: Settings) -> int:
 
 
 def _logits(shape: Shape, settings: Settings) -> Part:
-    """The logits' float32 softmax, its gradient, and the gradient's gradient of the cast."""
+    """The logits' float32 softmax, its gradient, and the gradient's gradient of the cast, where all
+    tokens are supervised; those that are not have no logits (`loss_sum`)."""
     tokens = settings.per_device_train_batch_size * settings.max_length
     vocabulary = -(-shape.vocabulary // settings.tensor_parallel_size)
     return Part(

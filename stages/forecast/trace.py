@@ -17,14 +17,13 @@ import sys
 import types
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_init
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -112,9 +111,11 @@ def step(
     for index in range(batches):
         shape = (settings.per_device_train_batch_size, settings.max_length)
         ids = torch.zeros(shape, dtype=torch.int64, device=device)
-        cast(FSDPModule, model).set_requires_gradient_sync(index == batches - 1)
+        parallel.exchange(model, last=index == batches - 1)
         with loss_parallel():
-            loss = loss_sum(model, {"input_ids": ids, "labels": ids, "position_ids": ids})
+            batch = {"input_ids": ids, "labels": ids, "position_ids": ids}
+            # The most that a batch can take: all of its tokens supervised.
+            loss = loss_sum(model, batch, only_supervised=False)
             (loss * 0.5).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     adamw.step()

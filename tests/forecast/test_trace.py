@@ -77,7 +77,7 @@ def test_activations_and_logits_are_those_of_a_traced_step(tmp_path: Path, bf16:
     }
     shape = shape_of(raw_config(MODEL))
     assert shape is not None
-    need = training_memory(shape, Settings.read(given), "neuron")
+    need = training_memory(shape, Settings.read(given), "cpu")
     assert need.moment == "when the backward pass begins" and not peak["GRAD"]
     parts = {part.name: part.bytes for part in need.parts}
     assert parts["master weights"] + parts["weights"] == pytest.approx(peak["PARAM"], rel=0.001)

@@ -31,7 +31,7 @@ from torch.distributed.tensor.parallel import (
 
 from stages.backends.device import device_of
 from stages.backends.schedule import data_parallel_size
-from stages.backends.torch import lora
+from stages.backends.torch import attention, lora
 from stages.model.check import pretrained_config, tied_weights
 from stages.run.settings import Settings
 
@@ -51,12 +51,14 @@ def build_model(
     """The base model, parallelised over `mesh`; each rank reads only its part of the weights."""
     from transformers import AutoModelForCausalLM
 
+    attention.register()
+    kind = device_of(settings)
     with _without_weights():  # no rank ever has the complete model
         model = AutoModelForCausalLM.from_config(
             pretrained_config(base),
             # Frozen weights need no more bits than the forward computes with.
             dtype=torch.bfloat16 if settings.lora_r and settings.bf16 else torch.float32,
-            attn_implementation="sdpa",
+            attn_implementation=kind.attention,
             trust_remote_code=False,
         )
     model.train()
@@ -68,7 +70,6 @@ def build_model(
         model.tie_weights()
     if settings.lora_r:
         lora.freeze(model)
-    kind = device_of(settings)
     if settings.torch_compile or kind.always_compiles:
         for layer in model.model.layers:
             # Not the layer itself: it has the hook that scatters the sequence, and compiling that
@@ -90,6 +91,13 @@ def build_model(
     if settings.lora_r:
         lora.initialise(model, settings)
     return model
+
+
+def exchange(model: Any, last: bool) -> None:
+    """Whether the next backward pass is a step's last: only then the ranks exchange gradients, and
+    give up the weights that they gathered."""
+    model.set_requires_gradient_sync(last)
+    model.set_reshard_after_backward(last)
 
 
 def _split_layers(model: Any, mesh: DeviceMesh) -> None:

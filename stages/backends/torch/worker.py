@@ -12,13 +12,11 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import click
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
@@ -30,7 +28,7 @@ from stages.backends.metrics import Metrics, require_finite
 from stages.backends.record import Record
 from stages.backends.schedule import data_parallel_size, sequences_per_step, total_steps
 from stages.backends.torch import checkpoint, lora, optimizer
-from stages.backends.torch.parallel import build_model, mesh_of
+from stages.backends.torch.parallel import build_model, exchange, mesh_of
 from stages.backends.torch.rank import run_rank
 from stages.backends.trained import trained_line
 from stages.model.check import tied_weights
@@ -64,6 +62,12 @@ class Training:
     @property
     def data_rank(self) -> int:
         return self.mesh["data"].get_local_rank()
+
+    @property
+    def only_supervised(self) -> bool:
+        """Whether logits are computed for supervised tokens alone (`loss_sum`)."""
+        fixed = device_of(self.settings).fixed_shapes
+        return self.settings.tensor_parallel_size == 1 and not fixed
 
 
 @click.command()
@@ -180,11 +184,9 @@ def train_step(state: Training, step: int, total: int) -> dict[str, float]:
     )
     local = torch.zeros((), device=state.device)
     for index, batch in enumerate(batches):
-        cast(FSDPModule, state.model).set_requires_gradient_sync(
-            index == len(batches) - 1
-        )  # one exchange of gradients per step
+        exchange(state.model, last=index == len(batches) - 1)
         with loss_parallel():
-            loss = loss_sum(state.model, batch, state.record.isolated)
+            loss = loss_sum(state.model, batch, state.record.isolated, state.only_supervised)
             # FSDP averages gradients over the data-parallel ranks; the loss is a mean over the
             # whole global batch's tokens.
             (loss * (data_parallel_size(settings) / max(1, tokens))).backward()
@@ -219,7 +221,7 @@ def validation_loss(state: Training, held_out: PackedSequences) -> float:
         indices = [index for index in range(start, start + size) if index < len(held_out)]
         batch = held_out.batch(torch.tensor(indices or [0]).numpy(), state.device)
         with loss_parallel():
-            loss = float(_whole(loss_sum(state.model, batch)))
+            loss = float(_whole(loss_sum(state.model, batch, True, state.only_supervised)))
         if indices:
             total, tokens = (
                 total + loss,

@@ -24,9 +24,9 @@ def main(base: str, data: str, error_file: str) -> None:
     def backward(device: torch.device) -> None:
         model = build_model(Path(base), settings, mesh_of(settings, device), device)
         with loss_parallel():
-            loss_sum(
-                model, PackedSequences(Path(data) / "train").batch(np.array([0]), device)
-            ).backward()
+            batch = PackedSequences(Path(data) / "train").batch(np.array([0]), device)
+            alone = settings.tensor_parallel_size == 1
+            loss_sum(model, batch, only_supervised=alone).backward()
         missing = [
             name
             for name, p in model.named_parameters()

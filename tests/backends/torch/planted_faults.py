@@ -37,16 +37,16 @@ def partial_norms(record: Any, model: torch.nn.Module) -> None:
     GRADIENTS(record, model)
 
 
-def unsummed(model: torch.nn.Module, batch: Any, _: bool) -> torch.Tensor:
+def unsummed(model: torch.nn.Module, batch: Any, *more: Any, **named: Any) -> torch.Tensor:
     """The loss; on the second half of the ranks, without a gradient."""
-    value = loss.loss_sum(model, batch)
+    value = loss.loss_sum(model, batch, *more, **named)
     is_lost = dist.get_rank() >= dist.get_world_size() // 2
     return value.detach() + 0 * (value - value.detach()) if is_lost else value
 
 
-def unmasked(model: torch.nn.Module, batch: Any, _: bool) -> torch.Tensor:
+def unmasked(model: torch.nn.Module, batch: Any, _: bool, alone: bool) -> torch.Tensor:
     """The loss where documents see those before them in their sequence."""
-    return loss.loss_sum(model, batch, isolated=False)
+    return loss.loss_sum(model, batch, isolated=False, only_supervised=alone)
 
 
 def shifted_twice(labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -229,7 +229,8 @@ def test_a_document_in_a_pack_has_the_logits_that_it_has_alone(architecture: str
     positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
     packed: list[torch.Tensor] = []
     hook = model.register_forward_hook(lambda *call: packed.append(call[-1].logits[0]))
-    loss_sum(model, {"input_ids": ids, "labels": ids, "position_ids": positions})
+    batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    loss_sum(model, batch, only_supervised=False)
     hook.remove()
     for start, end in pairwise(ends):
         alone = model(ids[:, start:end], use_cache=False).logits[0]
