@@ -67,6 +67,7 @@ push.uses := consolidate
 rehearse.uses := data
 serve.uses := consolidate
 serve-check.uses := eval
+benchmark.uses := eval
 eval.uses := $(if $(asking),compile-inference)
 makes := $(filter all demo $(if $(asking),$(filter-out eval,$(STAGES)),$(STAGES)),$(MAKECMDGOALS))
 used := $(foreach g,$(MAKECMDGOALS),$($g.uses:%=$(out)/%/manifest.json))
@@ -78,7 +79,7 @@ dry_run := $(findstring n,$(flags))
 ifneq (,$(findstring B,$(flags)))
   $(error make -B is not for stages, which know what has changed. To make one again, remove $(out)/STAGE)
 endif
-uses_run := $(filter all demo chat push rehearse serve serve-check outputs/% $(STAGES),$(MAKECMDGOALS))
+uses_run := $(filter all benchmark demo chat push rehearse serve serve-check outputs/% $(STAGES),$(MAKECMDGOALS))
 ifneq (,$(or $(uses_run),$(filter plan status why adopt history report watch verify clean,$(MAKECMDGOALS))))
   stale := $(shell $(ask) $(if $(uses_run),$(if $(answering),--answer,$(if $(dry_run),--dry-run)),--check-run))
   ifneq (0,$(.SHELLSTATUS))
@@ -104,7 +105,7 @@ export NEURON_PIP_INDEX ?= https://pip.repos.neuron.amazonaws.com
 .PHONY: help all demo chat push rehearse serve serve-check verify doctor
 .PHONY: plan status why adopt history compare report watch
 .PHONY: cache-status cache-lookup cache-synchronize
-.PHONY: check test torture audit lint types clean FORCE $(STAGES)
+.PHONY: benchmark check test torture audit lint types clean FORCE $(STAGES)
 
 help: ## Targets, and settings with their values
 	@$(PYTHON) -I -S stages/make/help.py $(firstword $(MAKEFILE_LIST))
@@ -179,6 +180,9 @@ serve: | $(installed) $(call before,serve) ## Serve the model as an OpenAI-compa
 
 serve-check: | $(installed) $(call before,serve-check) ## Ask a running server eval's questions, and compare
 	@TRN_TUNE_MAKE=$$PPID $(python) -m stages.serve_check --consolidate $(out)/consolidate --answers $(out)/eval
+
+benchmark: | $(tested) $(call before,benchmark) ## The speed of each part beside what else does it, as a dated file
+	@$(python) -m tests.benchmarks.everything $(out)
 
 ifneq (,$(installed))
 # A copy of the requirements is kept with what was installed from them, and compared by content.

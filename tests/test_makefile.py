@@ -434,5 +434,6 @@ def test_serving_uses_what_is_published_and_runs_no_stage_though_one_is_stale(
 ) -> None:
     for goal in ("serve", "serve-check"):
         assert built_once.stages_to_run(goal, *TINY, "LEARNING_RATE=1e-2") == [goal]
+    assert built_once.stages_to_run("benchmark", *TINY, "LEARNING_RATE=1e-2") == []
     missing = built_once.stages_to_run("serve", *TINY, "RUN=other")
     assert missing == ["data", "precompile", "train", "consolidate", "serve"]

@@ -213,12 +213,12 @@ def published_rows() -> Iterator[str]:
     seven = llama(4096, 32, 11008, 32, 32, 32000, False)
     run = Settings(per_device_train_batch_size=2, max_length=4096)
     tokens = 2 * 4096
-    layers = tokens * 28 * layer_bytes(three, run)
+    layers = tokens * 28 * layer_bytes(three, run, packed=False)
     logits = 12 * tokens * three.vocabulary
-    kept = tokens * 28 * 2 * three.hidden + tokens * layer_bytes(three, run)
+    kept = tokens * 28 * 2 * three.hidden + tokens * layer_bytes(three, run, packed=False)
     states = 8 * three.parameters  # weights, gradients and two moments, all bfloat16
     lora = replace(run, lora_r=8, lora_target_modules="q_proj v_proj")
-    row = layer_bytes(seven, lora) * 32 * 1304 + 12 * 1304 * seven.vocabulary
+    row = layer_bytes(seven, lora, packed=False) * 32 * 1304 + 12 * 1304 * seven.vocabulary
     points = [
         ("torchtune, Llama 3.2 3B full, packed 2 x 4,096", 60.0 * GIB, states + layers + logits),
         ("torchtune, the same, + chunked loss, compiled", 42.9 * GIB, states + layers),

@@ -36,17 +36,20 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def train(settings: Settings, data: Path, output: Path) -> float:
-    """Train with Trainer, save the model to `output`; seconds of the training."""
+def trainer_of(settings: Settings, data: Path, work: Path, **more: Any) -> Any:
+    """A Trainer of the model and the packed rows with these settings, and `more` of its own
+    arguments."""
     import peft
     import torch
     from datasets import load_from_disk
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
     from stages.backends.schedule import total_steps
+    from stages.model.base import base_model_folder
 
     rows = load_from_disk(str(data / "train"))
-    model = AutoModelForCausalLM.from_pretrained(settings.model_id, dtype=torch.float32)
+    base = base_model_folder(settings)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     # With its cache transformers makes no mask from position_ids: documents would see each other.
     model.config.use_cache = False
     if settings.lora_r:
@@ -59,8 +62,8 @@ def train(settings: Settings, data: Path, output: Path) -> float:
                 target_modules=settings.lora_target_modules.split(),
             ),
         )
-    arguments = TrainingArguments(
-        output_dir=str(output / "work"),
+    arguments: dict[str, Any] = dict(
+        output_dir=str(work),
         per_device_train_batch_size=settings.per_device_train_batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         max_steps=total_steps(settings, len(rows)),
@@ -77,11 +80,23 @@ def train(settings: Settings, data: Path, output: Path) -> float:
         logging_steps=settings.logging_steps,
         remove_unused_columns=False,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**(arguments | more)),
+        train_dataset=rows,
+        data_collator=collate,
+    )
+
+
+def train(settings: Settings, data: Path, output: Path) -> float:
+    """Train with Trainer, save the model to `output`; seconds of the training."""
+    import torch
+
+    trainer = trainer_of(settings, data, output / "work")
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    trained = model.merge_and_unload() if settings.lora_r else model
+    trained = trainer.model.merge_and_unload() if settings.lora_r else trainer.model
     trained.to(torch.bfloat16 if settings.bf16 else torch.float32).save_pretrained(output)
     return seconds
 
