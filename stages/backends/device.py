@@ -19,6 +19,7 @@ import torch.distributed as dist
 from stages.backends.instruction_set import InstructionSet, cpu_instructions
 from stages.backends.neuron import hardware
 from stages.backends.torch.check import device_problem, native_problem
+from stages.run import allocator
 from stages.run.backend import choose
 from stages.run.errors import InputError
 from stages.run.host import peak_resident
@@ -82,6 +83,7 @@ class Device:
             # Large tensors in pages of 2 MB, where the system allows it: each step
             # makes its tensors again, and small pages cost it a tenth of its time.
             "THP_MEM_ALLOC_ENABLE": "1",
+            **allocator.environment(),
         }
 
     def problem(self) -> str:

@@ -52,6 +52,7 @@ CANNOT_SHAPE_OUTPUT = frozenset(
         "stages.backends.neuron.parallel_sizes",
         "stages.backends.torch.check",
         "stages.model.fit",
+        "stages.run.allocator",
         "stages.run.check_result",
         "stages.run.cli",
         "stages.run.contract",

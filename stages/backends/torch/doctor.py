@@ -7,8 +7,9 @@ import subprocess
 from collections.abc import Iterator
 
 from stages.backends.torch.check import cpp_compiler
+from stages.run import allocator
 from stages.run.backend import choose
-from stages.run.check_result import Check, CheckResult, fail
+from stages.run.check_result import Check, CheckResult, fail, note
 from stages.run.errors import InputError
 from stages.run.progress import show_size
 from stages.run.settings import Settings
@@ -37,6 +38,8 @@ def devices(settings: Settings) -> Iterator[CheckResult]:
         f"{device.describe()}{each}; {most} processes can train, NPROC_PER_NODE="
         f"{settings.nproc_per_node}",
     )
+    if device.name == "cpu" and (advice := allocator.advice()):
+        yield note("allocator", advice)
 
 
 def neuron(settings: Settings) -> Iterator[CheckResult]:

@@ -17,6 +17,7 @@ from stages.backends.schedule import derivation, sequences_per_step, total_steps
 from stages.backends.torch.check import training_problems
 from stages.model.base import base_config, base_model_folder, copy_config
 from stages.model.size import training_bytes
+from stages.run import allocator
 from stages.run.digests import files_below
 from stages.run.disk import disk_guard
 from stages.run.errors import InputError, refuse
@@ -73,10 +74,10 @@ def prepare(settings: Settings, data: Path) -> int:
         [*training_problems(settings, config, figures["vocabulary"]), *device_problems(settings)]
     )
     rows = figures["train"]["rows"]
-    print(
-        "\n".join([f"device           {device_name(settings)}", *derivation(settings, rows)]),
-        flush=True,
-    )
+    lines = [f"device           {device_name(settings)}"]
+    if device_name(settings).startswith("cpu") and (advice := allocator.advice()):
+        lines.append(f"allocator        {advice}")
+    print("\n".join([*lines, *derivation(settings, rows)]), flush=True)
     return rows
 
 
