@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from stages.backends.device import Device, device_of
+from stages.backends.torch import package_cache
 from stages.backends.torch.check import inference_problems, machine_problems
 from stages.backends.torch.check_compiled import (
     TOLERANCE,
@@ -87,16 +88,22 @@ def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[
     with disk_guard("the compiled model's weights", output, weight_bytes(model_dir)):
         expected = _write_model(work, probe)
     started = time.monotonic()
-    if work.device.has_inductor:
-        _compile_packages(work)
-    else:
+    place = package_cache.place_of(model_dir, output) if work.device.has_inductor else None
+    if place is None:
         compile_static(model_dir, output, work.device)
+    elif package_cache.take(place, output):
+        print(f"packages of this shape were compiled before: {place}", flush=True)
+    else:
+        _compile_packages(work)
     seconds = time.monotonic() - started
+    differences = check_compiled(output, probe, expected)
+    if place is not None:
+        package_cache.keep(place, output)
     return {
         "device": work.device.name,
         "batch_size": work.batch_size,
         "sequence_length": work.sequence_length,
-        **check_compiled(output, probe, expected),
+        **differences,
         "package_bytes": sum(file.stat().st_size for file in output.glob("*.pt2")),
         "weight_bytes": (output / WEIGHTS).stat().st_size,
         "compile_seconds": round(seconds, 1),

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from stages.backends.torch import compile_inference, generate
+from stages.backends.torch import compile_inference, generate, package_cache
 from stages.backends.torch.check_compiled import (
     CHECKED_STEPS,
     check_compiled,
@@ -452,6 +452,50 @@ def test_a_compiler_that_refuses_a_flag_of_this_cpu_is_left_to_inductors_tests(
         check=False,
     )
     assert (ended.stdout, ended.stderr) == (f"{known}\n", "")
+
+
+def compiled_again(model_dir: Path, output: Path, capfd: Any, length: int = LENGTH) -> bool:
+    """Compiles a model; returns whether that took the compiler."""
+    capfd.readouterr()
+    compile_inference.compile_model(model_dir, output, settings=sizes(BATCH, length))
+    return "compiled before" not in capfd.readouterr().out
+
+
+def test_other_weights_of_the_same_shape_take_the_packages_and_answer_with_theirs(
+    compiled, model_dir, tmp_path, capfd
+):
+    other = Path(shutil.copytree(model_dir, tmp_path / "other"))
+    torch.manual_seed(1)
+    model = llama()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    model.save_pretrained(other)
+    assert not compiled_again(other, tmp_path / "compiled", capfd)
+    asked = load(tmp_path / "compiled").generate(
+        PROMPTS, max_new_tokens=8, eos_token_id=EOS, **GREEDY
+    )
+    assert answers(asked, len(PROMPTS)) == [
+        answer_of_transformers(other, prompt, 8, EOS) for prompt in PROMPTS
+    ]
+
+
+def test_damaged_packages_and_those_of_another_shape_are_compiled_again(
+    compiled, model_dir, tmp_path, capfd
+):
+    (kept,) = package_cache.PACKAGES.iterdir()
+    (kept / "decode.pt2").write_bytes(b"rubbish")
+    assert compiled_again(model_dir, tmp_path / "again", capfd)
+    assert not compiled_again(model_dir, tmp_path / "kept", capfd)
+    assert compiled_again(model_dir, tmp_path / "longer", capfd, LENGTH + 1)
+
+
+def test_only_the_last_packages_are_kept(compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr(package_cache, "PACKAGES", tmp_path / "packages")
+    monkeypatch.setattr(package_cache, "KEPT", 2)
+    for name in ("a", "b", "c"):
+        package_cache.keep(package_cache.PACKAGES / name, compiled)
+    assert len(list(package_cache.PACKAGES.iterdir())) == 2
+    assert package_cache.take(package_cache.PACKAGES / "c", tmp_path)
 
 
 def test_weights_that_the_folder_lacks_are_named(model_dir, tmp_path):

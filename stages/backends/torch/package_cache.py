@@ -1,0 +1,83 @@
+"""Packages that were compiled before, for all runs: they hold no weights, so another model of the
+same shape can use them.
+
+Packages are kept when their logits have been compared with the eager model's, and a model that
+takes them is compared again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.backends.torch.generate import COMPILED_INFO, STEPS
+from stages.run.digests import file_digest
+from stages.run.fingerprint import code_of
+from stages.run.layout import CONFIG_FILE
+
+PACKAGES = Path("outputs/.cache/packages")
+KEPT = 20  # the last that were made; those of a model take about 4 MB
+DIGESTS = "digests.json"
+FILES = [f"{step}.pt2" for step in STEPS]
+
+
+def place_of(model_dir: Path, output: Path) -> Path:
+    """The folder for packages of what `output` describes in compiled.json (constants, sizes,
+    device, instructions) with the model's config.json, the code that compiles, and its
+    libraries."""
+    import transformers
+
+    parts: list[Any] = [
+        json.loads((output / COMPILED_INFO).read_bytes()),
+        json.loads((model_dir / CONFIG_FILE).read_bytes()),
+        code_of("compile-inference", "torch"),
+        [torch.__version__, transformers.__version__],
+    ]
+    text = json.dumps(parts, sort_keys=True)
+    return PACKAGES / hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def take(place: Path, output: Path) -> bool:
+    """Copy the packages in `place` to `output`; False, and `place` is removed, where they are
+    missing or damaged."""
+    try:
+        for name in FILES:
+            shutil.copyfile(place / name, output / name)
+        if json.loads((place / DIGESTS).read_bytes()) == _digests(output):
+            return True
+    except (OSError, ValueError):
+        pass
+    shutil.rmtree(place, ignore_errors=True)
+    return False
+
+
+def keep(place: Path, output: Path) -> None:
+    """Keep the packages in `output` as `place`, in one step, and remove the oldest. Other runs may
+    do so at the same time."""
+    PACKAGES.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=PACKAGES, prefix=".") as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        for name in FILES:
+            shutil.copyfile(output / name, new / name)
+        (new / DIGESTS).write_text(json.dumps(_digests(output)), encoding="utf-8")
+        with suppress(OSError):  # they are there already
+            new.rename(place)
+    for old in _oldest_first()[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {name: file_digest(folder / name) for name in FILES}
+
+
+def _oldest_first() -> list[Path]:
+    found = [folder for folder in PACKAGES.iterdir() if not folder.name.startswith(".")]
+    return sorted(found, key=lambda folder: folder.stat().st_mtime)
