@@ -43,7 +43,10 @@ def verdict(settings: Settings, shape: Shape, place: Place, total: int) -> str:
         return near if total > EDGE * place.device_memory else f"fits {of}"
     change = smallest_change(shape, settings, place)
     return f"DOES NOT FIT {of}. " + (
-        f"The smallest change: {change}" if change else "No change of the settings makes it fit."
+        f"The smallest change: {change}"
+        if change
+        else "No change that was tried makes it fit: checkpointing, smaller micro-batches, "
+        "tensor or data parallelism, LORA_R=16, a shorter MAX_LENGTH."
     )
 
 

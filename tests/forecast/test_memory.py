@@ -156,6 +156,8 @@ def test_where_nothing_makes_it_fit_no_change_is_named() -> None:
     shape = shape_of(raw_config({**huge, "num_hidden_layers": 320}))
     assert shape is not None
     assert smallest_change(shape, Settings(instance="g5.xlarge"), place) == ""
+    said = verdict(Settings(instance="g5.xlarge"), shape, place, 10**12)
+    assert "No change that was tried makes it fit: " in said
 
 
 def test_the_gradients_of_the_micro_batches_before_are_there_when_the_next_begins() -> None:
