@@ -19,7 +19,7 @@ from stages.backends.schedule import data_parallel_size, sequences_per_step, tot
 from stages.forecast.accuracy import accuracy
 from stages.forecast.fits import in_all, need_of, verdict
 from stages.forecast.machine import Place, place_of
-from stages.forecast.minutes import Estimate
+from stages.forecast.minutes import LEAST_WRITTEN, Estimate, write_rate
 from stages.forecast.parameters import Shape, trainable
 from stages.forecast.planned import by_precompile, config_here, estimate, rows_of, shape_here
 from stages.forecast.prices import compare_lines, price_lines
@@ -39,6 +39,9 @@ from stages.run.settings import Settings
 REASONS = 5  # of a stale stage that are shown: another backend has dozens
 # neuronx-cc on an 8B was killed with the 32 GB of a trn1.2xlarge (aws-neuron-sdk, issue 1222).
 COMPILER_HOST, COMPILER_PARAMETERS = 32 * 2**30, 7_000_000_000
+# Peak of a consolidation of 1.3 GB of either backend, which passes blocks of 2 MB through
+# (tests/benchmarks/results/2026-11-28-host-stages.md).
+CONSOLIDATE_HOST = 340 * 10**6
 
 
 @click.command(help=__doc__)
@@ -211,6 +214,24 @@ def _memory(settings: Settings, shape: Shape, place: Place, measured: int | None
         f"with GRADIENT_CHECKPOINTING={int(not settings.gradient_checkpointing)} a rank has "
         f"{show_size(need_of(shape, _other(settings), place).bytes)} (arithmetic)"
     )
+    yield from _host(settings, shape, place)
+
+
+def _host(settings: Settings, shape: Shape, place: Place) -> Iterator[str]:
+    """What the host's memory must hold beside a rank's own."""
+    largest = max(shape.embedding, *(matrix.parameters for matrix in shape.matrices))
+    yield (
+        f"host: a rank loads a tensor at a time, at most {show_size(4 * largest)}: {largest:,} x 4 "
+        "(arithmetic)"
+        if place.backend == "torch"
+        else "host: what a rank takes to load is unknown: optimum-neuron's was not measured"
+    )
+    adapters = 4 * trainable(shape, settings) if settings.lora_r else 0
+    more = f", and {show_size(adapters)} of adapters" if adapters else ""
+    yield (
+        f"host: consolidate, {show_size(CONSOLIDATE_HOST + adapters)} whatever the model's size: "
+        f"a process and blocks of 2 MB, measured with 1.3 GB{more}"
+    )
     if place.backend == "neuron" and shape.parameters > COMPILER_PARAMETERS:
         enough = place.host_memory is None or place.host_memory > COMPILER_HOST
         yield (
@@ -228,6 +249,19 @@ def _disk(settings: Settings, shape: Shape, place: Place, run_folder: Path) -> I
     parts = ", ".join(f"{name} {show_size(size)}" for name, size in sizes.items() if size)
     free = show_size(free_space(run_folder))
     yield f"{show_size(sum(sizes.values()))} at most ({parts}); {free} free"
+    rate = write_rate(place, run_folder.parent)
+    if rate is None:
+        least = f"no consolidate wrote {show_size(LEAST_WRITTEN)} on this machine"
+        why = least if place.here else f"nobody measured a {place.name}"
+        yield f"how long writing takes is unknown: {why}"
+        return
+    sizes["checkpoints"] //= settings.save_total_limit + 1
+    times = ", ".join(
+        f"{'a checkpoint' if name == 'checkpoints' else name} {duration(size / rate[0])}"
+        for name, size in sizes.items()
+        if size
+    )
+    yield f"writing: {times}, at the {show_size(int(rate[0]))}/s of run {rate[1]}'s consolidate"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from stages.run.setting import STAGES
 from stages.run.settings import Settings
 from tests.conftest import ROOT, Project
 from tests.doctor_checks import llama_7b
+from tests.forecast.test_minutes import ran
 
 GRAPH = {
     **{"data": [], "precompile": [], "train": ["data"], "consolidate": ["train"]},
@@ -50,6 +51,44 @@ def test_a_price_that_is_not_known_is_said_to_be_unknown(tmp_path: Path) -> None
     assert "unknown: sources conflict" in plan(tmp_path, instance="p5.4xlarge")
     assert "21.5 USD/h: on demand" in plan(tmp_path, instance="trn1.32xlarge")
     assert "6 USD/h: INSTANCE_PRICE" in plan(tmp_path, instance="p5.4xlarge", instance_price=6.0)
+
+
+def test_what_a_cheap_machine_saves_is_said_as_far_as_it_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = plan(tmp_path, instance="trn1.32xlarge")
+    assert "such as inf2.xlarge, 0.758 USD/h" in said
+    assert "their time is unknown: each hour saves 20.74 USD" in said
+    assert "what that saves is unknown: so is the price" in plan(tmp_path, instance="trn2.48xlarge")
+    assert "such as" not in plan(tmp_path, instance="inf2.xlarge")
+    monkeypatch.setattr("stages.forecast.machine.instance_type", lambda: "trn1.32xlarge")
+    ran(tmp_path, "one", "consolidate", 3600)
+    said = plan(tmp_path, instance="trn1.32xlarge", model_id=str(tmp_path / "one/consolidate"))
+    assert "their 1 h 00 min save 20.74 USD, without those of unknown time" in said
+
+
+def test_how_long_writing_takes_is_known_once_a_consolidate_has_written_enough(
+    tmp_path: Path,
+) -> None:
+    unknown = "how long writing takes is unknown: no consolidate wrote 100 MB on this machine"
+    assert unknown in plan(tmp_path)
+    assert "nobody measured a g5.xlarge" in plan(tmp_path, instance="g5.xlarge")
+    ran(tmp_path, "small", "consolidate", 1, outputs={"a": {"bytes": 10**6, "sha256": ""}})
+    assert unknown in plan(tmp_path)
+    ran(tmp_path, "one", "consolidate", 100, outputs={"a": {"bytes": 10**8, "sha256": ""}})
+    said = plan(tmp_path, model_id=llama_7b(tmp_path).model_id, save_steps=1, save_total_limit=2)
+    assert "consolidate 3 h 44 min, compile-inference 3 h 44 min" in said
+    assert "at the 1 MB/s of run one's consolidate" in said
+
+
+def test_the_hosts_memory_is_arithmetic_or_unknown(tmp_path: Path) -> None:
+    model = llama_7b(tmp_path).model_id
+    said = plan(tmp_path, model_id=model, backend="torch", lora_r=8)
+    assert "a rank loads a tensor at a time, at most 524 MB: 131,072,000 x 4" in said
+    assert "and 80 MB of adapters" in said
+    said = plan(tmp_path, model_id=model, backend="neuron")
+    assert "what a rank takes to load is unknown" in said
+    assert "consolidate, 340 MB whatever the model's size" in said
 
 
 def test_machines_are_put_side_by_side(tmp_path: Path) -> None:

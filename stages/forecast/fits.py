@@ -9,6 +9,8 @@ from typing import Any
 from stages.forecast.machine import Place
 from stages.forecast.memory import Need, neuron_memory, training_memory
 from stages.forecast.parameters import Shape
+from stages.run.backend import backend_module
+from stages.run.errors import InputError
 from stages.run.progress import show_size
 from stages.run.settings import Settings
 
@@ -41,20 +43,43 @@ def verdict(settings: Settings, shape: Shape, place: Place, total: int) -> str:
         return near if total > EDGE * place.device_memory else f"fits {of}"
     change = smallest_change(shape, settings, place)
     return f"DOES NOT FIT {of}. " + (
-        f"The smallest change: {change}" if change else "No change of the settings makes it fit."
+        f"The smallest change: {change}"
+        if change
+        else "No change that was tried makes it fit: checkpointing, smaller micro-batches, "
+        "tensor or data parallelism, LORA_R=16, a shorter MAX_LENGTH."
     )
 
 
 def smallest_change(shape: Shape, settings: Settings, place: Place) -> str:
-    """The first of the changes below with which the training fits, as settings; empty for none."""
+    """The first of the changes below with which the training fits and that no check refuses, as
+    settings; empty for none."""
     if place.device_memory is None:
         return ""
+    before = _refusals(shape, settings, place)
     for change in _changes(shape, settings, place):
         changed = replace(settings, **change)
         total = in_all(need_of(shape, changed, place), changed, place)
-        if changed.max_length and total <= EDGE * place.device_memory:
+        fits = total <= EDGE * place.device_memory
+        if fits and _refusals(shape, changed, place) <= before:
             return " ".join(f"{name.upper()}={int(value)}" for name, value in change.items())
     return ""
+
+
+def _refusals(shape: Shape, settings: Settings, place: Place) -> set[str]:
+    """What the checks of the settings, and of the backend of `place`, say against a training."""
+    found: set[str] = set()
+    check = backend_module("check", replace(settings, backend=place.backend))
+    try:
+        Settings.read(settings.environment())
+    except InputError as error:
+        found.update(error.problems)
+    try:
+        found.update(check.training_problems(settings, shape.config, vocabulary=0))
+    except InputError as error:  # NEURON_RT_* names no cores
+        found.update(error.problems)
+    except (AttributeError, TypeError):  # config.json lacks a value: the stage says so
+        pass
+    return found
 
 
 def _changes(shape: Shape, settings: Settings, place: Place) -> Iterator[dict[str, Any]]:
@@ -75,7 +100,7 @@ def _changes(shape: Shape, settings: Settings, place: Place) -> Iterator[dict[st
             yield smaller
     cores = place.machine.cores if place.machine else settings.nproc_per_node
     tensor = 2 * settings.tensor_parallel_size
-    while tensor <= cores and shape.heads % tensor == shape.intermediate % tensor == 0:
+    while tensor <= cores:
         ranks = max(settings.nproc_per_node, tensor * settings.pipeline_parallel_size)
         yield {**smaller, "tensor_parallel_size": tensor, "nproc_per_node": ranks}
         tensor *= 2

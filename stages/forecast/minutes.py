@@ -35,6 +35,8 @@ UTILISATIONS = {
 # Parameters of the models that those utilisations may be taken for: they are of 7B and 8B. A small
 # one does not fill a device.
 LEAST, MOST = 3 * 10**9, 20 * 10**9
+# A consolidation that writes less than these bytes shows how long a process takes to start.
+LEAST_WRITTEN = 100 * 10**6
 # Stages whose time grows with the model; the others' with the data.
 _BY_WEIGHTS = ("consolidate", "compile-inference")
 
@@ -152,6 +154,16 @@ def stage_seconds(
         basis = f"run {other.run} on this machine x {ratio:.3g}, the ratio of the weights"
         return Estimate(seconds * ratio, basis)
     return Estimate(seconds, f"as run {other.run} on this machine, with its own model and data")
+
+
+def write_rate(place: Place, outputs: Path) -> tuple[float, str] | None:
+    """Bytes per second that the latest consolidate on this machine wrote, with all that it did
+    meanwhile, and its run. None where `place` is another, or too little was written."""
+    for past in past_of("consolidate", outputs, place) if place.here else []:
+        written = sum(facts["bytes"] for facts in past.manifest["outputs"].values())
+        if written >= LEAST_WRITTEN:
+            return written / past.manifest["seconds"], past.run
+    return None
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -6,7 +6,7 @@ The count is that of transformers' own models for every architecture that the ba
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,7 +41,8 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model, in the words of config.json; `norms` are a layer's norm weights."""
+    """The sizes of a model, in the words of config.json; `norms` are a layer's norm weights.
+    `config`: the values of config.json, for the checks of the backends."""
 
     kind: str
     layers: int
@@ -54,6 +55,7 @@ class Shape:
     tied: bool
     matrices: tuple[Matrix, ...]
     norms: int
+    config: SimpleNamespace = field(repr=False, compare=False)
 
     @property
     def embedding(self) -> int:
@@ -104,6 +106,7 @@ def shape_of(config: SimpleNamespace) -> Shape | None:
         tied=bool(values.get("tie_word_embeddings", False)),
         matrices=_matrices(kind, values, *sizes),
         norms=_norms(kind, hidden, heads * head_size, key_value * head_size, head_size),
+        config=config,
     )
 
 

@@ -41,18 +41,36 @@ def price_lines(
     if place.device == "cpu":
         return
     on_host = HOST_STAGES[place.backend]
+    yield f"{', '.join(on_host)} need no accelerator: run them on a cheap machine"
     times = [
         estimate(stage, settings, run_folder, place, shape, stale).seconds
         for stage in on_host
         if stage in stale
     ]
+    yield from _saving(place, times)
+
+
+def _saving(place: Place, times: list[float | None]) -> Iterator[str]:
+    """What stages of these seconds save on the cheapest machine of the table; None: unknown."""
+    if place.price is None:
+        yield "what that saves is unknown: so is the price here"
+        return
+    name = min((name for name in MACHINES if MACHINES[name].price), key=_price_of)
+    saved = place.price - _price_of(name)
+    if saved <= 0:
+        return
+    yield f"such as {name}, {_price_of(name):g} USD/h ({MACHINES[name].source})"
     seconds = [time for time in times if time is not None]
-    saved = (
-        f"; their {duration(sum(seconds))} here cost {dollars(sum(seconds), place.price):.2f} USD"
-        if place.price and seconds
-        else "; how long they take here is unknown"
-    )
-    yield f"{', '.join(on_host)} need no accelerator: run them on a cheap machine{saved}"
+    if seconds:
+        some = ", without those of unknown time" if len(seconds) < len(times) else ""
+        total = f"{duration(sum(seconds))} save {dollars(sum(seconds), saved):.2f} USD{some}"
+        yield f"their {total}, if they are as fast there"
+    elif times:
+        yield f"their time is unknown: each hour saves {saved:.2f} USD, if they are as fast there"
+
+
+def _price_of(name: str) -> float:
+    return MACHINES[name].price or 0.0
 
 
 def compare_lines(settings: Settings, run_folder: Path, shape: Shape | None) -> Iterator[str]:

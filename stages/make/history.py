@@ -51,7 +51,7 @@ def compare(runs: list[Path], stages: list[str]) -> list[str]:
     width = max([18, *map(len, names)])
     lines = [_row("", [run.name for run in runs], width)]
     for name in names:
-        values = [str(one.get(name, "")) for one in settings]
+        values = [str(one.get(name, "not recorded")) for one in settings]
         if len(set(values)) > 1:
             lines.append(_row(name, values, width))
     if len(lines) == 1:

@@ -23,16 +23,11 @@ def notes_of(facts: Facts) -> list[Note]:
     return [
         *_over_fitting(facts.steps),
         *_no_better(facts.metrics("eval")),
-        *_cut_or_dropped(facts.metrics("data"), facts.settings("data")),
-        *_repeated(facts.metrics("data")),
+        *_of_data(facts.metrics("data"), facts.settings("data")),
         *_leaky_packing(facts),
         *_of_another_run(facts),
         *_adopted(facts),
     ]
-
-
-def _share(part: float, whole: float) -> str:
-    return f"{part / whole:.1%}" if whole else "-"
 
 
 def _over_fitting(steps: list[dict[str, Any]]) -> Iterator[Note]:
@@ -67,32 +62,30 @@ def _no_better(measured: dict[str, Any]) -> Iterator[Note]:
         )
 
 
-def _cut_or_dropped(made: dict[str, Any], settings: dict[str, Any]) -> Iterator[Note]:
-    tokens, limit = made.get("tokens_in", 0), made.get("max_length", 0)
+def _of_data(made: dict[str, Any], settings: dict[str, Any]) -> Iterator[Note]:
+    """What was cut, left out or repeated."""
+    tokens, limit = made.get("tokens_in", 0), f"{made.get('max_length', 0):,}"
     if settings.get("PACKING") == "concat":
         yield Note(
             f"{made.get('over_long', 0):,}",
-            f"Documents longer than {limit:,} tokens. PACKING=concat cuts these, and whatever "
+            f"Documents longer than {limit} tokens. PACKING=concat cuts these, and whatever "
             "crosses the end of a sequence; how many that are was not counted.",
         )
     if cut := made.get("cut_tokens"):
         documents = made["over_long"] - made["dropped"]
         yield Note(
-            _share(cut, tokens),
+            f"{cut / tokens:.1%}",
             f"Truncation: {cut:,} tokens were cut off {documents:,} documents longer than "
-            f"{limit:,}, with the end of the answer. Raise MAX_LENGTH, or set OVERLONG=drop.",
+            f"{limit}, with the end of the answer. Raise MAX_LENGTH, or set OVERLONG=drop.",
         )
     if lost := made.get("dropped_tokens"):
         yield Note(
-            _share(lost, tokens),
+            f"{lost / tokens:.1%}",
             f"{made['dropped']:,} documents, {lost:,} tokens, were left out: longer than "
-            f"MAX_LENGTH={limit:,}, with OVERLONG=drop or no answer in what would remain.",
+            f"MAX_LENGTH={limit}, with OVERLONG=drop or no answer in what would remain.",
         )
     if empty := made.get("empty"):
         yield Note(f"{empty:,}", "Examples without an instruction or a response were left out.")
-
-
-def _repeated(made: dict[str, Any]) -> Iterator[Note]:
     if same := made.get("duplicate"):
         yield Note(f"{same:,}", "Documents have the text of an earlier one, and were kept.")
     for figure, text in data_notes(made):

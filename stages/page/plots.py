@@ -29,17 +29,11 @@ _STYLE = {
     "path.simplify": False,
     "font.family": "sans-serif",
     "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": _LINE,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "axes.labelcolor": _INK,
-    "grid.color": _LINE,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), _INK
+    ),
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), _LINE),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left"), False),
     "ytick.major.size": 0,
     "axes.grid": True,
     "axes.grid.axis": "y",
@@ -47,7 +41,7 @@ _STYLE = {
 }
 
 
-def curves(steps: Steps, names: dict[str, str], label: str) -> str:
+def curves(steps: Steps, names: dict[str, str], title: str) -> str:
     """A plot over the steps: `names` are the metric of each curve -> its id. "" for no point."""
     drawn = {id: points for metric, id in names.items() if (points := _points(steps, metric))}
     if not drawn:
@@ -64,7 +58,7 @@ def curves(steps: Steps, names: dict[str, str], label: str) -> str:
         axes.ticklabel_format(axis="y", scilimits=(-3, 5))
         axes.margins(x=0.02)
 
-    return _svg(draw, label)
+    return _svg(draw, f"{title} by step")
 
 
 def histogram(edges: list[float], counts: list[int], limit: int) -> str:

@@ -19,7 +19,13 @@ from stages.page.notes import notes_of
 from stages.page.plots import MOST_POINTS, curves, histogram
 from stages.run.progress import duration, printable, show_size
 
-TEMPLATE = "page.html.j2"
+# A plot's title -> its metrics, and the id of each one's curve.
+PLOTS = {
+    "Loss, nats per token": {"loss": "loss-training", "validation_loss": "loss-validation"},
+    "Learning rate": {"learning_rate": "learning-rate"},
+    "Gradient norm": {"grad_norm": "gradient-norm"},
+    "Tokens per second": {"tokens_per_second": "throughput"},
+}
 MOST_CHARACTERS = 700  # of one text on the page
 
 
@@ -34,21 +40,19 @@ def render(facts: Facts, nonce: str = "") -> str:
     )
     environment.filters.update(text=_text, number=_number, time=_time)
     data = facts.metrics("data")
-    return environment.get_template(TEMPLATE).render(
+    plots = {title: curves(facts.steps, names, title) for title, names in PLOTS.items()}
+    return environment.get_template("page.html.j2").render(
         facts=facts,
         nonce=nonce,
         stages=STAGES,
         notes=notes_of(facts),
-        plots=[(title, Markup(svg)) for title, svg in _plots(facts) if svg],
+        plots=[(title, Markup(svg)) for title, svg in plots.items() if svg],
         lengths=_histogram(data),
         data=data,
         evaluated=facts.metrics("eval"),
         size=_size(facts),
         planned=[*_planned(facts)],
-        settings=_grouped((stage, facts.settings(stage)) for stage in _shaped(facts)),
-        versions=_grouped(
-            (stage, made.get("versions") or {}) for stage, made in facts.manifests.items()
-        ),
+        record=_record(facts),
         seconds=sum(made.get("seconds") or 0.0 for made in facts.manifests.values()),
         dollars=_dollars(facts),
         most_points=MOST_POINTS,
@@ -70,20 +74,6 @@ def _number(value: Any, digits: int = 0) -> str:
 
 def _time(value: Any) -> str:
     return duration(value) if isinstance(value, int | float) else "not measured"
-
-
-def _plots(facts: Facts) -> Iterator[tuple[str, str]]:
-    steps = facts.steps
-    rate, norm = {"learning_rate": "learning-rate"}, {"grad_norm": "gradient-norm"}
-    both = {"loss": "loss-training", "validation_loss": "loss-validation"}
-    yield "Loss, nats per token", curves(steps, both, "loss by step")
-    yield (
-        "Learning rate",
-        curves(steps, rate, "learning rate by step"),
-    )
-    yield "Gradient norm", curves(steps, norm, "gradient norm by step")
-    speed = {"tokens_per_second": "throughput"}
-    yield "Tokens per second", curves(steps, speed, "tokens per second by step")
 
 
 def _histogram(data: dict[str, Any]) -> Markup:
@@ -132,15 +122,23 @@ def _dollars(facts: Facts) -> str:
     return f"{sum(paid):,.2f} USD" + (f", and {unknown} stages of unknown price" * bool(unknown))
 
 
-def _shaped(facts: Facts) -> list[str]:
-    """The stages whose settings are listed: precompile's are train's."""
-    return [stage for stage in facts.manifests if stage != "precompile"]
+def _record(facts: Facts) -> dict[str, list[tuple[str, str, str]]]:
+    """Title -> its table's rows: name, value, stages."""
+    made = facts.manifests
+    return {
+        # precompile's are train's.
+        "Settings": _grouped({name: facts.settings(name) for name in made if name != "precompile"}),
+        "Versions": _grouped({name: one.get("versions") or {} for name, one in made.items()}),
+        "Digests of the outputs (SHA-256)": [
+            (name, one["content"], "") for name, one in made.items()
+        ],
+    }
 
 
-def _grouped(tables: Any) -> list[tuple[str, str, str]]:
+def _grouped(tables: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
     """Name, value, stages: stages with the same value share a row."""
     rows: dict[tuple[str, str], list[str]] = {}
-    for stage, values in tables:
+    for stage, values in tables.items():
         for name, value in values.items():
             rows.setdefault((name, str(value)), []).append(stage)
     everywhere = {stage for stages in rows.values() for stage in stages}

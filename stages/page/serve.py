@@ -1,8 +1,7 @@
-"""Serve the page of a run on this machine's loopback address, made again when its files change."""
+"""Serve the page of a run on this machine's loopback address, made again when there is news."""
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,13 +9,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
 
-from stages.page.facts import facts_of
+from stages.page.facts import Facts, facts_of
 from stages.page.render import render
 from stages.run.errors import InputError
 from stages.run.settings import Settings
 
 HOST = "127.0.0.1"
-READ = ("*/manifest.json", "*/*.jsonl", ".work/train-*/metrics.jsonl")  # of the run's folder
 
 
 class Page:
@@ -25,28 +23,15 @@ class Page:
     def __init__(self, folder: Path, settings: Settings):
         self._folder, self._settings = folder, settings
         self._nonce = secrets.token_urlsafe(16)
-        self._drawn_of, self._page = [("", 0, 0)], b""
+        self._facts: Facts | None = None
+        self._page = b""
         self._lock = Lock()
 
     def now(self) -> bytes:
         with self._lock:
-            if (files := self._files()) != self._drawn_of:
-                facts = facts_of(self._folder, self._settings)
-                self._page = render(facts, self._nonce).encode()
-                self._drawn_of = files
+            if (facts := facts_of(self._folder, self._settings)) != self._facts:
+                self._facts, self._page = facts, render(facts, self._nonce).encode()
             return self._page
-
-    def _files(self) -> list[tuple[str, int, int]]:
-        """Name, size and time of each file that the page is about."""
-        found = []
-        for pattern in READ:
-            for path in self._folder.glob(pattern):
-                try:
-                    seen = os.stat(path)
-                except FileNotFoundError:  # published or removed meanwhile
-                    continue
-                found.append((str(path), seen.st_size, seen.st_mtime_ns))
-        return sorted(found)
 
 
 def server_of(page: Page, port: int) -> ThreadingHTTPServer:

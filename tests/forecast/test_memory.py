@@ -125,12 +125,39 @@ def test_what_does_not_fit_gets_the_smallest_change_that_fits() -> None:
         assert verdict(changed, shape, place, total).startswith(said)
 
 
+def test_no_change_is_named_that_the_backend_refuses() -> None:
+    """Four processes cannot share 2 KV heads, nor Trainium connect 4."""
+    sizes: dict[str, Any] = dict(zip(KEYS, MODELS["llama3.1-8b"][0], strict=True))
+    for instance, key_value_heads, named in (
+        ("g5.48xlarge", 8, "TENSOR_PARALLEL_SIZE=4 NPROC_PER_NODE=4"),
+        ("g5.48xlarge", 2, "LORA_R=16"),
+        ("trn1.32xlarge", 8, "TENSOR_PARALLEL_SIZE=8 NPROC_PER_NODE=8"),
+    ):
+        run = Settings(instance=instance, gradient_checkpointing=True)
+        changed = {"num_key_value_heads": key_value_heads, "num_hidden_layers": 4}
+        shape = shape_of(raw_config({**sizes, **changed}))
+        assert shape is not None
+        assert smallest_change(shape, run, place_of(run)) == named
+
+
+def test_no_change_is_named_that_the_settings_refuse() -> None:
+    """1,026 tokens cannot be divided among 4 processes, though 1,024 can."""
+    sizes: dict[str, Any] = dict(zip(KEYS, MODELS["llama3.1-8b"][0], strict=True))
+    shape = shape_of(raw_config({**sizes, "num_hidden_layers": 4}))
+    assert shape is not None
+    for length, named in ((1024, "TENSOR_PARALLEL_SIZE=4 NPROC_PER_NODE=4"), (1026, "LORA_R=16")):
+        run = Settings(instance="g5.48xlarge", gradient_checkpointing=True, max_length=length)
+        assert smallest_change(shape, run, place_of(run)) == named
+
+
 def test_where_nothing_makes_it_fit_no_change_is_named() -> None:
     place = place_of(Settings(instance="g5.xlarge"))
     huge: dict[str, Any] = dict(zip(KEYS, MODELS["llama3.1-8b"][0], strict=True))
     shape = shape_of(raw_config({**huge, "num_hidden_layers": 320}))
     assert shape is not None
     assert smallest_change(shape, Settings(instance="g5.xlarge"), place) == ""
+    said = verdict(Settings(instance="g5.xlarge"), shape, place, 10**12)
+    assert "No change that was tried makes it fit: " in said
 
 
 def test_the_gradients_of_the_micro_batches_before_are_there_when_the_next_begins() -> None:

@@ -26,7 +26,7 @@ from tests.run.test_recipes import KEYS, MODELS
 HERE = place_of(Settings(device="cpu", backend="torch"))
 
 
-def ran(outputs: Path, run: str, stage: str, seconds: float, **more: Any) -> None:
+def ran(outputs: Path, run: str, stage: str, seconds: float, /, **more: Any) -> None:
     """A stage that another run here published, with SmolLM2 135M."""
     folder = outputs / run / stage
     folder.mkdir(parents=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,13 @@ def test_compare_shows_the_settings_that_differ_and_the_results(run: Path) -> No
     assert lines[1].split() == ["LEARNING_RATE", "5e-05", "0.0001"]
     assert ["loss", "2.5", "loss", "1.5"] in [line.split() for line in lines]
     assert not any("SEED" in line for line in lines)
+
+
+def test_compare_says_which_settings_a_run_did_not_record(run: Path) -> None:
+    made(run.with_name("other"), Settings())
+    shutil.rmtree(run.with_name("other") / "train")
+    lines = [line.split() for line in history.compare([run, run.with_name("other")], list(GRAPH))]
+    assert ["LEARNING_RATE", "5e-05", "not", "recorded"] in lines
 
 
 @pytest.mark.parametrize("runs", ["", "one", "one none", "one ../outputs/one"])
