@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.model.config import translated_config
-from stages.model.fit import raw_config
+from stages.model.fit import quantize_problems, raw_config
 from stages.run.backend import backend_module
 from stages.run.errors import InputError, StageFailure, refuse
 from stages.run.layout import CONFIG_FILE
@@ -33,6 +33,8 @@ def problems(settings: Settings, config: Any | None, stages: Collection[str]) ->
     """
     found: list[str] = []
     backend = backend_module("check", settings)
+    if "compile-inference" in stages:
+        found += quantize_problems(settings)  # needs no config.json
     try:
         if config is not None and {"precompile", "train"} & set(stages):
             found += backend.training_problems(settings, config, vocabulary=0)

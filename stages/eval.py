@@ -124,9 +124,15 @@ def require_gates(settings: Settings, output: Path) -> None:
 
 def compare_losses(settings: Settings, eval_set: EvalSet, tuned: Path) -> dict[str, object]:
     """Loss (nats per supervised token) and perplexity of the base and the fine-tuned model, and the
-    dtype that they were computed in."""
+    dtype that they were computed in.
+
+    With QUANTIZE also those of the quantised model; raises StageFailure where its loss is more than
+    MAX_LOSS_INCREASE above.
+    """
     if eval_set.sequences is None:
         print("\nNo document is held out (VALIDATION_FRACTION=0): no validation loss.", flush=True)
+        if settings.quantize != "none":
+            print(f"What QUANTIZE={settings.quantize} adds to it is not known.", flush=True)
         return {}
     from stages.backends.evaluate import validation_losses
 
@@ -139,10 +145,26 @@ def compare_losses(settings: Settings, eval_set: EvalSet, tuned: Path) -> dict[s
         flush=True,
     )
     models = {"base": losses.base, "fine_tuned": losses.fine_tuned}
+    if losses.quantized is not None:
+        models["quantized"] = losses.quantized
+        require_small_increase(settings, losses.quantized - losses.fine_tuned)
     return {
         **{name: {"loss": loss, "perplexity": perplexity(loss)} for name, loss in models.items()},
         "loss_dtype": losses.dtype,
     }
+
+
+def require_small_increase(settings: Settings, increase: float) -> None:
+    """Print what QUANTIZE adds to the loss, in nats; raise StageFailure if that is too much."""
+    setting = f"QUANTIZE={settings.quantize}"
+    print(f"  {setting} adds {increase:+.4f} nats to the fine-tuned model's loss", flush=True)
+    # Written so that an increase of NaN fails as well.
+    if not increase <= settings.max_loss_increase:
+        raise StageFailure(
+            f"{setting} adds {increase:.4f} nats to the loss, and MAX_LOSS_INCREASE="
+            f"{settings.max_loss_increase:g} allows no more. Nothing was published. Set "
+            "QUANTIZE=none, or raise MAX_LOSS_INCREASE."
+        )
 
 
 def perplexity(loss: float) -> float:

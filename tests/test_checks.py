@@ -45,6 +45,8 @@ REFUSED = [
     ({**TORCH, "zero_1": False}, {}, "ZERO_1=0"),
     ({**TORCH, "pipeline_parallel_size": 2}, {}, "PIPELINE_PARALLEL_SIZE=2"),
     ({**TORCH, "tensor_parallel_size": 3}, {}, "TENSOR_PARALLEL_SIZE=3 does not divide"),
+    ({**TORCH, "device": "neuron", "quantize": "int8"}, {}, "QUANTIZE=int8 is for a CPU or a GPU"),
+    ({**NEURON, "quantize": "int8"}, {}, "QUANTIZE=int8 is for a CPU or a GPU"),
     ({**NEURON, "bf16": False}, {}, "BF16=0"),
     ({**NEURON, "torch_compile": True}, {}, "TORCH_COMPILE=1"),
     ({**NEURON, "rehearse": True, "lora_r": 4}, {}, "LORA_R=4 cannot be rehearsed here"),
@@ -72,6 +74,12 @@ def test_what_a_stage_would_refuse_is_known_from_settings_config_and_prompts(
     model = raw_config({**DEMO, **config})
     found = checks.problems(Settings(**settings), model, STAGES)
     assert [problem for problem in found if words in problem], found
+
+
+def test_int8_on_neuron_is_refused_before_config_json_is_here() -> None:
+    settings = Settings(backend="neuron", quantize="int8")
+    assert "QUANTIZE=none" in checks.problems(settings, None, {"compile-inference"})[0]
+    assert checks.problems(settings, None, {"train"}) == []
 
 
 def test_only_the_stages_that_will_run_are_checked() -> None:

@@ -54,6 +54,7 @@ def test_a_comment_or_a_blank_line_reruns_nothing(built: Project) -> None:
         ("LM_EVAL_LIMIT=5", ["eval"]),
         ("MAX_SHARD_SIZE=1GB", ["consolidate", "compile-inference", "eval"]),
         ("INFERENCE_SEQUENCE_LENGTH=32", ["compile-inference", "eval"]),
+        ("QUANTIZE=int8", ["compile-inference", "eval"]),
         ("PER_DEVICE_TRAIN_BATCH_SIZE=2", ["precompile", *AFTER_DATA]),
         ("WARMUP_STEPS=5", ["precompile", *AFTER_DATA]),  # was 0: another graph on Neuron
         ("LOSS_ON=response", ["data", *AFTER_DATA]),
@@ -410,6 +411,22 @@ def test_gates_are_checked_without_asking_the_model_again(built_once: Project) -
     assert "eval: up to date" in passed.stdout and "GATES: passed" in passed.stdout
     failed = built_once.make("eval", *TINY, "GATES=ended>1 perplexity>1", check=False)
     assert failed.returncode and "failed: GATES: ended>1: ended is" in failed.stderr
+
+
+def test_int8_weights_are_measured_and_too_large_a_loss_publishes_nothing(built: Project) -> None:
+    int8 = ("eval", *TINY, "QUANTIZE=int8", "MAX_LOSS_INCREASE=1")
+    done = built.make(*int8)
+    assert "QUANTIZE=int8 adds" in done.stdout and "train: " not in done.stdout
+    metrics = built.manifest("eval")["metrics"]
+    assert metrics["quantized"]["loss"] != metrics["fine_tuned"]["loss"]
+    assert "quantised" in built.make("status", *TINY, *int8[2:]).stdout
+    assert built.stages_to_run("all", *TINY, *int8[2:]) == []
+    before = built.manifest("eval")
+    # Weights of three steps: their loss is surely too large.
+    edit(built.folder / "stages/backends/torch/int8.py", "LARGEST = 127", "LARGEST = 1")
+    failed = built.make("eval", *TINY, "QUANTIZE=int8", "MAX_LOSS_INCREASE=0.0001", check=False)
+    assert failed.returncode == 2 and "MAX_LOSS_INCREASE=0.0001 allows no more" in failed.stderr
+    assert built.manifest("eval") == before
 
 
 def test_the_model_talks_in_make_chat(built_once: Project) -> None:

@@ -1,4 +1,5 @@
-"""Validation loss of the base model and of the fine-tuned model, in one process."""
+"""Validation loss of the base model, of the fine-tuned model and, with QUANTIZE, of the one with
+quantised weights, in one process."""
 
 from __future__ import annotations
 
@@ -24,11 +25,15 @@ LONG = 600.0
 
 
 class Losses(NamedTuple):
-    """Mean cross-entropy in nats per supervised token, and the dtype that both were computed in."""
+    """Mean cross-entropy in nats per supervised token, and the dtype that all were computed in.
+
+    `quantized`: of the fine-tuned model with the weights of QUANTIZE; None where that is none.
+    """
 
     base: float
     fine_tuned: float
     dtype: str
+    quantized: float | None = None
 
 
 def validation_losses(settings: Settings, split: Path, tuned: Path) -> Losses:
@@ -39,12 +44,15 @@ def validation_losses(settings: Settings, split: Path, tuned: Path) -> Losses:
     dtype, reason = loss_dtype(settings, device)
     name = str(dtype).removeprefix("torch.")
     print(f"losses on {device.type} in {name}: {reason}", flush=True)
-    with Progress("validation", 2 * count, "sequences") as progress:
-        base, fine_tuned = (
-            _mean_loss(folder, sequences, count, settings, progress, device, dtype)
-            for folder in (base_model_folder(settings), tuned)
+    models = [(base_model_folder(settings), "none"), (tuned, "none")]
+    if settings.quantize != "none":
+        models.append((tuned, settings.quantize))
+    with Progress("validation", len(models) * count, "sequences") as progress:
+        base, fine_tuned, *quantized = (
+            _mean_loss(folder, quantize, sequences, count, settings, progress, device, dtype)
+            for folder, quantize in models
         )
-    return Losses(base, fine_tuned, name)
+    return Losses(base, fine_tuned, name, *quantized)
 
 
 def loss_dtype(settings: Settings, device: torch.device) -> tuple[torch.dtype, str]:
@@ -88,6 +96,7 @@ def load_for_evaluation(folder: Path, dtype: torch.dtype | str, device: torch.de
 @torch.no_grad()
 def _mean_loss(
     folder: Path,
+    quantize: str,
     sequences: PackedSequences,
     count: int,
     settings: Settings,
@@ -96,6 +105,10 @@ def _mean_loss(
     dtype: torch.dtype,
 ) -> float:
     model = load_for_evaluation(folder, dtype, device)
+    if quantize == "int8":
+        from stages.backends.torch.int8 import quantise
+
+        quantise(model)
     loss, tokens, started = 0.0, 0, time.monotonic()
     for indices in sequences.in_order(1):
         if indices[0] >= count:

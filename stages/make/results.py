@@ -109,6 +109,8 @@ def _of_eval(metrics: dict[str, Any]) -> str:
     if "fine_tuned" in metrics:
         base, tuned = metrics["base"]["loss"], metrics["fine_tuned"]["loss"]
         parts.append(f"loss {base:.4f} -> {tuned:.4f}")
+    if "quantized" in metrics:
+        parts.append(f"quantised {metrics['quantized']['loss']:.4f}")
     if metrics.get("judged"):
         parts.append(f"{metrics['exact_matches']} of {metrics['judged']} to the letter")
     return ", ".join(parts) or f"{metrics['answers']} answers"

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from stages.run.backend import choose
 from stages.run.settings import Settings
 
 # The architectures (`model_type` in config.json) that each backend trains and compiles. On Neuron
@@ -103,6 +104,16 @@ def rope_problems(config: Any) -> Iterator[str]:
         yield (
             f'The model\'s RoPE is of type "{rope_type}", whose frequencies vary with the length: '
             "it cannot be compiled ahead of time. Choose a model with another RoPE."
+        )
+
+
+def quantize_problems(settings: Settings) -> Iterator[str]:
+    """A message when QUANTIZE asks for what only inductor compiles."""
+    chosen = choose(settings)
+    if settings.quantize != "none" and (chosen.name == "neuron" or chosen.on_neuron):
+        yield (
+            f"QUANTIZE={settings.quantize} is for a CPU or a GPU, and this model would be compiled "
+            "for Neuron. Set QUANTIZE=none."
         )
 
 

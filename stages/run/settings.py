@@ -395,6 +395,20 @@ class Settings:
         "compile-inference",
         least=1,
     )
+    quantize: str = setting(
+        "none",
+        "Weights of the compiled model's linear layers; int8: a scale for each row (torch backend "
+        "on a CPU or GPU).",
+        "compile-inference eval",
+        choices=("none", "int8"),
+    )
+    max_loss_increase: float = setting(
+        0.05,
+        "Most that QUANTIZE may add to the loss that eval measures, else eval fails.",
+        "eval",
+        unit="nats",
+        least=0,
+    )
     instance_type: str = setting(
         "trn1",
         "Machine that answers (Neuron); inf2 is cheaper and runs the same code as trn1.",

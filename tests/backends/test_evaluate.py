@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 
 from stages.backends import evaluate
 from stages.backends.evaluate import cost_note, loss_dtype
+from stages.eval import require_small_increase
 from stages.run import host
+from stages.run.errors import StageFailure
 from stages.run.settings import Settings
 
 CPU = torch.device("cpu")
@@ -58,3 +61,19 @@ def test_without_a_known_price_only_the_time_is_said() -> None:
 @pytest.mark.parametrize(("seconds", "count"), [(0.1, 200), (20.0, 4), (900.0, 1)])
 def test_nothing_is_said_of_what_is_short_or_cannot_be_shorter(seconds: float, count: int) -> None:
     assert cost_note(seconds, count, 21.50) == ""
+
+
+@pytest.mark.parametrize(("increase", "refused"), [(0.05, False), (-1, False), (0.06, True)])
+def test_int8_weights_that_add_too_much_to_the_loss_are_refused(
+    increase: float, refused: bool
+) -> None:
+    settings = Settings(quantize="int8", max_loss_increase=0.05)
+    with (
+        pytest.raises(StageFailure, match=r"adds 0.0600 nats.*=0.05") if refused else nullcontext()
+    ):
+        require_small_increase(settings, increase)
+
+
+def test_a_loss_that_is_no_number_is_refused() -> None:
+    with pytest.raises(StageFailure, match="adds nan nats"):
+        require_small_increase(Settings(quantize="int8"), float("nan"))

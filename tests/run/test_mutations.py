@@ -58,6 +58,7 @@ CHANGES = [
         "is_causal=False",
         {"compile-inference"},
     ),
+    ("stages/backends/torch/int8.py", "LARGEST = 127", "LARGEST = 63", {"compile-inference"}),
     ("stages/backends/decoding.py", "before >= top_p", "before > top_p", {"eval"}),
     ("stages/eval.py", "math.exp(loss)", "math.exp2(loss)", {"eval"}),
 ]

@@ -16,6 +16,7 @@ from stages.model.fit import (
     architecture_problems,
     fit_problems,
     position_problems,
+    quantize_problems,
     rope_problems,
     window_problems,
 )
@@ -73,6 +74,7 @@ def inference_problems(settings: Settings, config: Any) -> Iterator[str]:
     them (modules/attention/gqa.py).
     """
     yield from architecture_problems(settings, config, "neuron")
+    yield from quantize_problems(settings)
     heads, hidden = config.num_attention_heads, config.hidden_size
     head_dim = getattr(config, "head_dim", None)
     if config.model_type in HEADS_OF_HIDDEN_SIZE and head_dim and head_dim * heads != hidden:

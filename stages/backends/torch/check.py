@@ -21,6 +21,7 @@ from stages.model.fit import (
     lora_layer_problems,
     not_divisible,
     position_problems,
+    quantize_problems,
     rope_problems,
 )
 from stages.run.backend import choose
@@ -97,6 +98,7 @@ def inference_problems(settings: Settings, config: Any) -> Iterator[str]:
         )
     yield from position_problems("INFERENCE_SEQUENCE_LENGTH", length, config)
     yield from rope_problems(config)
+    yield from quantize_problems(settings)
 
 
 def machine_problems(settings: Settings, stages: Collection[str]) -> Iterator[str]:

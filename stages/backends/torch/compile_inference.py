@@ -42,6 +42,7 @@ from stages.backends.torch.generate import (
     constant_type,
 )
 from stages.backends.torch.inductor import compiler_knows_instructions, scratch_space
+from stages.backends.torch.int8 import quantise
 from stages.backends.torch.static import compile_static
 from stages.model.fit import raw_config
 from stages.model.size import weight_bytes
@@ -60,6 +61,7 @@ class Compilation:
     device: Device
     batch_size: int
     sequence_length: int
+    quantize: str = "none"
 
 
 def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[str, Any]:
@@ -77,6 +79,7 @@ def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[
         device_of(settings),
         settings.inference_batch_size,
         settings.inference_sequence_length,
+        settings.quantize,
     )
     config = _checked_config(work, settings)
     output.mkdir(parents=True, exist_ok=True)
@@ -103,6 +106,7 @@ def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[
         "device": work.device.name,
         "batch_size": work.batch_size,
         "sequence_length": work.sequence_length,
+        "quantize": work.quantize,
         **differences,
         "package_bytes": sum(file.stat().st_size for file in output.glob("*.pt2")),
         "weight_bytes": (output / WEIGHTS).stat().st_size,
@@ -129,7 +133,10 @@ def _checked_config(work: Compilation, settings: Settings) -> dict[str, Any]:
 
 
 def _load_model(work: Compilation) -> Any:
-    """The eager model in its dtype. Built in that dtype, not converted: RoPE stays float32."""
+    """The eager model in its dtype, with int8 weights where QUANTIZE asks for them.
+
+    Built in that dtype, not converted: RoPE stays float32.
+    """
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -151,7 +158,8 @@ def _load_model(work: Compilation) -> Any:
         raise InputError(
             f"{work.model_dir} has weights of {model.dtype}; the torch backend compiles {names}."
         )
-    return model.to(work.device.torch_device()).eval().requires_grad_(False)
+    model = model.to(work.device.torch_device()).eval().requires_grad_(False)
+    return quantise(model) if work.quantize == "int8" else model
 
 
 def _write_model(work: Compilation, probe: Probe) -> torch.Tensor:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from stages.backends.torch.generate import StepName, empty_cache
+from stages.backends.torch.int8 import int8_linear
 
 ATTENTION = "caller_owned_cache"  # the name by which transformers calls `_attention`
 # Up to this batch size a CPU decodes with `_ProductAndSum`. With SmolLM2's layers in bfloat16 it is
@@ -42,8 +43,7 @@ class Step(torch.nn.Module):
 
         super().__init__()
         AttentionInterface.register(ATTENTION, _attention)
-        tied = model.config.tie_word_embeddings
-        if tied and not isinstance(model.lm_head, _TiedHead):
+        if model.config.tie_word_embeddings and isinstance(model.lm_head, torch.nn.Linear):
             model.lm_head = _TiedHead(model.model.embed_tokens)
         self.model, self.lm_head = model.model, model.lm_head
         self._whole = [model]  # in a list: as a part of this module it would give names twice
@@ -115,20 +115,37 @@ class _ProductAndSum(TorchFunctionMode):
     ) -> Any:
         if function is functional.linear:
             function = _product_and_sum
+        elif function is int8_linear:
+            function = _int8_product_and_sum
         return function(*args, **(kwargs or {}))
 
 
 def _product_and_sum(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     rows = hidden.reshape(-1, hidden.shape[-1]).float()
     # Inductor computes the operand of as_strided before the loop. It would otherwise compute norms
     # and activations again for every row of the weight, which takes half of the time.
     rows = rows.as_strided(rows.shape, rows.stride())
     product = torch.stack([(weight * row).sum(-1) for row in rows])
+    if scale is not None:
+        product = product * scale
     if bias is not None:
         product = product + bias
     return product.to(hidden.dtype).reshape(*hidden.shape[:-1], len(weight))
+
+
+def _int8_product_and_sum(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The int8 weight is read once, and the scale multiplies the sum."""
+    return _product_and_sum(hidden, weight, bias, scale)
 
 
 class Prefill(Step):
