@@ -26,6 +26,7 @@ from stages.forecast.prices import compare_lines, price_lines
 from stages.forecast.traced import traced_bytes
 from stages.make.stale import Graph, parse_graph, stale_stages, typed_problems
 from stages.model.size import bytes_written
+from stages.run import allocator
 from stages.run.cli import with_exit_status
 from stages.run.cost import dollars
 from stages.run.disk import free_space
@@ -209,6 +210,8 @@ def _memory(settings: Settings, shape: Shape, place: Place, measured: int | None
     if measured is not None:
         total = round(total * measured / need.bytes)
         yield f"{'':<22} {show_size(total):>8}  measured by precompile in this run"
+    elif place.device == "cpu" and (advice := allocator.advice()):
+        yield f"the heap's gaps are not counted, and the allocator is {advice}"
     yield verdict(settings, shape, place, total)
     yield (
         f"with GRADIENT_CHECKPOINTING={int(not settings.gradient_checkpointing)} a rank has "
