@@ -416,7 +416,7 @@ def test_gates_are_checked_without_asking_the_model_again(built_once: Project) -
 def test_int8_weights_are_measured_and_too_large_a_loss_publishes_nothing(built: Project) -> None:
     int8 = ("eval", *TINY, "QUANTIZE=int8", "MAX_LOSS_INCREASE=1")
     done = built.make(*int8)
-    assert "QUANTIZE=int8 adds" in done.stdout and "train: " not in done.stdout
+    assert "QUANTIZE=int8 adds" in done.stdout
     metrics = built.manifest("eval")["metrics"]
     assert metrics["quantized"]["loss"] != metrics["fine_tuned"]["loss"]
     assert "quantised" in built.make("status", *TINY, *int8[2:]).stdout
