@@ -23,7 +23,7 @@ from stages.run.fingerprint import code_of
 from stages.run.layout import CONFIG_FILE
 
 PACKAGES = Path("outputs/.cache/packages")
-KEPT = 20  # the last that were made; those of a model take about 4 MB
+KEPT = 20  # the last that were made; those of a model take 4 to 10 MB
 DIGESTS = "digests.json"
 FILES = [f"{step}.pt2" for step in STEPS]
 
