@@ -1,8 +1,9 @@
 """Compiles a Hugging Face folder: two AOTInductor packages (prefill, decode) that share weights.
 
-The packages contain only code, 2 MB each for a few layers and 5 MB for 30; the weights and a description are files next to
-them, and generate.py loads the folder without transformers. The folder is published only after the
-model, loaded as eval will load it, has given the logits of the eager model.
+The packages contain only code, 2 MB each for a few layers and 5 MB for 30; the weights and a
+description are files next to them, and generate.py loads the folder without transformers. The
+folder is published only after the model, loaded as eval will load it, has given the logits of the
+eager model.
 """
 
 from __future__ import annotations
