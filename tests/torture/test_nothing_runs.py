@@ -100,7 +100,7 @@ def test_the_base_models_loss_is_measured_without_the_code(folder: Path) -> None
             return iter(())
 
     device, dtype = torch.device("cpu"), torch.float32
-    loss = _mean_loss(folder, NoRows(), 0, settings(folder), None, device, dtype)
+    loss = _mean_loss(folder, "none", NoRows(), 0, settings(folder), None, device, dtype)
     assert loss == 0
 
 
