@@ -118,6 +118,8 @@ class Killing:
                 shutil.rmtree(
                     self.folder / kill.stage
                 )  # published before it could be killed, or by a kill that came just after
+            # Else compile-inference has nothing to compile.
+            shutil.rmtree(self.project.folder / "outputs/.cache/packages", ignore_errors=True)
             # What happens at the end of a stage may be over before a signal has any effect: then
             # earlier, by the clock.
             if self._killed(kill if attempt < 2 else replace(kill, once=None), 0.5**attempt):
