@@ -43,7 +43,7 @@ class Device:
     always_compiles = False
     fused_adamw = True
     attention = PACKED  # transformers' name of the attention in training
-    fixed_shapes = False  # whether each shape of a tensor is compiled anew
+    fixed_shapes = False  # whether each shape of a tensor is compiled by itself
     has_inductor = True  # so that compiled inference is AOTInductor's packages
     compile_processes = 1  # Triton's; a CPU's packages have no kernels of it
     random = "cpu"  # where a generator of random numbers can be

@@ -36,7 +36,8 @@ def environment() -> dict[str, str]:
 
 def advice() -> str:
     """What to install for it; empty where nothing is missing."""
-    if sys.platform != "linux" or environment() or "malloc" in os.environ.get("LD_PRELOAD", ""):
+    chosen = "malloc" in os.environ.get("LD_PRELOAD", "")
+    if sys.platform != "linux" or chosen or tcmalloc():
         return ""
     return (
         "glibc's. tcmalloc saves up to a fifth of a training's processor time and memory on a CPU "

@@ -92,13 +92,7 @@ def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[
     with disk_guard("the compiled model's weights", output, weight_bytes(model_dir)):
         expected = _write_model(work, probe)
     started = time.monotonic()
-    place = package_cache.place_of(model_dir, output) if work.device.has_inductor else None
-    if place is None:
-        compile_static(model_dir, output, work.device)
-    elif package_cache.take(place, output):
-        print(f"packages of this shape were compiled before: {place}", flush=True)
-    else:
-        _compile_packages(work)
+    place = _compile(work)
     seconds = time.monotonic() - started
     differences = check_compiled(output, probe, expected)
     if place is not None:
@@ -211,6 +205,20 @@ def _description(
         "instruction_set": work.device.instructions().as_json(),
         "constants": {name: constant_type(tensor) for name, tensor in sorted(constants.items())},
     }
+
+
+def _compile(work: Compilation) -> Path | None:
+    """Compile the model, or take packages of its shape. Returns where new packages are to be kept
+    when they are checked."""
+    if not work.device.has_inductor:
+        compile_static(work.model_dir, work.output, work.device)
+        return None
+    place = package_cache.place_of(work.model_dir, work.output)
+    if package_cache.take(place, work.output):
+        print(f"packages of this shape were compiled before: {place}", flush=True)
+        return None
+    _compile_packages(work)
+    return place
 
 
 def _compile_packages(work: Compilation) -> None:

@@ -70,14 +70,11 @@ def keep(place: Path, output: Path) -> None:
         (new / DIGESTS).write_text(json.dumps(_digests(output)), encoding="utf-8")
         with suppress(OSError):  # they are there already
             new.rename(place)
-    for old in _oldest_first()[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    with suppress(FileNotFoundError):  # another run removes the oldest, too
+        found = sorted(PACKAGES.iterdir(), key=lambda folder: folder.stat().st_mtime)
+        for old in found[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _digests(folder: Path) -> dict[str, str]:
     return {name: file_digest(folder / name) for name in FILES}
-
-
-def _oldest_first() -> list[Path]:
-    found = [folder for folder in PACKAGES.iterdir() if not folder.name.startswith(".")]
-    return sorted(found, key=lambda folder: folder.stat().st_mtime)

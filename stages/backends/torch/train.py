@@ -74,8 +74,9 @@ def prepare(settings: Settings, data: Path) -> int:
         [*training_problems(settings, config, figures["vocabulary"]), *device_problems(settings)]
     )
     rows = figures["train"]["rows"]
-    lines = [f"device           {device_name(settings)}"]
-    if device_name(settings).startswith("cpu") and (advice := allocator.advice()):
+    device = device_name(settings)
+    lines = [f"device           {device}"]
+    if device.startswith("cpu") and (advice := allocator.advice()):
         lines.append(f"allocator        {advice}")
     print("\n".join([*lines, *derivation(settings, rows)]), flush=True)
     return rows
