@@ -14,6 +14,10 @@ from torch import Tensor
 
 from stages.run.layout import IGNORED_LABEL
 
+# The number of rows of logits is a multiple of this: for each number oneDNN makes, and keeps, a
+# kernel, and a batch's tensors fit in the memory of those before.
+ROWS = 64
+
 
 def next_token_labels(labels: Tensor, position_ids: Tensor) -> Tensor:
     """The id that each position must predict, int64 [batch, length].
@@ -48,10 +52,10 @@ def loss_sum(
     """
     positions = batch["position_ids"]
     targets = next_token_labels(batch["labels"], positions)
-    counted = targets != IGNORED_LABEL
+    rows, wanted = _supervised_rows(targets) if only_supervised else (None, targets.flatten())
 
     def select(_: Any, hidden: tuple[Tensor]) -> Tensor:
-        return hidden[0][counted]
+        return hidden[0].flatten(0, 1)[rows]
 
     hook = model.lm_head.register_forward_pre_hook(select) if only_supervised else None
     try:
@@ -67,7 +71,18 @@ def loss_sum(
             hook.remove()
     return F.cross_entropy(
         output.logits.float().flatten(0, -2),
-        targets[counted] if only_supervised else targets.flatten(),
+        wanted,
         ignore_index=IGNORED_LABEL,
         reduction="sum",
     )
+
+
+def _supervised_rows(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The indices of the positions that the loss counts in the flattened batch, and their targets.
+
+    Both int64, filled up with the first position and with IGNORED_LABEL to a multiple of ROWS.
+    """
+    flat = targets.flatten()
+    rows = (flat != IGNORED_LABEL).nonzero().flatten()
+    spare = -len(rows) % ROWS
+    return F.pad(rows, (0, spare)), F.pad(flat[rows], (0, spare), value=IGNORED_LABEL)

@@ -18,9 +18,9 @@ from stages.forecast.parameters import Shape, trainable
 from stages.run.settings import Settings
 
 # Bytes that Python, torch, transformers and datasets take in a rank before it has a model, and what
-# the C library's allocator keeps: measured on 2026-11-28 with torch 2.13 for CPUs
-# (tests/benchmarks/results/2026-11-28-forecasts.md). In a device's memory they take nothing.
-CPU_PROCESS = 680 * 10**6
+# tcmalloc keeps: measured on 2026-11-29 with torch 2.13 for CPUs
+# (tests/benchmarks/results/2026-11-29-forecasts.md). In a device's memory they take nothing.
+CPU_PROCESS = 580 * 10**6
 # A CUDA context and cuBLAS's workspaces; NVIDIA's own figures differ by device: 0.3 to 0.6 GB.
 CUDA_CONTEXT = 500 * 10**6
 
@@ -107,22 +107,17 @@ def _trained(shape: Shape, settings: Settings) -> int:
 
 def _gradients(shape: Shape, settings: Settings) -> Part:
     data, trained = data_parallel_size(settings), _trained(shape, settings)
-    if settings.gradient_accumulation_steps > 1:  # FSDP keeps whole ones, and exchanges the last
-        size = 4 * trained + 4 * trained // data
-        return Part("gradients", size, f"{trained:,} x 4, and as much / {data} DP")
     return Part("gradients", 4 * trained // data, f"{trained:,} x 4 / {data} DP")
 
 
 def _buffers(shape: Shape, settings: Settings) -> Iterator[Part]:
-    """What FSDP exchanges gradients through: those of the largest group, and a float32 copy.
-
-    With data parallelism two copies more: fitted to two runs on a CPU, their cause was not found.
-    """
+    """What FSDP exchanges gradients through: those of the largest group, if they are bfloat16, and
+    a float32 copy. With data parallelism Gloo has copies too: fitted to runs on a CPU."""
     if settings.lora_r:
         return
     tensor = settings.tensor_parallel_size
     largest = max(shape.layer, shape.embedding * (1 if shape.tied else 2)) // tensor
-    size = (2 if settings.bf16 else 4) + (4 if data_parallel_size(settings) == 1 else 12)
+    size = (2 if settings.bf16 else 0) + (4 if data_parallel_size(settings) == 1 else 10)
     yield Part("buffers", size * largest, f"{largest:,} x {size}, of the largest group")
 
 

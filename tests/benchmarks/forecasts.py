@@ -14,7 +14,8 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -57,15 +58,24 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("94M", {"max_length": 512, "lora_r": 16}),
     ("135M", {"max_length": 256}),
     ("135M", {"max_length": 256, "gradient_checkpointing": True}),
-]
-# Measured once after the constants of stages/forecast/memory.py were chosen, with RUNS in view.
-HELD_OUT: list[tuple[str, dict[str, Any]]] = [
     ("59M", {"max_length": 1024}),
     ("59M", {"max_length": 256, "bf16": False}),
     ("94M", {"max_length": 256, "nproc_per_node": 2}),
     ("94M", {"max_length": 512, "nproc_per_node": 2, "tensor_parallel_size": 2}),
     ("135M", {"max_length": 512, "lora_r": 16}),
     ("94M", {"max_length": 512, "gradient_accumulation_steps": 2}),
+]
+# Measured once after the constants of stages/forecast/memory.py were chosen, with RUNS in view.
+HELD_OUT: list[tuple[str, dict[str, Any]]] = [
+    ("22M", {"max_length": 512, "per_device_train_batch_size": 2, "bf16": False}),
+    ("59M", {"max_length": 512, "per_device_train_batch_size": 2, "lora_r": 16}),
+    ("59M", {"max_length": 1024, "gradient_checkpointing": True}),
+    ("94M", {"max_length": 256, "nproc_per_node": 2, "bf16": False}),
+    ("135M", {"max_length": 256, "nproc_per_node": 2}),
+    *(
+        ("135M", {"max_length": 512, "per_device_train_batch_size": size, **more})
+        for size, more in ((2, {"gradient_accumulation_steps": 2}), (4, {}))
+    ),
 ]
 
 
@@ -113,35 +123,44 @@ def label_of(name: str, changes: dict[str, Any]) -> str:
 
 def measured(name: str, changes: dict[str, Any], work: Path) -> dict[str, Any]:
     """The peak bytes and the seconds of a step of one run, from the real worker."""
-    from stages.backends.torch.train import environment, training_command
-
     result = work / f"{label_of(name, changes).replace(' ', ',')}.json"
     if not result.exists():
-        settings = replace(
-            Settings(device="cpu", backend="torch", logging_steps=1, eval_steps=0), **changes
-        )
-        base, rows, run = (
-            model_folder(name, work),
-            rows_folder(settings.max_length, work),
-            work / "run",
-        )
-        shutil.rmtree(run, ignore_errors=True)
-        run.mkdir()
-        command = training_command(settings, base, rows, run, STEPS)
-        subprocess.run(
-            command,
-            env={**os.environ, **environment(settings)},
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        settings = settings_of(changes)
+        run = work / "run"
+        with trained(name, settings, work, run) as done:
+            done.check_returncode()
+            text = (run / "metrics.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
         tokens = sequences_per_step(settings) * settings.max_length
         seconds = median(tokens / line["tokens_per_second"] for line in lines[1:])
         result.write_text(
             json.dumps({"peak": lines[-1]["peak_memory_bytes"], "step": round(seconds, 3)})
         )
-        shutil.rmtree(run)
     return json.loads(result.read_text())
+
+
+def settings_of(changes: dict[str, Any]) -> Settings:
+    base = Settings(device="cpu", backend="torch", logging_steps=1, eval_steps=0)
+    return replace(base, **changes)
+
+
+@contextmanager
+def trained(
+    name: str, settings: Settings, work: Path, run: Path, under: Sequence[str] = ()
+) -> Iterator[subprocess.CompletedProcess[bytes]]:
+    """STEPS steps of a model of MODELS in the folder `run`, started by the command `under`."""
+    from stages.backends.torch.train import environment, training_command
+
+    base, rows = model_folder(name, work), rows_folder(settings.max_length, work)
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir()
+    command = training_command(settings, base, rows, run, STEPS)
+    yield subprocess.run(
+        [*under, *command],
+        env={**os.environ, **environment(settings)},
+        stdout=subprocess.DEVNULL,
+    )
+    shutil.rmtree(run)
 
 
 def shape(name: str) -> Shape:
@@ -176,7 +195,7 @@ def own_rows(runs: list[tuple[str, dict[str, Any]]], work: Path) -> Iterator[str
     off, off_time = [], []
     for name, changes in runs:
         result = measured(name, changes, work)
-        settings = replace(Settings(device="cpu", backend="torch"), **changes)
+        settings = settings_of(changes)
         planned = training_memory(shape(name), settings, "cpu").bytes
         off.append(planned / result["peak"] - 1)
         flop = shape(name).flop_per_token(settings.max_length, not settings.lora_r)

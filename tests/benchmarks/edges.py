@@ -1,0 +1,58 @@
+"""Trainings in as little memory as `make plan` says they fit, and in less, on this machine's CPU.
+
+    PYTHONPATH=. .venv/bin/python tests/benchmarks/edges.py WORK_FOLDER > table.md
+
+Needs root and Linux's memory controller (cgroup v1), without swap: it limits torchrun and all of
+its ranks together, and the kernel kills a rank that goes beyond. A wrong "fits" is a training that
+is killed at the first limit.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from stages.forecast.fits import EDGE, in_all, need_of
+from stages.forecast.machine import place_of
+from tests.benchmarks.forecasts import HELD_OUT, RUNS, label_of, settings_of, shape, trained
+
+GROUP = Path("/sys/fs/cgroup/memory/trn-tune-edge")
+# Of what is planned: the least memory that is said to fit, all of it, and less.
+LIMITS = (1 / EDGE, 1.0, 0.9, 0.8)
+
+
+def survives(name: str, changes: dict[str, object], work: Path, limit: int) -> bool:
+    """Whether the training ends well in `limit` bytes."""
+    (GROUP / "memory.limit_in_bytes").write_text(str(limit))
+    under = ("sh", "-c", f'echo $$ > {GROUP}/cgroup.procs; exec "$@"', "sh")
+    with trained(name, settings_of(changes), work, work / "edge", under) as done:
+        return done.returncode == 0
+
+
+@click.command()
+@click.argument("work", type=click.Path(path_type=Path))
+@click.option("--every", default=4, show_default=True, help="Take each run of this number.")
+def main(work: Path, every: int) -> None:
+    GROUP.mkdir(exist_ok=True)
+    print("| Run | Planned | " + " | ".join(f"in {limit:.2f} of it" for limit in LIMITS) + " |")
+    print("|---|---|" + "---|" * len(LIMITS))
+    for name, changes in [*RUNS, *HELD_OUT][::every]:
+        settings = settings_of(changes)
+        place = place_of(settings)
+        planned = in_all(need_of(shape(name), settings, place), settings, place)
+        ends = []
+        for limit in LIMITS:
+            alive = survives(name, changes, work.absolute(), int(limit * planned))
+            ends.append("trained" if alive else "killed")
+            if not alive:
+                break
+        ends += ["not tried"] * (len(LIMITS) - len(ends))
+        cells = " | ".join([label_of(name, changes), f"{planned / 1e6:,.0f} MB", *ends])
+        print(f"| {cells} |", flush=True)
+    os.rmdir(GROUP)
+
+
+if __name__ == "__main__":
+    main()
