@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from stages.forecast.fits import in_all, need_of, smallest_change
+from stages.forecast.fits import in_all, need_of, remedy
 from stages.forecast.machine import place_of
 from stages.forecast.planned import shape_here
 from stages.model.size import bytes_written, parameters
@@ -173,19 +173,17 @@ def training_memory(settings: Settings) -> Iterator[CheckResult]:
     shape, place = shape_here(settings), place_of(settings)
     if shape is None:
         return  # config.json is not on this machine yet
-    need = in_all(need_of(shape, settings, place), settings, place)
+    need = in_all(need_of(shape, settings, place).bytes, settings, place)
     text = f"{show_size(need)} planned"
     if place.device_memory is None:
         yield CheckResult("training memory", f"{text}; this device's memory is not known")
     elif need <= place.device_memory:
         yield CheckResult("training memory", f"{text}, of {show_size(place.device_memory)}")
     else:
-        change = smallest_change(shape, settings, place)
-        remedy = f"The smallest change: {change}." if change else "No setting makes it fit."
         yield note(
             "training memory",
-            f"{text}, above the {show_size(place.device_memory)} of {place.name}. {remedy} `make "
-            "plan` has the parts.",
+            f"{text}, above the {show_size(place.device_memory)} of {place.name}. "
+            f"{remedy(settings, shape, place)} (`make plan` has the parts)",
         )
 
 

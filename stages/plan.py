@@ -17,7 +17,7 @@ import click
 
 from stages.backends.schedule import data_parallel_size, sequences_per_step, total_steps
 from stages.forecast.accuracy import accuracy
-from stages.forecast.fits import in_all, need_of, verdict
+from stages.forecast.fits import LAUNCHERS, in_all, need_of, verdict
 from stages.forecast.machine import Place, place_of
 from stages.forecast.minutes import LEAST_WRITTEN, Estimate, write_rate
 from stages.forecast.parameters import Shape, trainable
@@ -204,11 +204,12 @@ def _memory(settings: Settings, shape: Shape, place: Place, measured: int | None
     need = need_of(shape, settings, place, traced)
     for part in need.parts:
         yield f"{part.name:<22} {show_size(part.bytes):>8}  {part.basis}"
-    total = in_all(need, settings, place)
-    ranks = f" x {settings.nproc_per_node} ranks" if place.device == "cpu" else " of a rank"
-    yield f"{'in all' + ranks:<22} {show_size(total):>8}  {need.moment}"
+    total = in_all(need.bytes, settings, place)
+    ranks = f", {settings.nproc_per_node} ranks" if place.device == "cpu" else " of a rank"
+    launched = f", with {show_size(LAUNCHERS)} for what starts them" * (place.device == "cpu")
+    yield f"{'in all' + ranks:<22} {show_size(total):>8}  {need.moment}{launched}"
     if measured is not None:
-        total = round(total * measured / need.bytes)
+        total = in_all(measured, settings, place)
         yield f"{'':<22} {show_size(total):>8}  measured by precompile in this run"
     elif place.device == "cpu" and (advice := allocator.advice()):
         yield f"the heap's gaps are not counted, and the allocator is {advice}"

@@ -64,6 +64,8 @@ def training_memory(
         if traced is not None
         else [*_activations(shape, settings, device == "cpu"), _logits(shape, settings)]
     )
+    if device == "cpu" and settings.bf16:
+        begins.append(_heap(shape, settings))
     if settings.gradient_accumulation_steps > 1:  # those of the micro-batches before are there
         trained = _trained(shape, settings)
         begins.append(Part("gradients", 4 * trained, f"{trained:,} x 4, of micro-batches before"))
@@ -160,11 +162,20 @@ def layer_bytes(shape: Shape, settings: Settings, packed: bool) -> int:
 def _logits(shape: Shape, settings: Settings) -> Part:
     """The logits' float32 softmax, its gradient, and the gradient's gradient of the cast, where all
     tokens are supervised; those that are not have no logits (`loss_sum`)."""
+    count, basis = _count_logits(shape, settings)
+    return Part("logits", 12 * count, f"{basis} x 3 copies x 4")
+
+
+def _heap(shape: Shape, settings: Settings) -> Part:
+    """What bfloat16 logits had, which the heap does not use again: fitted to runs on a CPU."""
+    count, basis = _count_logits(shape, settings)
+    return Part("heap's gap", 2 * count, f"{basis} x 2, of freed logits")
+
+
+def _count_logits(shape: Shape, settings: Settings) -> tuple[int, str]:
     tokens = settings.per_device_train_batch_size * settings.max_length
     vocabulary = -(-shape.vocabulary // settings.tensor_parallel_size)
-    return Part(
-        "logits", 12 * tokens * vocabulary, f"{tokens:,} tokens x {vocabulary:,} x 3 copies x 4"
-    )
+    return tokens * vocabulary, f"{tokens:,} tokens x {vocabulary:,}"
 
 
 def neuron_memory(shape: Shape, settings: Settings) -> Need:

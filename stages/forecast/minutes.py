@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from stages.backends.schedule import sequences_per_step
 from stages.forecast.machine import Place
-from stages.forecast.parameters import Shape, shape_of
+from stages.forecast.parameters import Shape, shape_of, trainable
 from stages.make.results import runs_of
 from stages.model.fit import raw_config
 from stages.run.layout import CONFIG_FILE
@@ -37,6 +38,13 @@ UTILISATIONS = {
 LEAST, MOST = 3 * 10**9, 20 * 10**9
 # A consolidation that writes less than these bytes shows how long a process takes to start.
 LEAST_WRITTEN = 100 * 10**6
+# What a step's arithmetic follows from, and what its speed does beside it.
+_LIKENESS = {"BF16", "NPROC_PER_NODE", "GRADIENT_CHECKPOINTING", "TORCH_COMPILE"}
+_LIKENESS |= {"TENSOR_PARALLEL_SIZE", "PIPELINE_PARALLEL_SIZE"}
+_OF_A_STEP = _LIKENESS | {"MAX_LENGTH", "LORA_R", "LORA_TARGET_MODULES"}
+_OF_A_STEP |= {"PER_DEVICE_TRAIN_BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS"}
+# Fixed seconds of a step: tests/benchmarks/results/2026-11-29-forecasts.md.
+_PER_PARAMETER, _PER_LAYER = 4e-9, 4e-3
 # Stages whose time grows with the model; the others' with the data.
 _BY_WEIGHTS = ("consolidate", "compile-inference")
 
@@ -91,7 +99,9 @@ def training_seconds(
     flop = tokens * shape.flop_per_token(settings.max_length, not settings.lora_r)
     if place.here:
         for rate, start, run in _rates(settings, place, outputs, shape):
-            return Estimate(start + flop / rate, f"measured on this machine in run {run}")
+            steps = tokens / (sequences_per_step(settings) * settings.max_length)
+            seconds = start + flop / rate + steps * fixed_seconds(shape, settings, place)
+            return Estimate(seconds, f"measured on this machine in run {run}")
     if place.machine is None or place.machine.device not in UTILISATIONS:
         device = place.machine.device if place.machine else place.device
         return Estimate(None, f"no run here, and no utilisation of {device} is known")
@@ -108,28 +118,38 @@ def training_seconds(
 def _rates(
     settings: Settings, place: Place, outputs: Path, shape: Shape
 ) -> Iterator[tuple[float, float, str]]:
-    """FLOP per second of a step, seconds beside the steps, and the run, the likest run first."""
+    """FLOP per second of a step beside its fixed seconds, seconds beside the steps, and the run,
+    the likest run first."""
     rates = []
     for past in past_of("train", outputs, place):
         made = past.manifest["provenance"]["settings"]
         metrics, tokens = past.manifest.get("metrics"), past.manifest.get("tokens")
         speed = metrics.get("tokens_per_second") if isinstance(metrics, dict) else None
-        length = made.get("MAX_LENGTH")
-        if past.shape is None or not (
-            _is_number(speed) and _is_number(tokens) and _is_number(length)
-        ):
+        if past.shape is None or not (_is_number(speed) and _is_number(tokens)):
             continue
-        lora = bool(made.get("LORA_R"))
-        each = past.shape.flop_per_token(int(length), not lora)
+        then = replace(settings, **{name.lower(): made[name] for name in _OF_A_STEP & made.keys()})
         apart = abs(math.log(past.shape.parameters / shape.parameters))
         apart += sum(
-            made.get(name) != getattr(settings, name.lower())
-            for name in ("BF16", "NPROC_PER_NODE", "GRADIENT_CHECKPOINTING", "TORCH_COMPILE")
+            getattr(then, name.lower()) != getattr(settings, name.lower()) for name in _LIKENESS
         )
-        apart += lora != bool(settings.lora_r)
+        apart += bool(then.lora_r) != bool(settings.lora_r)
+        size = sequences_per_step(then) * then.max_length
+        step = size / speed
+        flop = size * past.shape.flop_per_token(then.max_length, not then.lora_r)
+        rate = flop / max(step - fixed_seconds(past.shape, then, place), step / 2)
         start = max(0.0, past.manifest["seconds"] - tokens / speed)
-        rates.append((apart, (speed * each, start, past.run)))
+        rates.append((apart, (rate, start, past.run)))
     yield from (rate for _, rate in sorted(rates, key=lambda pair: pair[0]))
+
+
+def fixed_seconds(shape: Shape, settings: Settings, place: Place) -> float:
+    """Seconds of a step that its tokens do not change: the optimizer, exchanges, and starting each
+    operation. Fitted to runs on a CPU; not known, and 0, elsewhere."""
+    if place.device != "cpu":
+        return 0.0
+    trained = trainable(shape, settings) / settings.tensor_parallel_size
+    layers = shape.layers * settings.gradient_accumulation_steps
+    return _PER_PARAMETER * trained + _PER_LAYER * layers
 
 
 def stage_seconds(

@@ -74,13 +74,13 @@ def _of_data(made: dict[str, Any], settings: dict[str, Any]) -> Iterator[Note]:
     if cut := made.get("cut_tokens"):
         documents = made["over_long"] - made["dropped"]
         yield Note(
-            f"{cut / tokens:.1%}",
+            f"{cut / tokens:.1%}" if tokens else f"{cut:,}",
             f"Truncation: {cut:,} tokens were cut off {documents:,} documents longer than "
             f"{limit}, with the end of the answer. Raise MAX_LENGTH, or set OVERLONG=drop.",
         )
     if lost := made.get("dropped_tokens"):
         yield Note(
-            f"{lost / tokens:.1%}",
+            f"{lost / tokens:.1%}" if tokens else f"{lost:,}",
             f"{made['dropped']:,} documents, {lost:,} tokens, were left out: longer than "
             f"MAX_LENGTH={limit}, with OVERLONG=drop or no answer in what would remain.",
         )

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import click
 
-from stages.forecast.fits import EDGE, in_all, need_of
+from stages.forecast.fits import in_all, need_of
 from stages.forecast.machine import place_of
 from tests.benchmarks.forecasts import HELD_OUT, RUNS, label_of, settings_of, shape, trained
 
 GROUP = Path("/sys/fs/cgroup/memory/trn-tune-edge")
-# Of what is planned: the least memory that is said to fit, all of it, and less.
-LIMITS = (1 / EDGE, 1.0, 0.9, 0.8)
+# Of what is planned. 1 / EDGE, 1.19, is the least memory that is said to fit.
+LIMITS = (1.14, 1.0, 0.9, 0.8)
 
 
 def survives(name: str, changes: dict[str, object], work: Path, limit: int) -> bool:
@@ -33,7 +33,7 @@ def survives(name: str, changes: dict[str, object], work: Path, limit: int) -> b
 
 @click.command()
 @click.argument("work", type=click.Path(path_type=Path))
-@click.option("--every", default=4, show_default=True, help="Take each run of this number.")
+@click.option("--every", default=7, show_default=True, help="Take each run of this number.")
 def main(work: Path, every: int) -> None:
     GROUP.mkdir(exist_ok=True)
     print("| Run | Planned | " + " | ".join(f"in {limit:.2f} of it" for limit in LIMITS) + " |")
@@ -41,7 +41,7 @@ def main(work: Path, every: int) -> None:
     for name, changes in [*RUNS, *HELD_OUT][::every]:
         settings = settings_of(changes)
         place = place_of(settings)
-        planned = in_all(need_of(shape(name), settings, place), settings, place)
+        planned = in_all(need_of(shape(name), settings, place).bytes, settings, place)
         ends = []
         for limit in LIMITS:
             alive = survives(name, changes, work.absolute(), int(limit * planned))

@@ -108,7 +108,7 @@ def test_what_does_not_fit_gets_the_smallest_change_that_fits() -> None:
     run = Settings(device="cuda", per_device_train_batch_size=32, max_length=2048)
     place = place_of(replace(run, instance="p5.48xlarge"))
     shape = model("qwen3-0.6b")
-    assert in_all(need_of(shape, run, place), run, place) > (place.device_memory or 0)
+    assert in_all(need_of(shape, run, place).bytes, run, place) > (place.device_memory or 0)
     change = smallest_change(shape, run, place)
     assert change == (
         "GRADIENT_CHECKPOINTING=1 PER_DEVICE_TRAIN_BATCH_SIZE=8 GRADIENT_ACCUMULATION_STEPS=4"
@@ -121,7 +121,7 @@ def test_what_does_not_fit_gets_the_smallest_change_that_fits() -> None:
             "fits ",
         ),
     ):
-        total = in_all(need_of(shape, changed, place), changed, place)
+        total = in_all(need_of(shape, changed, place).bytes, changed, place)
         assert verdict(changed, shape, place, total).startswith(said)
 
 

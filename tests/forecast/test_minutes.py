@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from stages.forecast.accuracy import accuracy
 from stages.forecast.machine import place_of
-from stages.forecast.minutes import UTILISATIONS, stage_seconds, training_seconds
+from stages.forecast.minutes import UTILISATIONS, fixed_seconds, stage_seconds, training_seconds
 from stages.forecast.planned import compared
 from stages.run.cost import dollars
 from stages.run.machines import MACHINES
@@ -31,6 +31,7 @@ def ran(outputs: Path, run: str, stage: str, seconds: float, /, **more: Any) -> 
     folder = outputs / run / stage
     folder.mkdir(parents=True)
     settings = {"MAX_LENGTH": 512, "LORA_R": 0, "BF16": True, "NPROC_PER_NODE": 1}
+    settings["PER_DEVICE_TRAIN_BATCH_SIZE"] = Settings().per_device_train_batch_size
     manifest = {
         "provenance": {"settings": settings, "versions": {}, "code": {}, "inputs": {}},
         "seen": {"code": {}, "files": {}, "backend": "torch"},
@@ -56,7 +57,18 @@ def test_a_training_is_as_fast_as_the_last_one_and_takes_as_long_to_start(tmp_pa
     larger = model("qwen3-0.6b")
     ratio = larger.flop_per_token(512) / shape.flop_per_token(512)
     scaled = training_seconds(larger, run, 20_000, HERE, tmp_path)
-    assert scaled.seconds == pytest.approx(10 + 100 * ratio)
+    assert scaled.seconds == pytest.approx(10 + 100 * ratio, rel=0.1)
+
+
+def test_a_step_of_twice_the_tokens_takes_less_than_twice_as_long_on_a_cpu(tmp_path: Path) -> None:
+    """The optimizer's time, and that of starting operations, do not grow with the tokens."""
+    ran(tmp_path, "one", "train", 110, tokens=20_000, metrics={"tokens_per_second": 200})
+    shape, run = model("smollm2-135m"), Settings(max_length=512)
+    twice = replace(run, per_device_train_batch_size=2 * run.per_device_train_batch_size)
+    found = training_seconds(shape, twice, 20_000, HERE, tmp_path).seconds
+    assert found is not None
+    steps = 20_000 / (512 * run.per_device_train_batch_size)
+    assert found == pytest.approx(110 - steps / 2 * fixed_seconds(shape, run, HERE))
 
 
 def test_what_has_never_run_here_is_unknown(tmp_path: Path) -> None:

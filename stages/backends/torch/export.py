@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from stages.backends.torch.generate import StepName, empty_cache
-from stages.backends.torch.int8 import int8_linear
+from stages.backends.torch.int8 import TiedHead, int8_linear
 
 ATTENTION = "caller_owned_cache"  # the name by which transformers calls `_attention`
 # Up to this batch size a CPU decodes with `_ProductAndSum`. With SmolLM2's layers in bfloat16 it is
@@ -44,7 +44,7 @@ class Step(torch.nn.Module):
         super().__init__()
         AttentionInterface.register(ATTENTION, _attention)
         if model.config.tie_word_embeddings and isinstance(model.lm_head, torch.nn.Linear):
-            model.lm_head = _TiedHead(model.model.embed_tokens)
+            model.lm_head = TiedHead(model.model.embed_tokens)
         self.model, self.lm_head = model.model, model.lm_head
         self._whole = [model]  # in a list: as a part of this module it would give names twice
 
@@ -69,17 +69,6 @@ class Step(torch.nn.Module):
         finally:
             hook.remove()
         return output.logits[:, 0]
-
-
-class _TiedHead(torch.nn.Module):
-    """A head whose weight has no name of its own: it is that of the embeddings."""
-
-    def __init__(self, embeddings: torch.nn.Embedding):
-        super().__init__()
-        self._embeddings = [embeddings]  # in a list, so that it is no part of this module
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return functional.linear(hidden, self._embeddings[0].weight)
 
 
 def _attention(
@@ -113,10 +102,8 @@ class _ProductAndSum(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if function is functional.linear:
+        if function in (functional.linear, int8_linear):
             function = _product_and_sum
-        elif function is int8_linear:
-            function = _int8_product_and_sum
         return function(*args, **(kwargs or {}))
 
 
@@ -126,6 +113,7 @@ def _product_and_sum(
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """What the two linear layers return; `scale` is of an int8 weight, and multiplies the sums."""
     rows = hidden.reshape(-1, hidden.shape[-1]).float()
     # Inductor computes the operand of as_strided before the loop. It would otherwise compute norms
     # and activations again for every row of the weight, which takes half of the time.
@@ -136,16 +124,6 @@ def _product_and_sum(
     if bias is not None:
         product = product + bias
     return product.to(hidden.dtype).reshape(*hidden.shape[:-1], len(weight))
-
-
-def _int8_product_and_sum(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The int8 weight is read once, and the scale multiplies the sum."""
-    return _product_and_sum(hidden, weight, bias, scale)
 
 
 class Prefill(Step):

@@ -28,7 +28,7 @@ class Int8Linear(torch.nn.Module):
         self.bias = linear.bias
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return int8_linear(hidden, self.weight, self.scale, self.bias)
+        return int8_linear(hidden, self.weight, self.bias, self.scale)
 
 
 class Int8Embedding(torch.nn.Module):
@@ -52,22 +52,25 @@ class Int8Embedding(torch.nn.Module):
         return embedded * self.embed_scale.to(self.dtype)
 
 
-class _TiedInt8Head(torch.nn.Module):
-    """A head whose weight and scales have no names of their own: they are the embeddings'."""
+class TiedHead(torch.nn.Module):
+    """A head whose weight, and scales, have no names of their own: they are the embeddings'."""
 
-    def __init__(self, embedding: Int8Embedding):
+    def __init__(self, embedding: torch.nn.Embedding | Int8Embedding):
         super().__init__()
         self._embedding = [embedding]  # in a list, so that it is no part of this module
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return int8_linear(hidden, self._embedding[0].weight, self._embedding[0].scale)
+        [embedding] = self._embedding
+        if isinstance(embedding, Int8Embedding):
+            return int8_linear(hidden, embedding.weight, None, embedding.scale)
+        return functional.linear(hidden, embedding.weight)
 
 
 def quantise(model: Any) -> Any:
     """Replace the linear layers of a causal language model of transformers by int8 ones."""
     if model.config.tie_word_embeddings:
         model.model.embed_tokens = Int8Embedding(model.model.embed_tokens)
-        model.lm_head = _TiedInt8Head(model.model.embed_tokens)
+        model.lm_head = TiedHead(model.model.embed_tokens)
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear):
             model.set_submodule(name, Int8Linear(module))
@@ -77,8 +80,8 @@ def quantise(model: Any) -> Any:
 def int8_linear(
     hidden: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`functional.linear` with the weight that `weight` and `scale` are.
 
@@ -86,7 +89,7 @@ def int8_linear(
     """
     operands = hidden, weight, scale
     if has_torch_function(operands):
-        return handle_torch_function(int8_linear, operands, *operands, bias)
+        return handle_torch_function(int8_linear, operands, hidden, weight, bias, scale)
     return functional.linear(hidden, dequantised(weight, scale, hidden.dtype), bias)
 
 

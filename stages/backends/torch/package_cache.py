@@ -59,8 +59,20 @@ def take(place: Path, output: Path) -> bool:
 
 
 def keep(place: Path, output: Path) -> None:
-    """Keep the packages in `output` as `place`, in one step, and remove the oldest. Other runs may
-    do so at the same time."""
+    """Keep the packages in `output` as `place`, and remove the oldest. A disk that takes nothing
+    ends no stage."""
+    try:
+        _copy(output, place)
+    except OSError as error:
+        print(f"note: the packages are not kept for other runs: {error}", flush=True)
+    with suppress(OSError):  # another run removes the oldest, too
+        found = sorted(PACKAGES.iterdir(), key=lambda folder: folder.stat().st_mtime)
+        for old in found[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _copy(output: Path, place: Path) -> None:
+    """In one step: other runs may do so at the same time."""
     PACKAGES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=PACKAGES, prefix=".") as scratch:
         new = Path(scratch, "new")
@@ -70,10 +82,6 @@ def keep(place: Path, output: Path) -> None:
         (new / DIGESTS).write_text(json.dumps(_digests(output)), encoding="utf-8")
         with suppress(OSError):  # they are there already
             new.rename(place)
-    with suppress(FileNotFoundError):  # another run removes the oldest, too
-        found = sorted(PACKAGES.iterdir(), key=lambda folder: folder.stat().st_mtime)
-        for old in found[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -498,6 +498,18 @@ def test_only_the_last_packages_are_kept(compiled, tmp_path, monkeypatch):
     assert package_cache.take(package_cache.PACKAGES / "c", tmp_path)
 
 
+def test_packages_that_cannot_be_kept_end_no_stage(
+    compiled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(package_cache, "PACKAGES", tmp_path / "a file")
+    package_cache.PACKAGES.touch()
+    package_cache.keep(package_cache.PACKAGES / "a", compiled)
+    assert "note: the packages are not kept for other runs: " in capsys.readouterr().out
+
+
 def test_weights_that_the_folder_lacks_are_named(model_dir, tmp_path):
     folder = Path(shutil.copytree(model_dir, tmp_path / "model"))
     weights = load_file(folder / "model.safetensors")
