@@ -205,9 +205,11 @@ def _memory(settings: Settings, shape: Shape, place: Place, measured: int | None
     for part in need.parts:
         yield f"{part.name:<22} {show_size(part.bytes):>8}  {part.basis}"
     total = in_all(need.bytes, settings, place)
-    ranks = f", {settings.nproc_per_node} ranks" if place.device == "cpu" else " of a rank"
-    launched = f", with {show_size(LAUNCHERS)} for what starts them" * (place.device == "cpu")
-    yield f"{'in all' + ranks:<22} {show_size(total):>8}  {need.moment}{launched}"
+    ranks = " of a rank"
+    if place.device == "cpu":
+        yield f"{'beside the ranks':<22} {show_size(LAUNCHERS):>8}  torchrun and the stage"
+        ranks = f", ranks x {settings.nproc_per_node}"
+    yield f"{'in all' + ranks:<22} {show_size(total):>8}  {need.moment}"
     if measured is not None:
         total = in_all(measured, settings, place)
         yield f"{'':<22} {show_size(total):>8}  measured by precompile in this run"
