@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from stages.backends.decoding import seed_of
@@ -27,7 +27,8 @@ class BitDropout(torch.nn.Dropout):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (self.training and self.p and x.device.type == "cpu") or is_compiling():
+        here = x.device.type == "cpu" and not isinstance(x, DTensor)
+        if not (self.training and self.p and here) or is_compiling():
             return super().forward(x)
         lowest = torch.iinfo(torch.int16).min
         numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
