@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -98,7 +97,9 @@ def training_seconds(
         return Estimate(None, f"{what} is not known yet")
     flop = tokens * shape.flop_per_token(settings.max_length, not settings.lora_r)
     if place.here:
-        for rate, start, run in _rates(settings, place, outputs, shape):
+        likest = _likest(settings, place, outputs, shape)
+        if likest is not None:
+            rate, start, run = likest
             steps = tokens / (sequences_per_step(settings) * settings.max_length)
             seconds = start + flop / rate + steps * fixed_seconds(shape, settings, place)
             return Estimate(seconds, f"measured on this machine in run {run}")
@@ -115,11 +116,11 @@ def training_seconds(
     return Estimate(flop / rate, f"{of}, measured elsewhere ({source})")
 
 
-def _rates(
+def _likest(
     settings: Settings, place: Place, outputs: Path, shape: Shape
-) -> Iterator[tuple[float, float, str]]:
-    """FLOP per second of a step beside its fixed seconds, seconds beside the steps, and the run,
-    the likest run first."""
+) -> tuple[float, float, str] | None:
+    """FLOP per second of a step beside its fixed seconds, seconds beside the steps, and the run: of
+    the likest run, the latest of equals."""
     rates = []
     for past in past_of("train", outputs, place):
         made = past.manifest["provenance"]["settings"]
@@ -139,7 +140,7 @@ def _rates(
         rate = flop / max(step - fixed_seconds(past.shape, then, place), step / 2)
         start = max(0.0, past.manifest["seconds"] - tokens / speed)
         rates.append((apart, (rate, start, past.run)))
-    yield from (rate for _, rate in sorted(rates, key=lambda pair: pair[0]))
+    return min(rates, key=lambda pair: pair[0])[1] if rates else None
 
 
 def fixed_seconds(shape: Shape, settings: Settings, place: Place) -> float:

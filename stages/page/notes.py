@@ -74,13 +74,13 @@ def _of_data(made: dict[str, Any], settings: dict[str, Any]) -> Iterator[Note]:
     if cut := made.get("cut_tokens"):
         documents = made["over_long"] - made["dropped"]
         yield Note(
-            f"{cut / tokens:.1%}" if tokens else f"{cut:,}",
+            _share(cut, tokens),
             f"Truncation: {cut:,} tokens were cut off {documents:,} documents longer than "
             f"{limit}, with the end of the answer. Raise MAX_LENGTH, or set OVERLONG=drop.",
         )
     if lost := made.get("dropped_tokens"):
         yield Note(
-            f"{lost / tokens:.1%}" if tokens else f"{lost:,}",
+            _share(lost, tokens),
             f"{made['dropped']:,} documents, {lost:,} tokens, were left out: longer than "
             f"MAX_LENGTH={limit}, with OVERLONG=drop or no answer in what would remain.",
         )
@@ -90,6 +90,11 @@ def _of_data(made: dict[str, Any], settings: dict[str, Any]) -> Iterator[Note]:
         yield Note(f"{same:,}", "Documents have the text of an earlier one, and were kept.")
     for figure, text in data_notes(made):
         yield Note(figure, text[0].upper() + text[1:])
+
+
+def _share(count: int, tokens: int) -> str:
+    """Of all tokens, which a manifest may lack."""
+    return f"{count / tokens:.1%}" if tokens else f"{count:,}"
 
 
 def _leaky_packing(facts: Facts) -> Iterator[Note]:

@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -133,10 +132,8 @@ def measured(name: str, changes: dict[str, Any], work: Path) -> dict[str, Any]:
     if not result.exists():
         settings = settings_of(changes)
         run = work / "run"
-        with trained(name, settings, work, run) as done:
-            done.check_returncode()
-            text = (run / "metrics.jsonl").read_text()
-        lines = [json.loads(line) for line in text.splitlines()]
+        trained(name, settings, work, run).check_returncode()
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         tokens = sequences_per_step(settings) * settings.max_length
         seconds = median(tokens / line["tokens_per_second"] for line in lines[1:])
         result.write_text(
@@ -150,23 +147,22 @@ def settings_of(changes: dict[str, Any]) -> Settings:
     return replace(base, **changes)
 
 
-@contextmanager
 def trained(
     name: str, settings: Settings, work: Path, run: Path, under: Sequence[str] = ()
-) -> Iterator[subprocess.CompletedProcess[bytes]]:
-    """STEPS steps of a model of MODELS in the folder `run`, started by the command `under`."""
+) -> subprocess.CompletedProcess[bytes]:
+    """STEPS steps of a model of MODELS in the folder `run`, which is made anew, started by the
+    command `under`."""
     from stages.backends.torch.train import environment, training_command
 
     base, rows = model_folder(name, work), rows_folder(settings.max_length, work)
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir()
     command = training_command(settings, base, rows, run, STEPS)
-    yield subprocess.run(
+    return subprocess.run(
         [*under, *command],
         env={**os.environ, **environment(settings)},
         stdout=subprocess.DEVNULL,
     )
-    shutil.rmtree(run)
 
 
 def shape(name: str) -> Shape:

@@ -57,7 +57,9 @@ def test_a_training_is_as_fast_as_the_last_one_and_takes_as_long_to_start(tmp_pa
     larger = model("qwen3-0.6b")
     ratio = larger.flop_per_token(512) / shape.flop_per_token(512)
     scaled = training_seconds(larger, run, 20_000, HERE, tmp_path)
-    assert scaled.seconds == pytest.approx(10 + 100 * ratio, rel=0.1)
+    steps = 20_000 / (512 * run.per_device_train_batch_size)
+    fixed, of_larger = (steps * fixed_seconds(one, run, HERE) for one in (shape, larger))
+    assert scaled.seconds == pytest.approx(10 + (100 - fixed) * ratio + of_larger)
 
 
 def test_a_step_of_twice_the_tokens_takes_less_than_twice_as_long_on_a_cpu(tmp_path: Path) -> None:
