@@ -38,7 +38,7 @@ SURVIVAL_SECONDS = 10  # after a kill nothing of its make may live longer
 PROGRAMS = {
     "launcher": "stages.backends.torch.torchrun",
     "rank": "stages.backends.torch.worker",
-    "compiling process": "multiprocessing.spawn",
+    "compiling process": "multiprocessing.forkserver",
 }
 VICTIMS = {
     stage: ("stage", "make", *below)
@@ -213,6 +213,9 @@ class Killing:
             if PROGRAMS[kill.victim] in line
             and (kill.victim != "rank" or PROGRAMS["launcher"] not in line)
         ]
+        if kill.victim == "compiling process":
+            # Not the server that forks them: where it is killed, the stage starts another.
+            found = [pid for pid in found if processes.forked_by(pid, found)]
         return found[int(kill.part * len(found))] if found else None
 
     def _stage(self, make: int, stage: str) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 # in the environment of each make under test, and so in that of all that it starts
@@ -39,6 +39,14 @@ def command_line(pid: int) -> str:
 
 def parent_of(pid: int) -> int:
     return int(_stat(Path("/proc") / str(pid))[1])
+
+
+def forked_by(pid: int, others: Container[int]) -> bool:
+    """Whether the process lives, and one of `others` is its parent."""
+    try:
+        return parent_of(pid) in others
+    except OSError:
+        return False
 
 
 def wait_for(

@@ -11,14 +11,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import cycle
-from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +28,7 @@ from stages.backends.torch.check_compiled import (
     eager_logits,
     random_probe,
 )
+from stages.backends.torch.compilers import compilers, run_compilers
 from stages.backends.torch.export import Step, export_step, head_dim
 from stages.backends.torch.generate import (
     COMPILED_INFO,
@@ -42,13 +37,14 @@ from stages.backends.torch.generate import (
     StepName,
     constant_type,
 )
-from stages.backends.torch.inductor import compiler_knows_instructions, scratch_space
+from stages.backends.torch.inductor import compiler_knows_instructions
 from stages.backends.torch.int8 import quantise
 from stages.backends.torch.static import compile_static
 from stages.model.fit import raw_config
 from stages.model.size import weight_bytes
 from stages.run.disk import disk_failure, disk_guard
 from stages.run.errors import InputError, StageFailure, refuse
+from stages.run.host import peak_resident
 from stages.run.layout import CONFIG_FILE
 from stages.run.settings import Settings
 
@@ -70,7 +66,7 @@ def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[
 
     The compiled model takes INFERENCE_BATCH_SIZE prompts of INFERENCE_SEQUENCE_LENGTH tokens each,
     answers included. It has the dtype that config.json names. Returns the manifest's entries:
-    device, differences found by the check, bytes, seconds. Raises InputError for a model or sizes
+    device, differences found by the check, bytes. Raises InputError for a model or sizes
     that cannot be compiled, StageFailure when compiling fails or the compiled logits differ from
     the eager model's.
     """
@@ -89,23 +85,20 @@ def compile_model(model_dir: Path, output: Path, *, settings: Settings) -> dict[
         batch_size=work.batch_size,
         sequence_length=work.sequence_length,
     )
-    with disk_guard("the compiled model's weights", output, weight_bytes(model_dir)):
+    if work.device.has_inductor:
+        found = _package(work, probe, config)
+    else:
         expected = _write_model(work, probe)
-    started = time.monotonic()
-    place = _compile(work)
-    seconds = time.monotonic() - started
-    differences = check_compiled(output, probe, expected)
-    if place is not None:
-        package_cache.keep(place, output)
+        compile_static(model_dir, output, work.device)
+        found = check_compiled(output, probe, expected)
     return {
         "device": work.device.name,
         "batch_size": work.batch_size,
         "sequence_length": work.sequence_length,
         "quantize": work.quantize,
-        **differences,
+        **found,
         "package_bytes": sum(file.stat().st_size for file in output.glob("*.pt2")),
         "weight_bytes": (output / WEIGHTS).stat().st_size,
-        "compile_seconds": round(seconds, 1),
     }
 
 
@@ -171,9 +164,10 @@ def _write_model(work: Compilation, probe: Probe) -> torch.Tensor:
     (work.output / COMPILED_INFO).write_text(
         json.dumps(description, indent=2) + "\n", encoding="utf-8"
     )
-    save_file(
-        {name: tensor.contiguous() for name, tensor in constants.items()}, work.output / WEIGHTS
-    )
+    with disk_guard("the compiled model's weights", work.output, weight_bytes(work.model_dir)):
+        save_file(
+            {name: tensor.contiguous() for name, tensor in constants.items()}, work.output / WEIGHTS
+        )
     # safetensors makes files that only their owner can read.
     shutil.copymode(work.output / COMPILED_INFO, work.output / WEIGHTS)
     return eager_logits(model, probe)
@@ -207,22 +201,31 @@ def _description(
     }
 
 
-def _compile(work: Compilation) -> Path | None:
-    """Compile the model, or take packages of its shape. Returns where new packages are to be kept
-    when they are checked."""
-    if not work.device.has_inductor:
-        compile_static(work.model_dir, work.output, work.device)
-        return None
-    place = package_cache.place_of(work.model_dir, work.output)
+def _package(work: Compilation, probe: Probe, config: dict[str, Any]) -> dict[str, Any]:
+    """Write the model and its packages, which another model of its shape may have left; returns
+    the differences that the check finds and, of new packages, the memory that compiling took."""
+    place = package_cache.place_of(
+        config,
+        work.batch_size,
+        work.sequence_length,
+        work.quantize,
+        work.device.name,
+        work.device.instructions().as_json(),
+    )
     if package_cache.take(place, work.output):
         print(f"packages of this shape were compiled before: {place}", flush=True)
-        return None
-    _compile_packages(work)
-    return place
+        return check_compiled(work.output, probe, _write_model(work, probe))
+    with compilers(work.output, work.device):
+        expected = _write_model(work, probe)
+        peak = _compile_packages(work)
+    differences = check_compiled(work.output, probe, expected)
+    package_cache.keep(place, work.output)
+    return {**differences, "peak_memory_bytes": peak}
 
 
-def _compile_packages(work: Compilation) -> None:
-    """Compile prefill and decode, each in a separate process.
+def _compile_packages(work: Compilation) -> int:
+    """Compile prefill and decode, each in a separate process; returns the most bytes that one had
+    in memory.
 
     On a CPU both run at the same time, which takes two thirds of the time on two cores. On a GPU
     they run one after the other, because each has a copy of the weights.
@@ -234,35 +237,12 @@ def _compile_packages(work: Compilation) -> None:
         f"{prompts} of up to {work.sequence_length} tokens",
         flush=True,
     )
-    workers = len(STEPS) if work.device.memory() is None else 1
-    with scratch_space(work.output), ExitStack() as stack:
-        # One pool per process: in a pool of two, CPython may notice that one process has died only
-        # when the other is done.
-        pools = [
-            stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
-            for _ in range(workers)
-        ]
-        jobs = [pool.submit(_compile_step, step, work) for step, pool in zip(STEPS, cycle(pools))]
-        try:
-            for job in as_completed(jobs):
-                job.result()
-        except BaseException as error:
-            # Leaving the pools would otherwise wait until the other process has compiled.
-            for process in active_children():
-                process.kill()
-            if not isinstance(error, BrokenProcessPool):
-                raise
-            raise StageFailure(
-                f"A compiling process was killed before {' and '.join(STEPS)} were ready, most "
-                "often because memory ran out. Free some, or lower INFERENCE_BATCH_SIZE or "
-                "INFERENCE_SEQUENCE_LENGTH."
-            ) from error
+    at_once = len(STEPS) if work.device.memory() is None else 1
+    return max(run_compilers(_compile_step, [(step, work) for step in STEPS], at_once))
 
 
-def _compile_step(step: StepName, work: Compilation) -> None:
-    """Write {step}.pt2. Runs in a separate process."""
-    if work.device.compile_processes:
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(work.device.compile_processes))
+def _compile_step(step: StepName, work: Compilation) -> int:
+    """Write {step}.pt2; returns the bytes in memory at the peak. Runs in a separate process."""
     # The two processes' progress bars for loading weights would overwrite each other.
     os.environ["TQDM_DISABLE"] = "1"
     try:
@@ -290,3 +270,4 @@ def _compile_step(step: StepName, work: Compilation) -> None:
             raise full from None
         # As text: some of the compiler's exceptions cannot be pickled between processes.
         raise StageFailure(f"Compiling {step} failed: {type(error).__name__}: {error}") from error
+    return peak_resident() or 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,10 +47,10 @@ def compiler_knows_instructions() -> bool | None:
 
 @contextmanager
 def scratch_space(folder: Path) -> Iterator[None]:
-    """Inside this context, spawned processes compile in a temporary folder inside `folder`.
+    """Inside this context, new Python processes compile in a temporary folder inside `folder`.
 
     The temporary folder is in the system's one if the path of `folder` has a space. If torch's path
-    has a space, spawned processes import torch through a link in the temporary folder.
+    has a space, new processes import torch through a link in the temporary folder.
     """
     usable = " " not in str(folder.absolute())
     with tempfile.TemporaryDirectory(
@@ -62,12 +61,14 @@ def scratch_space(folder: Path) -> Iterator[None]:
         environment = dict(os.environ)
         # Set even where it is set already: torch itself writes its default, a folder in /tmp, into
         # the environment of this process.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{scratch}/cache"
-        sys.path[:0] = [str(link)] if " " in torch.__file__ else []
+        changed = {"TORCHINDUCTOR_CACHE_DIR": f"{scratch}/cache"}
+        if " " in torch.__file__:
+            paths = [str(link), environment.get("PYTHONPATH", "")]
+            changed["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        os.environ.update(changed)
         try:
             yield
         finally:
-            if str(link) in sys.path:
-                sys.path.remove(str(link))
-            os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+            for name in changed:
+                os.environ.pop(name)
             os.environ.update(environment)

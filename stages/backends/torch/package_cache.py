@@ -12,15 +12,13 @@ import json
 import shutil
 import tempfile
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from stages.backends.torch.generate import COMPILED_INFO, STEPS
+from stages.backends.torch.generate import STEPS
 from stages.run.digests import file_digest
 from stages.run.fingerprint import code_of
-from stages.run.layout import CONFIG_FILE
 
 PACKAGES = Path("outputs/.cache/packages")
 KEPT = 20  # the last that were made; those of a model take 4 to 10 MB
@@ -28,18 +26,11 @@ DIGESTS = "digests.json"
 FILES = [f"{step}.pt2" for step in STEPS]
 
 
-def place_of(model_dir: Path, output: Path) -> Path:
-    """The folder for packages of what `output` describes in compiled.json (constants, sizes,
-    device, instructions) with the model's config.json, the code that compiles, and its
-    libraries."""
-    import transformers
-
-    parts: list[Any] = [
-        json.loads((output / COMPILED_INFO).read_bytes()),
-        json.loads((model_dir / CONFIG_FILE).read_bytes()),
-        code_of("compile-inference", "torch"),
-        [torch.__version__, transformers.__version__],
-    ]
+def place_of(config: dict[str, Any], *compiled_for: Any) -> Path:
+    """The folder for packages of a model with this config.json, `compiled_for` these sizes, device
+    and instructions, by this code and these libraries."""
+    libraries = [version("torch"), version("transformers")]  # without importing transformers
+    parts = [config, compiled_for, code_of("compile-inference", "torch"), libraries]
     text = json.dumps(parts, sort_keys=True)
     return PACKAGES / hashlib.sha256(text.encode()).hexdigest()[:32]
 

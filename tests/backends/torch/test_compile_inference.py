@@ -426,7 +426,11 @@ def test_a_missing_cpp_compiler_is_named(model_dir, tmp_path, monkeypatch):
 
 
 def test_a_compiler_that_fails_ends_the_stage_with_its_message(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "false")
+    compiler = tmp_path / "bin" / "g++"
+    compiler.parent.mkdir()
+    compiler.write_text('#!/bin/sh\n[ "$*" = --version ] || exit 1\necho 99\n', encoding="utf-8")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{compiler.parent}:{os.environ['PATH']}")
     with pytest.raises(StageFailure, match=r"Compiling (prefill|decode) failed"):
         compile_inference.compile_model(model_dir, tmp_path, settings=sizes(1, LENGTH))
 
