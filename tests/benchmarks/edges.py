@@ -23,11 +23,24 @@ GROUP = Path("/sys/fs/cgroup/memory/trn-tune-edge")
 LIMITS = (1.14, 1.0, 0.9, 0.8)
 
 
-def survives(name: str, changes: dict[str, object], work: Path, limit: int) -> bool:
-    """Whether the training ends well in `limit` bytes."""
+def end_of(name: str, changes: dict[str, object], work: Path, limit: int) -> str:
+    """How the training ends in `limit` bytes: "trained", "killed" for want of memory, "failed"."""
     (GROUP / "memory.limit_in_bytes").write_text(str(limit))
     under = ("sh", "-c", f'echo $$ > {GROUP}/cgroup.procs; exec "$@"', "sh")
-    return trained(name, settings_of(changes), work, work / "edge", under).returncode == 0
+    before = kills()
+    if trained(name, settings_of(changes), work, work / "edge", under).returncode == 0:
+        return "trained"
+    return "killed" if kills() > before else "failed"
+
+
+def kills() -> int:
+    """Processes that the kernel has killed because the group's memory ran out."""
+    (line,) = (
+        line
+        for line in (GROUP / "memory.oom_control").read_text().splitlines()
+        if line.startswith("oom_kill ")
+    )
+    return int(line.split()[1])
 
 
 @click.command()
@@ -43,9 +56,8 @@ def main(work: Path, every: int) -> None:
         planned = in_all(need_of(shape(name), settings, place).bytes, settings, place)
         ends = []
         for limit in LIMITS:
-            alive = survives(name, changes, work.absolute(), int(limit * planned))
-            ends.append("trained" if alive else "killed")
-            if not alive:
+            ends.append(end_of(name, changes, work.absolute(), int(limit * planned)))
+            if ends[-1] != "trained":
                 break
         ends += ["not tried"] * (len(LIMITS) - len(ends))
         cells = " | ".join([label_of(name, changes), f"{planned / 1e6:,.0f} MB", *ends])

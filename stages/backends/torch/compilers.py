@@ -55,14 +55,15 @@ def run_compilers(
             )
             for _ in range(at_once)
         ]
-        started = [pool.submit(compile_one, *job) for job, pool in zip(jobs, cycle(pools))]
         try:
+            started = [pool.submit(compile_one, *job) for job, pool in zip(jobs, cycle(pools))]
             return [job.result() for job in as_completed(started)]
         except BaseException as error:
             # Leaving the pools would otherwise wait until the other process has compiled.
             for process in active_children():
                 process.kill()
-            if not isinstance(error, BrokenProcessPool):
+            # EOFError is the server's, killed while it forks.
+            if not isinstance(error, BrokenProcessPool | EOFError):
                 raise
             raise StageFailure(
                 "A compiling process was killed before it was ready, most often because memory "
