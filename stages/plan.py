@@ -267,7 +267,8 @@ def _disk(settings: Settings, shape: Shape, place: Place, run_folder: Path) -> I
         for name, size in sizes.items()
         if size
     )
-    yield f"writing: {times}, at the {show_size(int(rate[0]))}/s of run {rate[1]}'s consolidate"
+    speed = f"{show_size(int(rate[0]))}/s of run {rate[1]}'s consolidate once it had started"
+    yield f"writing: {times}, at the {speed}"
 
 
 if __name__ == "__main__":

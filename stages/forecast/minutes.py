@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -36,7 +37,7 @@ UTILISATIONS = {
 # one does not fill a device.
 LEAST, MOST = 3 * 10**9, 20 * 10**9
 # A consolidation that writes less than these bytes shows how long a process takes to start.
-LEAST_WRITTEN = 100 * 10**6
+LEAST_WRITTEN = 10**9
 # What a step's arithmetic follows from, and what its speed does beside it.
 _LIKENESS = {"BF16", "NPROC_PER_NODE", "GRADIENT_CHECKPOINTING", "TORCH_COMPILE"}
 _LIKENESS |= {"TENSOR_PARALLEL_SIZE", "PIPELINE_PARALLEL_SIZE"}
@@ -44,8 +45,12 @@ _OF_A_STEP = _LIKENESS | {"MAX_LENGTH", "LORA_R", "LORA_TARGET_MODULES"}
 _OF_A_STEP |= {"PER_DEVICE_TRAIN_BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS"}
 # Fixed seconds of a step: tests/benchmarks/results/2026-11-29-forecasts.md.
 _PER_PARAMETER, _PER_LAYER = 4e-9, 4e-3
-# Stages whose time grows with the model; the others' with the data.
-_BY_WEIGHTS = ("consolidate", "compile-inference")
+# Stages whose time grows with the model, the others' with the data: the model's size, and how much
+# of it takes as long on a CPU as starting does (tests/benchmarks/results/2026-11-29-decode.md).
+_SIZES: dict[str, tuple[Callable[[Shape], int], float]] = {
+    "consolidate": (lambda shape: shape.parameters, 2.8e9),
+    "compile-inference": (lambda shape: shape.layers, 17),
+}
 
 
 @dataclass(frozen=True)
@@ -166,24 +171,36 @@ def stage_seconds(
             "it has not run on this machine" if place.here else f"nobody measured a {place.name}"
         )
         return Estimate(None, where)
-    other = past[0]
+    other = next((one for one in past if not _took_packages(one)), past[0])
     seconds = float(other.manifest["seconds"])
-    if stage in _BY_WEIGHTS:
-        if shape is None or other.shape is None:
-            return Estimate(None, "the model's size is not known")
-        ratio = shape.parameters / other.shape.parameters
-        basis = f"run {other.run} on this machine x {ratio:.3g}, the ratio of the weights"
-        return Estimate(seconds * ratio, basis)
-    return Estimate(seconds, f"as run {other.run} on this machine, with its own model and data")
+    if stage not in _SIZES:
+        return Estimate(seconds, f"as run {other.run} on this machine, with its own model and data")
+    if shape is None or other.shape is None:
+        return Estimate(None, "the model's size is not known")
+    size, start = _SIZES[stage]
+    ratio = (start + size(shape)) / (start + size(other.shape))
+    if ratio != 1 and stage == "compile-inference" and place.device != "cpu":
+        return Estimate(None, f"run {other.run} compiled a model of another size")
+    basis = f"run {other.run} on this machine x {ratio:.3g}, for the model's size"
+    return Estimate(seconds * ratio, basis)
+
+
+def _took_packages(past: Past) -> bool:
+    """Whether a compile-inference took what had been compiled before."""
+    metrics = past.manifest.get("metrics")
+    return isinstance(metrics, dict) and metrics.get("packages_kept") is True
 
 
 def write_rate(place: Place, outputs: Path) -> tuple[float, str] | None:
-    """Bytes per second that the latest consolidate on this machine wrote, with all that it did
-    meanwhile, and its run. None where `place` is another, or too little was written."""
+    """Bytes per second that the latest consolidate on this machine wrote once it had started, with
+    all that it did meanwhile, and its run. None where `place` is another, or too little was
+    written."""
+    size, start = _SIZES["consolidate"]
     for past in past_of("consolidate", outputs, place) if place.here else []:
         written = sum(facts["bytes"] for facts in past.manifest["outputs"].values())
-        if written >= LEAST_WRITTEN:
-            return written / past.manifest["seconds"], past.run
+        if past.shape and written >= LEAST_WRITTEN:
+            seconds = past.manifest["seconds"] * size(past.shape) / (start + size(past.shape))
+            return written / seconds, past.run
     return None
 
 

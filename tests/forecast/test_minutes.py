@@ -80,12 +80,31 @@ def test_what_has_never_run_here_is_unknown(tmp_path: Path) -> None:
     assert stage_seconds("data", "demo", shape, HERE, tmp_path).seconds is None
 
 
-def test_a_stage_takes_as_long_as_in_this_run_else_as_its_weights(tmp_path: Path) -> None:
+def test_a_stage_takes_as_long_as_in_this_run_else_as_the_models_size_says(tmp_path: Path) -> None:
     ran(tmp_path, "one", "consolidate", 10)
     own = stage_seconds("consolidate", "one", model("smollm2-135m"), HERE, tmp_path)
     assert own.seconds == 10
     other = stage_seconds("consolidate", "two", model("qwen3-0.6b"), HERE, tmp_path)
-    assert other.seconds == pytest.approx(10 * 596_049_920 / 134_515_008)
+    assert other.seconds == pytest.approx(10 * (2.8e9 + 596_049_920) / (2.8e9 + 134_515_008))
+
+
+def test_compiling_takes_as_long_as_the_layers_say_not_as_kept_packages_did(tmp_path: Path) -> None:
+    for run, seconds, kept in (("one", 47, False), ("two", 9, True)):
+        ran(tmp_path, run, "consolidate", 8)
+        ran(tmp_path, run, "compile-inference", seconds, metrics={"packages_kept": kept})
+    deeper = stage_seconds("compile-inference", "new", model("llama2-7b"), HERE, tmp_path)
+    assert deeper.seconds == pytest.approx(17 + 32) and "run one" in deeper.basis
+
+
+def test_what_another_device_compiled_says_nothing_of_another_size(tmp_path: Path) -> None:
+    ran(tmp_path, "one", "consolidate", 8)
+    ran(tmp_path, "one", "compile-inference", 100, device="NVIDIA H100")
+    gpu = replace(HERE, device="cuda")
+    assert (
+        stage_seconds("compile-inference", "b", model("llama2-7b"), gpu, tmp_path).seconds is None
+    )
+    same = stage_seconds("compile-inference", "b", model("smollm2-135m"), gpu, tmp_path)
+    assert same.seconds == 100
 
 
 @pytest.mark.parametrize("name", MACHINES)

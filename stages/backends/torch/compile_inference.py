@@ -203,7 +203,8 @@ def _description(
 
 def _package(work: Compilation, probe: Probe, config: dict[str, Any]) -> dict[str, Any]:
     """Write the model and its packages, which another model of its shape may have left; returns
-    the differences that the check finds and, of new packages, the memory that compiling took."""
+    the differences that the check finds, and the memory that compiling took or that it was not
+    needed."""
     place = package_cache.place_of(
         config,
         work.batch_size,
@@ -214,13 +215,14 @@ def _package(work: Compilation, probe: Probe, config: dict[str, Any]) -> dict[st
     )
     if package_cache.take(place, work.output):
         print(f"packages of this shape were compiled before: {place}", flush=True)
-        return check_compiled(work.output, probe, _write_model(work, probe))
+        expected = _write_model(work, probe)
+        return {**check_compiled(work.output, probe, expected), "packages_kept": True}
     with compilers(work.output, work.device):
         expected = _write_model(work, probe)
         peak = _compile_packages(work)
     differences = check_compiled(work.output, probe, expected)
     package_cache.keep(place, work.output)
-    return {**differences, "peak_memory_bytes": peak}
+    return {**differences, "packages_kept": False, "peak_memory_bytes": peak}
 
 
 def _compile_packages(work: Compilation) -> int:

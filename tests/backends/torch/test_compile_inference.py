@@ -458,15 +458,14 @@ def test_a_compiler_that_refuses_a_flag_of_this_cpu_is_left_to_inductors_tests(
     assert (ended.stdout, ended.stderr) == (f"{known}\n", "")
 
 
-def compiled_again(model_dir: Path, output: Path, capfd: Any, length: int = LENGTH) -> bool:
+def compiled_again(model_dir: Path, output: Path, length: int = LENGTH) -> bool:
     """Compiles a model; returns whether that took the compiler."""
-    capfd.readouterr()
-    compile_inference.compile_model(model_dir, output, settings=sizes(BATCH, length))
-    return "compiled before" not in capfd.readouterr().out
+    found = compile_inference.compile_model(model_dir, output, settings=sizes(BATCH, length))
+    return not found["packages_kept"]
 
 
 def test_other_weights_of_the_same_shape_take_the_packages_and_answer_with_theirs(
-    compiled, model_dir, tmp_path, capfd
+    compiled, model_dir, tmp_path
 ):
     other = Path(shutil.copytree(model_dir, tmp_path / "other"))
     torch.manual_seed(1)
@@ -474,7 +473,7 @@ def test_other_weights_of_the_same_shape_take_the_packages_and_answer_with_their
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.2)
     model.save_pretrained(other)
-    assert not compiled_again(other, tmp_path / "compiled", capfd)
+    assert not compiled_again(other, tmp_path / "compiled")
     asked = load(tmp_path / "compiled").generate(
         PROMPTS, max_new_tokens=8, eos_token_id=EOS, **GREEDY
     )
@@ -484,13 +483,13 @@ def test_other_weights_of_the_same_shape_take_the_packages_and_answer_with_their
 
 
 def test_damaged_packages_and_those_of_another_shape_are_compiled_again(
-    compiled, model_dir, tmp_path, capfd
+    compiled, model_dir, tmp_path
 ):
     (kept,) = package_cache.PACKAGES.iterdir()
     (kept / "decode.pt2").write_bytes(b"rubbish")
-    assert compiled_again(model_dir, tmp_path / "again", capfd)
-    assert not compiled_again(model_dir, tmp_path / "kept", capfd)
-    assert compiled_again(model_dir, tmp_path / "longer", capfd, LENGTH + 1)
+    assert compiled_again(model_dir, tmp_path / "again")
+    assert not compiled_again(model_dir, tmp_path / "kept")
+    assert compiled_again(model_dir, tmp_path / "longer", LENGTH + 1)
 
 
 def test_only_the_last_packages_are_kept(compiled, tmp_path, monkeypatch):
