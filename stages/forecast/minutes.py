@@ -49,7 +49,7 @@ _PER_PARAMETER, _PER_LAYER = 4e-9, 4e-3
 # of it takes as long on a CPU as starting does (tests/benchmarks/results/2026-11-29-decode.md).
 _SIZES: dict[str, tuple[Callable[[Shape], int], float]] = {
     "consolidate": (lambda shape: shape.parameters, 2.8e9),
-    "compile-inference": (lambda shape: shape.layers, 17),
+    "compile-inference": (lambda shape: shape.layers, 22),
 }
 
 

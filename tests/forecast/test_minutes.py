@@ -89,11 +89,11 @@ def test_a_stage_takes_as_long_as_in_this_run_else_as_the_models_size_says(tmp_p
 
 
 def test_compiling_takes_as_long_as_the_layers_say_not_as_kept_packages_did(tmp_path: Path) -> None:
-    for run, seconds, kept in (("one", 47, False), ("two", 9, True)):
+    for run, seconds, kept in (("one", 52, False), ("two", 9, True)):
         ran(tmp_path, run, "consolidate", 8)
         ran(tmp_path, run, "compile-inference", seconds, metrics={"packages_kept": kept})
     deeper = stage_seconds("compile-inference", "new", model("llama2-7b"), HERE, tmp_path)
-    assert deeper.seconds == pytest.approx(17 + 32) and "run one" in deeper.basis
+    assert deeper.seconds == pytest.approx(22 + 32) and "run one" in deeper.basis
 
 
 def test_what_another_device_compiled_says_nothing_of_another_size(tmp_path: Path) -> None:
