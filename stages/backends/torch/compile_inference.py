@@ -202,9 +202,11 @@ def _description(
 
 
 def _package(work: Compilation, probe: Probe, config: dict[str, Any]) -> dict[str, Any]:
-    """Write the model and its packages, which another model of its shape may have left; returns
-    the differences that the check finds, and the memory that compiling took or that it was not
-    needed."""
+    """Write the model and its packages, which another model of its shape may have left.
+
+    Returns what the check finds, `packages_kept` where there were such, and the memory that
+    compiling took.
+    """
     place = package_cache.place_of(
         config,
         work.batch_size,
