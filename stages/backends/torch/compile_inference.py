@@ -228,8 +228,8 @@ def _package(work: Compilation, probe: Probe, config: dict[str, Any]) -> dict[st
 
 
 def _compile_packages(work: Compilation) -> int:
-    """Compile prefill and decode, each in a separate process; returns the most bytes that one had
-    in memory.
+    """Compile prefill and decode, each in a separate process; returns the most bytes that one of
+    them, or the stage before them, had in memory.
 
     On a CPU both run at the same time, which takes two thirds of the time on two cores. On a GPU
     they run one after the other, because each has a copy of the weights.
@@ -242,7 +242,8 @@ def _compile_packages(work: Compilation) -> int:
         flush=True,
     )
     at_once = len(STEPS) if work.device.memory() is None else 1
-    return max(run_compilers(_compile_step, [(step, work) for step in STEPS], at_once))
+    peaks = run_compilers(_compile_step, [(step, work) for step in STEPS], at_once)
+    return max(peak_resident() or 0, *peaks)
 
 
 def _compile_step(step: StepName, work: Compilation) -> int:

@@ -370,6 +370,19 @@ def test_compiling_reports_agreement_with_the_eager_model(facts_and_folder):
     assert facts["greedy_ids_equal"] == facts["greedy_ids_compared"] == BATCH * (CHECKED_STEPS + 1)
 
 
+def test_the_memory_of_compiling_is_the_largest_of_the_stage_and_its_processes(
+    model_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(compile_inference, "run_compilers", lambda *_: [5, 7])
+    monkeypatch.setattr(compile_inference, "check_compiled", lambda *_: {})
+    monkeypatch.setattr(package_cache, "PACKAGES", tmp_path / "packages")
+    monkeypatch.setattr(package_cache, "keep", lambda *_: None)
+    for own, largest in ((6, 7), (9, 9)):
+        monkeypatch.setattr(compile_inference, "peak_resident", lambda own=own: own)
+        found = compile_inference.compile_model(model_dir, tmp_path, settings=sizes(1, LENGTH))
+        assert found["peak_memory_bytes"] == largest and not found["packages_kept"]
+
+
 def test_the_compiled_folder_holds_what_eval_needs_and_nothing_else(compiled):
     expected = {"compiled.json", "decode.pt2", "prefill.pt2", "weights.safetensors"}
     assert {path.name for path in compiled.iterdir()} == expected
